@@ -1,0 +1,371 @@
+"""The commands: arguments in, one call out. Imports stand inside, so `--help` needs no torch."""
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from gptlite import __version__
+from gptlite.errors import ConfigError, UserError
+
+app = typer.Typer(
+    name="gptlite",
+    help="Train small GPTs from YAML, with dropout as a named, measured thing.",
+    add_completion=True,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+config_app = typer.Typer(help="Look at configs without running them.", no_args_is_help=True)
+app.add_typer(config_app, name="config")
+
+ConfigFiles = Annotated[
+    list[str],
+    typer.Option("--config", "-c", help="YAML file or shipped config; repeat: later ones win."),
+]
+MoreConfigFiles = Annotated[
+    list[str] | None,
+    typer.Option("--config", "-c", help="YAML file or shipped config; repeat: later ones win."),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-s", help="One value, as in --set optim.lr=3e-4; wins over files."),
+]
+RunOption = Annotated[
+    str | None, typer.Option("--run", help="Run directory; default: the latest under runs/.")
+]
+CheckpointOption = Annotated[str, typer.Option("--checkpoint", help="best, last or step-N.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show tracebacks.")]
+
+
+@contextmanager
+def user_errors(verbose: bool = False) -> Iterator[None]:
+    """One line per problem on stderr, and the exit code that names its kind."""
+    try:
+        yield
+    except UserError as error:
+        if verbose:
+            traceback.print_exc()
+        for problem in error.problems:
+            print(f"gptlite: {visible(problem)}", file=sys.stderr)
+        raise typer.Exit(error.exit_code) from None
+    except KeyboardInterrupt:
+        print("gptlite: interrupted", file=sys.stderr)
+        raise typer.Exit(130) from None
+    except BrokenPipeError:
+        # Whoever read our output has what it wanted; Python would complain once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(0) from None
+    except Exception as error:
+        if verbose:
+            raise
+        problem = visible(f"{type(error).__name__}: {error}".splitlines()[0])
+        print(f"gptlite: {problem} (a bug; -v shows where)", file=sys.stderr)
+        raise typer.Exit(1) from None
+
+
+def visible(text: str) -> str:
+    """Control characters shown, not obeyed by the terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def version(asked: bool) -> None:
+    if asked:
+        print(f"gptlite {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main_options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def train(
+    config: MoreConfigFiles = None,
+    overrides: Overrides = None,
+    out_dir: Annotated[str | None, typer.Option(help="The run directory itself.")] = None,
+    resume: Annotated[
+        str | None, typer.Option(help="`auto`: go on where this run stopped; or a run directory.")
+    ] = None,
+    verbose: Verbose = False,
+) -> None:
+    """Train a model: tokenize if needed, train, evaluate, sample, save."""
+    from gptlite.config_reader import load_run
+
+    with user_errors(verbose):
+        if not config and (resume is None or resume == "auto"):
+            raise ConfigError("--config: missing option; give a file or a shipped config")
+        files, values = list(config or []), list(overrides or [])
+        if out_dir is not None:
+            values.append(f"out_dir={json.dumps(out_dir)}")
+        directory, resumes = where(files, values, resume)
+        if not files:
+            files = [str(directory / "config.yaml")]
+        run = load_run(files, values)
+        from gptlite.train import train  # after the check: a config error shows before torch loads
+
+        train(run, directory, resume=resumes)
+
+
+def where(files: list[str], values: list[str], resume: str | None) -> tuple[Path, bool]:
+    """The run directory, and whether a run there goes on."""
+    from gptlite import run_directory
+    from gptlite.config_reader import load_run
+
+    if resume not in (None, "auto"):
+        directory = Path(str(resume))
+        if directory.parent.name == "checkpoints":
+            directory = directory.parent.parent
+        if not run_directory.has_run(directory):
+            raise ConfigError(f"--resume {resume}: not a gptlite checkpoint or run directory")
+        return directory, True
+    out_dir = load_run(files, values).out_dir
+    if out_dir is None:
+        name = run_directory.name_of(files)
+        earlier = run_directory.siblings(name)
+        if resume == "auto" and earlier:
+            return earlier[-1], True
+        return run_directory.free_directory(name), False
+    directory = Path(out_dir)
+    exists = run_directory.has_run(directory)
+    if exists and resume is None:
+        raise ConfigError(
+            f"out_dir: {directory} contains a run; use --resume auto or another --out-dir"
+        )
+    return directory, exists
+
+
+@app.command()
+def generate(
+    run: RunOption = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="Text to continue; repeat for a batch.")
+    ] = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option(help="File with one prompt: its whole text.")
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Longest continuation, in tokens.")
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="Divides the logits; 0 is greedy.")
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(help="Keep the k most likely tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Keep the likeliest that sum to p.")] = None,
+    min_p: Annotated[
+        float | None, typer.Option(help="Keep tokens at least p times as likely as the likeliest.")
+    ] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(help="Above 1: repeat less.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="End before this text; repeat for several.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Names the random draws.")] = 1337,
+    num_samples: Annotated[int, typer.Option(min=1, help="Continuations of each prompt.")] = 1,
+    checkpoint: CheckpointOption = "best",
+    json_: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Continue prompts with a trained model; text streams to stdout."""
+    given = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+    }
+    with user_errors(verbose):
+        from gptlite.config_reader import sample_options
+        from gptlite.run_directory import existing_run
+
+        directory = existing_run(run)
+        options = sample_options(directory, given)
+        prompts = [*(prompt or []), *([read_prompt(prompt_file)] if prompt_file else [])]
+        if any(not text for text in stop or []):
+            raise ConfigError("--stop: an empty text would stop at once")
+        from gptlite.checkpoint import load_trained
+        from gptlite.generate import Generation
+
+        trained = load_trained(directory, checkpoint)
+        generation = Generation(
+            trained.model,
+            trained.tokenizer,
+            prompts or [""],
+            options,
+            seed=seed,
+            num_samples=num_samples,
+            stops=stop or [],
+            documents=trained.run.data.layout == "documents",
+        )
+        if json_:
+            print_json({"run": str(directory), "results": generation.results()})
+        else:
+            show(generation)
+
+
+def read_prompt(path: Path) -> str:
+    try:
+        if not path.is_file():
+            raise ConfigError(f"--prompt-file {path}: no such file")
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--prompt-file {path}: not valid UTF-8 at byte {error.start}") from None
+    except OSError as error:
+        raise ConfigError(f"--prompt-file {path}: {error.strerror}") from None
+
+
+def show(generation: Any) -> None:
+    """Stream a single continuation; several are printed one after the other when all are done."""
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
+    if len(generation.index) == 1:
+        print(generation.prompts[0], end="", flush=True)
+        for piece in generation.pieces():
+            print(piece.text, end="", flush=True)
+        print()
+        return
+    for number, result in enumerate(generation.results()):
+        print(
+            ("\n" if number else "") + f"--- prompt {result['prompt']!r}, sample {result['sample']}"
+        )
+        print(result["prompt"] + result["text"])
+
+
+def print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=not sys.stdout.encoding.startswith("utf")))
+
+
+@app.command(name="eval")
+def evaluate(
+    run: RunOption = None,
+    split: Annotated[str, typer.Option(help="val, train or a text file.")] = "val",
+    suite: Annotated[str, typer.Option(help="loss or all; a comma list takes several.")] = "loss",
+    dropout_active: Annotated[
+        bool, typer.Option("--dropout-active", help="Leave dropout on, to see what that costs.")
+    ] = False,
+    checkpoint: CheckpointOption = "best",
+    json_: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Measure a trained model on a whole split; results go to eval/ in the run directory."""
+    with user_errors(verbose):
+        from gptlite import run_directory
+
+        directory = run_directory.existing_run(run)
+        from gptlite.checkpoint import load_trained
+        from gptlite.evaluate import evaluate
+        from gptlite.prepare import prepare
+
+        trained = load_trained(directory, checkpoint)
+        suites = [name.strip() for name in suite.split(",")]
+        active = {"dropout_active": dropout_active}
+        results = evaluate(trained, split, suites, lambda: prepare(trained.run), **active)
+        about = {"run": str(directory), "step": trained.state["step"], "split": split}
+        (directory / "eval").mkdir(exist_ok=True)
+        for name, result in results.items():
+            stem = f"{name}-{Path(split).name}-step-{trained.state['step']:08d}"
+            stem += "-dropout-active" * dropout_active
+            run_directory.write_json(directory / "eval" / f"{stem}.json", {**about, **result})
+        if json_:
+            print_json({**about, **results})
+            return
+        print(f"{directory}, step {about['step']}, {split}:")
+        for result in results.values():
+            for name, value in result.items():
+                print(f"  {name:20} {f'{value:,.4f}' if isinstance(value, float) else value}")
+
+
+@app.command()
+def prepare(
+    config: ConfigFiles,
+    overrides: Overrides = None,
+    json_: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Only tokenize: make the token files that training would make."""
+    with user_errors(verbose):
+        from gptlite.config_reader import load_run
+
+        run = load_run(config, overrides or [])
+        from gptlite.prepare import prepare
+
+        files = prepare(run)
+        if json_:
+            print_json({"folder": str(files.folder), **files.meta})
+            return
+        for split, about in files.meta["splits"].items():
+            print(
+                f"{split}: {about['tokens']:,} tokens, {about['documents']:,} documents, "
+                f"{about['bytes']:,} bytes"
+            )
+        print(f"{files.meta['bytes_per_token']:.3f} bytes per token; {files.folder}")
+
+
+@app.command()
+def plan(
+    config: ConfigFiles,
+    overrides: Overrides = None,
+    json_: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Say what a run would do: sizes, choices, dropout sites, time. Nothing is trained."""
+    with user_errors(verbose):
+        from gptlite.config_reader import load_run
+
+        run = load_run(config, overrides or [])
+        from gptlite.plan import plan_run, plan_table
+
+        resolved, result = plan_run(run)
+        if json_:
+            print_json({**result, "config": resolved.model_dump(mode="json")})
+        else:
+            print("\n".join(plan_table(resolved, result)))
+
+
+@config_app.command(name="show")
+def show_config(config: ConfigFiles, overrides: Overrides = None, json_: Json = False) -> None:
+    """Print every value of a config and where it was set."""
+    with user_errors():
+        from gptlite.config_reader import origins, read_layers, validate
+
+        document = read_layers(config, overrides or [])
+        rows = list(origins(document, validate(document)))
+        if json_:
+            print_json({key: {"value": value, "origin": place} for key, value, place in rows})
+            return
+        width = max(len(key) + len(json.dumps(value)) for key, value, _ in rows) + 2
+        for key, value, place in rows:
+            print(f"{f'{key}: {json.dumps(value)}':{min(width, 60)}}  # {place}")
+
+
+@config_app.command()
+def check(config: ConfigFiles, overrides: Overrides = None) -> None:
+    """Validate a config; every problem is printed with its place."""
+    with user_errors():
+        from gptlite.config_reader import load_run
+
+        load_run(config, overrides or [])
+        print("ok")
+
+
+@config_app.command()
+def schema() -> None:
+    """Print the JSON schema of configs, for editors."""
+    from gptlite.config import RunConfig
+
+    print_json(RunConfig.model_json_schema())
+
+
+def main() -> None:
+    app()

@@ -1,0 +1,331 @@
+"""Every section of a run: names, units, ranges and defaults. No torch, no files.
+
+Sections are frozen and strict: an unknown key or a wrong type never passes silently. What no
+single field can know (two keys that contradict each other, sizes that cannot fit) is in
+`contradictions`. `config_reader.py` makes a RunConfig from YAML and `--set`.
+"""
+
+import os
+from collections.abc import Iterator
+from typing import Annotated, Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Auto = Literal["auto"]
+Count = Annotated[int, Field(ge=1, lt=2**40)]
+Rate = Annotated[float, Field(ge=0, lt=1)]
+Beta = Annotated[float, Field(ge=0, lt=1, strict=True)]
+Texts = Annotated[tuple[Annotated[str, Field(strict=True)], ...], Field(strict=False)]
+
+BYTES_PER_PARAMETER = 4
+ASSUMED_VOCABULARY = {"byte": 257, "char": 64, "bpe": 4096, "tiktoken": 50257}
+
+
+class Section(BaseModel):
+    """A part of the run: frozen, and strict about names and types."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class DataConfig(Section):
+    source: str | Texts = ""
+    """File, glob, folder or https URL of .txt .md .jsonl .csv, or a list of them, or
+    `python-docs`: the language reference and docstrings of this Python. Required. A folder that
+    holds train.bin and val.bin is taken as it is."""
+    sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$")
+    """Digest that a single file or download must have; required for a URL."""
+    text_field: str = "text"
+    """Field of a .jsonl record or column of a .csv row that holds the text."""
+    layout: Literal["stream", "documents"] = "stream"
+    """stream: fixed windows over all text; documents: one document per row, padded (each line of
+    a .txt or .md, each record of a .jsonl or .csv)."""
+    val_fraction: float = Field(0.1, gt=0, lt=1)
+    """Share of the text kept for validation."""
+    split_by: Literal["auto", "tail", "document"] = "auto"
+    """tail: the last part of the text; document: whole documents chosen by their digest. auto:
+    tail for the stream layout, document for the documents layout."""
+    cache_dir: str = Field("data/cache", min_length=1)
+    """Folder for token files and downloads, named by content."""
+
+
+class TokenizerConfig(Section):
+    kind: Literal["byte", "char", "bpe", "tiktoken"] = "bpe"
+    """byte: UTF-8 bytes; char: the characters of the text; bpe: trained on the training text;
+    tiktoken: an encoding by `name`."""
+    name: str = "gpt2"
+    """Encoding for `kind: tiktoken`: gpt2, cl100k_base, o200k_base ..."""
+    vocab_size: int = Field(2048, ge=257, le=1_000_000)
+    """Tokens of a trained bpe, the end-of-text token included."""
+    unknown: Literal["error", "skip", "replace"] = "error"
+    """What kind char does with a character the training text did not have."""
+
+
+class ModelConfig(Section):
+    n_layer: Count = 4
+    """Transformer blocks."""
+    n_head: Count = 4
+    """Attention heads per block."""
+    n_kv_head: Count | None = None
+    """Heads of keys and values, shared by groups of query heads; null: `n_head`."""
+    n_embd: Count = 128
+    """Width of the residual stream, in features."""
+    context_length: Count = 128
+    """Tokens the model sees at once."""
+    position: Literal["learned", "rope"] = "learned"
+    """Learned position embedding, or rotary embedding of queries and keys."""
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    """Normalisation before attention, before the MLP and before the logits."""
+    mlp: Literal["gelu", "swiglu", "relu2"] = "gelu"
+    """Activation; gelu and relu2 are 4 n_embd wide, swiglu about 8/3 n_embd."""
+    bias: bool = True
+    """Biases in linear layers and layernorm."""
+    tie_embeddings: bool = True
+    """Use the token embedding as output matrix."""
+    qk_norm: bool = False
+    """RMS-normalise queries and keys per head."""
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_kv_head or self.n_head
+
+    @property
+    def mlp_width(self) -> int:
+        """Features between the two matrices of the MLP; swiglu's third matrix is paid for."""
+        return -(-8 * self.n_embd // 3 // 32) * 32 if self.mlp == "swiglu" else 4 * self.n_embd
+
+    def n_parameters(self, vocab_size: int) -> int:
+        """Trainable numbers of the whole model, by arithmetic."""
+        c, kv, wide = self.n_embd, self.n_embd // self.n_head * self.kv_heads, self.mlp_width
+        bias = int(self.bias)
+        norm = c * (1 + (bias if self.norm == "layernorm" else 0))
+        block = c * (c + 2 * kv) + bias * (c + 2 * kv) + c * c + bias * c + 2 * norm
+        block += (3 if self.mlp == "swiglu" else 2) * c * wide
+        block += bias * (c + (2 if self.mlp == "swiglu" else 1) * wide)
+        block += 2 * (c // self.n_head) * self.qk_norm
+        tables = vocab_size * c * (1 if self.tie_embeddings else 2)
+        tables += self.context_length * c if self.position == "learned" else 0
+        return self.n_layer * block + tables + norm
+
+
+class SiteRates(Section):
+    embedding: Rate | None = None
+    """Sum of token and position embedding, (B, T, C)."""
+    attention_weights: Rate | None = None
+    """Softmax weights, (B, H, T, T); the rows then no longer sum to one."""
+    attention_context: Rate | None = None
+    """Weighted sum of values, heads joined, before the output projection, (B, T, C)."""
+    attention_output: Rate | None = None
+    """Output projection of attention, before the residual sum, (B, T, C)."""
+    mlp_activation: Rate | None = None
+    """After the activation of the MLP, (B, T, 4C)."""
+    mlp_output: Rate | None = None
+    """Output of the MLP, before the residual sum, (B, T, C)."""
+
+
+SITES = tuple(SiteRates.model_fields)
+
+
+class Preset(NamedTuple):
+    rate: float
+    sites: tuple[str, ...]
+
+
+_GPT2_SITES = ("embedding", "attention_weights", "attention_output", "mlp_output")
+PRESETS = {
+    "none": Preset(0.0, ()),
+    "gpt2": Preset(0.1, _GPT2_SITES),
+    "nanogpt": Preset(0.0, _GPT2_SITES),
+    "raschka": Preset(0.1, _GPT2_SITES),
+    "megatron": Preset(0.1, _GPT2_SITES),
+}
+
+
+class DropoutConfig(Section):
+    preset: Literal["none", "gpt2", "nanogpt", "raschka", "megatron"] = "gpt2"
+    """Which sites drop, and at which rate when `rate` is not given."""
+    rate: Rate | None = None
+    """Share of values dropped at the sites of the preset; null: the preset's own."""
+    sites: SiteRates = SiteRates()
+    """Rate per site; overrides preset and rate."""
+
+    def rates(self) -> dict[str, float]:
+        """The rate of every site, in the order of the forward pass."""
+        preset = PRESETS[self.preset]
+        rate = preset.rate if self.rate is None else self.rate
+        own = {site: getattr(self.sites, site) for site in SITES}
+        placed = {site: rate if site in preset.sites else 0.0 for site in SITES}
+        return {site: placed[site] if own[site] is None else own[site] for site in SITES}
+
+
+class OptimConfig(Section):
+    name: Literal["adamw", "muon"] = "adamw"
+    """adamw, or muon: Muon for the matrices of the blocks and AdamW for the rest."""
+    lr: float = Field(1e-3, gt=0)
+    """Learning rate at the end of warm-up."""
+    min_lr: float = Field(1e-4, ge=0)
+    """Learning rate at the last update, except for `schedule: constant`."""
+    warmup_steps: int = Field(100, ge=0, lt=2**40)
+    """Updates over which the rate climbs to `lr`."""
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    """Shape after warm-up; wsd keeps `lr` and falls linearly over the last fifth."""
+    weight_decay: float = Field(0.1, ge=0)
+    """Decoupled weight decay of matrices and embeddings; biases and norms have none."""
+    betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.9, 0.99)
+    """AdamW's averaging factors for gradient and squared gradient."""
+    momentum: Rate = 0.95
+    """Muon's averaging factor."""
+    grad_clip: float = Field(1.0, ge=0)
+    """Largest norm of the gradient of an update; 0: no clipping."""
+
+
+class TrainConfig(Section):
+    max_steps: Count | None = None
+    """Updates to make. Exactly one of max_steps and epochs."""
+    epochs: float | None = Field(None, gt=0)
+    """Passes over the training text. Exactly one of max_steps and epochs."""
+    batch_size: int = Field(32, ge=1, le=1 << 20)
+    """Sequences per update."""
+    micro_batch_size: Count | Auto = "auto"
+    """Sequences per forward pass; auto: as many as memory allows, at most batch_size."""
+    log_interval: Count = 10
+    """Updates between lines of metrics."""
+    eval_interval: Count = 250
+    """Updates between evaluations."""
+    eval_batches: Count | Literal["all"] = "all"
+    """Batches of `batch_size` sequences per evaluation; all: the whole split."""
+    save_interval: Count = 1000
+    """Updates between checkpoints; the best and the last are always saved."""
+    keep_last: Annotated[int, Field(ge=2)] | Literal["all"] = 2
+    """Checkpoints to keep beside the best one."""
+    early_stop: Count | Literal["auto", "never"] = "auto"
+    """Evaluations without a better validation loss before stopping; auto: 10 when the run passes
+    over the text more than twice, else never."""
+    threads: Count | Auto = "auto"
+    """CPU threads; results are bit-exact only for the same number."""
+
+
+class SampleConfig(Section):
+    interval: int = Field(0, ge=0)
+    """Updates between samples while training; 0: only at the end."""
+    prompts: Texts = ("",)
+    """Texts to continue; an empty one starts at the beginning of a document."""
+    max_new_tokens: int = Field(200, ge=1, le=1_000_000)
+    """Longest continuation, in tokens."""
+    temperature: float = Field(0.8, ge=0)
+    """Divides the logits; 0 is greedy."""
+    top_k: Count | None = None
+    """Keep the k most likely tokens."""
+    top_p: float | None = Field(None, gt=0, le=1)
+    """Keep the most likely tokens whose probabilities sum to at least p."""
+    min_p: float | None = Field(None, ge=0, le=1)
+    """Keep tokens at least this likely relative to the most likely one."""
+    repetition_penalty: float = Field(1.0, gt=0)
+    """Above 1: tokens already in the text become less likely (CTRL, arXiv:1909.05858)."""
+
+
+class LogConfig(Section):
+    progress: Literal["auto", "bar", "lines"] = "auto"
+    """auto: a bar on a terminal, else plain lines."""
+
+
+class RunConfig(Section):
+    seed: int = Field(1337, ge=0, lt=2**63)
+    """Names every random number of the run."""
+    out_dir: str | None = Field(None, min_length=1)
+    """Run directory; null: the next free runs/NAME."""
+    init_from: str | None = Field(None, min_length=1)
+    """Run directory or checkpoint whose weights the model starts from."""
+    device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d{1,3})?)$")
+    """auto, cpu, cuda, cuda:N or mps."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of matrix products; weights and sums stay float32."""
+    compile: bool | Auto = "auto"
+    """Compile the model with torch.compile."""
+    attention: Literal["auto", "math", "sdpa"] = "auto"
+    """math: plain matrix products; sdpa: torch's fused kernels."""
+    data: DataConfig = DataConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    model: ModelConfig = ModelConfig()
+    dropout: DropoutConfig = DropoutConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    sample: SampleConfig = SampleConfig()
+    log: LogConfig = LogConfig()
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return (self.data.source,) if isinstance(self.data.source, str) else self.data.source
+
+    @property
+    def split_by(self) -> str:
+        if self.data.split_by != "auto":
+            return self.data.split_by
+        return "tail" if self.data.layout == "stream" else "document"
+
+
+def physical_memory_bytes() -> int:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # no sysconf on Windows
+        return 1 << 40
+
+
+def contradictions(run: RunConfig) -> Iterator[tuple[str, str]]:
+    """(key, problem) for all that single fields cannot know; nothing is allocated to find out."""
+    model, train, optim = run.model, run.train, run.optim
+    if not any(run.sources):
+        yield "data.source", "required: a file, glob, folder, URL or python-docs"
+    for source in run.sources:
+        if source.startswith("https://") and run.data.sha256 is None:
+            yield "data.sha256", f"required for a download ({source})"
+        elif "://" in source and not source.startswith("https://"):
+            yield "data.source", f"only https:// addresses are fetched (got {source!r})"
+    if run.data.sha256 is not None and len(run.sources) > 1:
+        yield "data.sha256", "names one file, but data.source lists several"
+    if (train.max_steps is None) == (train.epochs is None):
+        have = "neither" if train.epochs is None else "both"
+        yield (
+            "train.max_steps",
+            f"give exactly one of train.max_steps and train.epochs (got {have})",
+        )
+    if model.n_embd % model.n_head:
+        why = f"{model.n_embd} is not divisible by model.n_head {model.n_head}"
+        yield "model.n_embd", why
+    elif model.position == "rope" and model.n_embd // model.n_head % 2:
+        why = f"position rope needs an even head width (got {model.n_embd // model.n_head})"
+        yield "model.n_embd", why
+    if model.n_head % model.kv_heads:
+        why = f"{model.kv_heads} does not divide model.n_head {model.n_head}"
+        yield "model.n_kv_head", why
+    if optim.min_lr > optim.lr:
+        yield "optim.min_lr", f"{optim.min_lr} is above optim.lr {optim.lr}"
+    if train.max_steps is not None and optim.warmup_steps >= train.max_steps:
+        why = f"{optim.warmup_steps} is not below train.max_steps {train.max_steps}"
+        yield "optim.warmup_steps", why
+    if isinstance(train.micro_batch_size, int) and train.micro_batch_size > train.batch_size:
+        why = f"{train.micro_batch_size} is above train.batch_size {train.batch_size}"
+        yield "train.micro_batch_size", why
+    if run.dropout.preset == "none" and run.dropout.rate:
+        yield "dropout.rate", f"{run.dropout.rate} has no effect: preset none has no sites"
+    if run.out_dir is not None and os.path.abspath(run.out_dir) == os.path.abspath(os.sep):
+        yield "out_dir", "the root folder cannot be a run directory"
+    if "\0" in (run.out_dir or ""):
+        yield "out_dir", "contains a NUL character"
+    yield from too_large(run)
+
+
+def too_large(run: RunConfig) -> Iterator[tuple[str, str]]:
+    vocabulary = ASSUMED_VOCABULARY[run.tokenizer.kind]
+    parameters = run.model.n_parameters(vocabulary)
+    limit = physical_memory_bytes()
+    if parameters * BYTES_PER_PARAMETER > limit:
+        size = parameters * BYTES_PER_PARAMETER / 2**40
+        why = f"model would need {parameters:.1e} parameters ({size:.3g} TiB fp32)"
+        sizes = f"n_layer {run.model.n_layer}, n_embd {run.model.n_embd}"
+        largest = "n_layer" if run.model.n_layer > run.model.n_embd else "n_embd"
+        if run.model.context_length > max(run.model.n_layer, run.model.n_embd):
+            largest = "context_length"
+            sizes = f"context_length {run.model.context_length}"
+        yield f"model.{largest}", f"{why}; this machine has {limit / 2**40:.3g} TiB ({sizes})"

@@ -1,0 +1,181 @@
+"""Measuring a model on text: loss, perplexity, bits per byte, accuracy. It changes nothing.
+
+Losses are sums of nats over targets divided by the targets, never means of means, so they do not
+depend on the batch size or on padding.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gptlite import sources, tokenizer
+from gptlite.auto import precision
+from gptlite.checkpoint import Trained
+from gptlite.config import RunConfig
+from gptlite.data import IGNORED, Batch, Documents, Layout, Stream, TokenFiles
+from gptlite.dropout import evaluating
+from gptlite.errors import ConfigError, DataError
+from gptlite.model import GPT
+from gptlite.tokenizer import Tokenizer
+
+LOGIT_BYTES = 1 << 28
+"""Largest block of logits that an evaluation makes."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Sums over the targets of a split."""
+
+    nats: float
+    nats_variance: float
+    """Sum over rows of (nats - loss * targets) squared."""
+    targets: int
+    correct: int
+    text_nats: float
+    """Nats of the targets that stand for bytes: all but end-of-text."""
+    text_bytes: int
+
+    @property
+    def loss(self) -> float:
+        """Mean nats per target."""
+        return self.nats / self.targets
+
+    @property
+    def bits_per_byte(self) -> float:
+        return self.text_nats / math.log(2) / self.text_bytes if self.text_bytes else math.nan
+
+    def report(self) -> dict[str, Any]:
+        return {
+            "loss": self.loss,
+            "loss_standard_error": math.sqrt(self.nats_variance) / self.targets,
+            "perplexity": math.exp(min(self.loss, 700)),
+            "bits_per_byte": self.bits_per_byte,
+            "accuracy": self.correct / self.targets,
+            "targets": self.targets,
+            "bytes": self.text_bytes,
+        }
+
+
+def eval_rows(run: RunConfig, vocab_size: int) -> int:
+    """Rows per forward pass: many, as long as the logits stay small."""
+    return max(1, min(64, LOGIT_BYTES // (4 * vocab_size * run.model.context_length)))
+
+
+def byte_lengths(text: Tokenizer) -> Tensor:
+    """UTF-8 bytes of every id; 0 for end-of-text."""
+    return torch.tensor(tokenizer.token_lengths(text))
+
+
+def tensors(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
+    real = None if batch.real is None or batch.real.all() else torch.from_numpy(batch.real)
+    inputs, targets = torch.from_numpy(batch.inputs), torch.from_numpy(batch.targets)
+    return inputs.to(device), targets.to(device), None if real is None else real.to(device)
+
+
+def nats_of(logits: Tensor, targets: Tensor, reduction: str) -> Tensor:
+    """Cross-entropy in float32 whatever the logits' precision; 0 where there is no target."""
+    flat = logits.float().flatten(0, 1)
+    return F.cross_entropy(flat, targets.flatten(), ignore_index=IGNORED, reduction=reduction)
+
+
+@torch.no_grad()
+def measure(
+    model: GPT,
+    batches: Iterable[Batch],
+    run: RunConfig,
+    lengths: Tensor,
+    *,
+    dropout_active: bool = False,
+) -> Measured:
+    """Loss and accuracy over all targets of the batches, dropout off.
+
+    Raises DataError if there is no target, AssertionError if two passes over the first batch
+    differ: something random would be live.
+    """
+    device = next(model.parameters()).device
+    row_nats, row_targets = [], []
+    correct, text_nats, text_bytes = 0, 0.0, 0
+    with evaluating(model, dropout_active=dropout_active), precision(run):
+        for number, batch in enumerate(batches):
+            inputs, targets, real = tensors(batch, device)
+            logits = model(inputs, real)
+            if number == 0 and not dropout_active:
+                assert torch.equal(logits, model(inputs, real)), "evaluation is not repeatable"
+            nats = nats_of(logits, targets, "none").view_as(targets).double().cpu()
+            scored, target = targets.cpu() != IGNORED, targets.cpu().clamp(min=0)
+            n_bytes = lengths[target] * scored
+            row_nats.append(nats.sum(1))
+            row_targets.append(scored.sum(1))
+            correct += int(((logits.argmax(-1) == targets).cpu() & scored).sum())
+            text_nats += float(nats[n_bytes > 0].sum())
+            text_bytes += int(n_bytes.sum())
+    if not row_nats or not int(sum(t.sum() for t in row_targets)):
+        raise DataError("nothing to evaluate: the text has no target")
+    sums, counts = torch.cat(row_nats), torch.cat(row_targets)
+    total, n = float(sums.sum()), int(counts.sum())
+    variance = float((sums - total / n * counts).square().sum())
+    return Measured(total, variance, n, correct, text_nats, text_bytes)
+
+
+def rows_of_file(trained: Trained, file: str) -> Layout:
+    """The rows of a text file that was not part of the training data."""
+    path, text = Path(file), trained.tokenizer
+    sources.check_regular(path)
+    run = trained.run
+    documents = run.data.layout == "documents"
+    ids: list[int] = [text.eot] if documents and text.eot is not None else []
+    held = ""
+    for chunk, ends in sources.read_file(path, run.data):
+        pieces, held = tokenizer.cut(held + chunk, final=ends)
+        for piece in pieces:
+            ids += text.encode(piece)
+        if ends and documents and text.eot is not None:
+            ids.append(text.eot)
+    if len(ids) < 2:
+        raise DataError(f"--split {file}: has {len(ids)} tokens, needs >= 2")
+    tokens = np.array(ids)
+    if documents and text.eot is not None:
+        return Documents(tokens, run.model.context_length, text.eot)
+    return Stream(tokens, run.model.context_length)
+
+
+def loss_suite(
+    trained: Trained, rows: Callable[[], Layout], *, dropout_active: bool = False
+) -> dict[str, Any]:
+    run, text = trained.run, trained.tokenizer
+    batches: Iterator[Batch] = rows().sweep(eval_rows(run, text.vocab_size))
+    active = {"dropout_active": dropout_active}
+    measured = measure(trained.model, batches, run, byte_lengths(text), **active)
+    return {**measured.report(), **active}
+
+
+SUITES = {"loss": loss_suite}
+
+
+def evaluate(
+    trained: Trained,
+    split: str,
+    suites: Iterable[str],
+    files: Callable[[], TokenFiles],
+    *,
+    dropout_active: bool = False,
+) -> dict[str, Any]:
+    """Results by suite; `split` is val, train or a text file, `files` opens the run's data."""
+
+    def rows() -> Layout:
+        if split in ("val", "train"):
+            return files().rows(split, trained.run.model.context_length)
+        return rows_of_file(trained, split)
+
+    unknown = [suite for suite in suites if suite not in SUITES and suite != "all"]
+    if unknown:
+        raise ConfigError(f"--suite: no suite {unknown[0]!r}; there are: {', '.join(SUITES)}, all")
+    names = SUITES if "all" in suites else suites
+    return {name: SUITES[name](trained, rows, dropout_active=dropout_active) for name in names}

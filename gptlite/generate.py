@@ -1,0 +1,244 @@
+"""Sampling: a chain of pure functions from logits to a token, and cached generation in batches.
+
+A continuation depends on (seed, prompt, number of the sample) alone, not on what else is in the
+batch: each draw is one number from a key.
+"""
+
+import codecs
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gptlite.config import SampleConfig
+from gptlite.dropout import evaluating
+from gptlite.errors import ConfigError
+from gptlite.keys import key, uniform
+from gptlite.model import GPT, KVCache
+from gptlite.tokenizer import Tokenizer
+
+
+def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Divide positive and multiply negative logits of seen tokens (CTRL, arXiv:1909.05858)."""
+    punished = torch.where(logits > 0, logits / penalty, logits * penalty)
+    return torch.where(seen, punished, logits)
+
+
+def keep_top_k(logits: Tensor, k: int) -> Tensor:
+    """The k largest logits; the others become -inf. Ties at the edge stay."""
+    edge = logits.topk(min(k, logits.shape[-1]), dim=-1).values[..., -1:]
+    return logits.masked_fill(logits < edge, -math.inf)
+
+
+def keep_top_p(logits: Tensor, p: float) -> Tensor:
+    """The fewest tokens whose probabilities sum to at least p (arXiv:1904.09751)."""
+    ordered, index = logits.sort(dim=-1, descending=True)
+    probability = ordered.softmax(-1)
+    before = probability.cumsum(-1) - probability
+    return logits.masked_fill((before >= p).gather(-1, index.argsort(-1)), -math.inf)
+
+
+def keep_min_p(logits: Tensor, p: float) -> Tensor:
+    """Tokens at least p times as likely as the likeliest (arXiv:2407.01082)."""
+    probability = logits.softmax(-1)
+    return logits.masked_fill(probability < p * probability.amax(-1, keepdim=True), -math.inf)
+
+
+def probabilities(logits: Tensor, seen: Tensor, options: SampleConfig) -> Tensor:
+    """(B, V) logits → (B, V) probabilities; `seen` marks tokens already in the text."""
+    if options.repetition_penalty != 1:
+        logits = penalise(logits, seen, options.repetition_penalty)
+    if options.temperature == 0:
+        return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
+    logits = logits / options.temperature
+    if options.top_k is not None:
+        logits = keep_top_k(logits, options.top_k)
+    if options.top_p is not None:
+        logits = keep_top_p(logits, options.top_p)
+    if options.min_p is not None:
+        logits = keep_min_p(logits, options.min_p)
+    return logits.softmax(-1)
+
+
+def draw(probability: Tensor, chance: Tensor) -> Tensor:
+    """The token where the summed probability passes `chance` in [0, 1); (B, V), (B,) → (B,)."""
+    summed = probability.double().cumsum(-1)
+    token = (summed <= (chance * summed[:, -1])[:, None]).sum(-1)
+    return token.clamp(max=probability.shape[-1] - 1)
+
+
+def padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Rows filled up on the left, and which tokens are real (None: all)."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows], device=device)
+    if all(len(row) == width for row in rows):
+        return ids, None
+    real = torch.tensor([[i >= width - len(row) for i in range(width)] for row in rows])
+    return ids, real.to(device)
+
+
+@torch.no_grad()
+def continuations(
+    model: GPT, prompts: Sequence[Sequence[int]], names: Sequence[int], options: SampleConfig
+) -> Iterator[list[int]]:
+    """The next token of every row, step by step; `names` keys the draws of each row.
+
+    When the context is full, the text's last half context is read anew and generation goes on.
+    """
+    device, context = next(model.parameters()).device, model.config.context_length
+    rows = [list(prompt) for prompt in prompts]
+    seen = torch.zeros(len(rows), model.vocab_size, dtype=torch.bool, device=device)
+    for i, row in enumerate(rows):
+        seen[i, row] = True
+    cache: KVCache | None = None
+    for step in range(options.max_new_tokens):
+        with evaluating(model):  # not around `yield`: the caller may do anything in between
+            if cache is None or cache.room == 0:
+                window = context if cache is None else max(1, context // 2)
+                ids, real = padded([row[-window:] for row in rows], device)
+                cache = KVCache(model, len(rows))
+            logits = model.head(model.features(ids, real, cache)[:, -1]).float()
+        chances = [uniform(name, np.array([step]))[0] for name in names]
+        chance = torch.tensor(chances, dtype=torch.float64, device=device)
+        tokens = draw(probabilities(logits, seen, options), chance)
+        seen[torch.arange(len(rows)), tokens] = True
+        ids, real = tokens[:, None], None
+        for row, token in zip(rows, tokens.tolist(), strict=True):
+            row.append(token)
+        yield tokens.tolist()
+
+
+class TextStream:
+    """Turns the tokens of one continuation into text that can be shown at once.
+
+    Bytes that may be half a character, and text that may be the beginning of a stop string, wait.
+    """
+
+    def __init__(self, text: Tokenizer, stops: Sequence[str]) -> None:
+        self.tokenizer, self.stops = text, stops
+        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self.held = ""
+        self.finished = ""
+        """Why it ended: `eot`, `stop`, `length`, or nothing yet."""
+        self.n_tokens = 0
+
+    def feed(self, token: int) -> str:
+        """The text that is certain after one more token."""
+        if self.finished:
+            return ""
+        self.n_tokens += 1
+        if token == self.tokenizer.eot:
+            return self.end("eot")
+        self.held += self.decoder.decode(self.tokenizer.token_bytes(token))
+        found = [at for stop in self.stops if (at := self.held.find(stop)) >= 0]
+        if found:
+            self.finished, out = "stop", self.held[: min(found)]
+            return out
+        waiting = max((overlap(self.held, stop) for stop in self.stops), default=0)
+        out, self.held = (
+            self.held[: len(self.held) - waiting],
+            self.held[len(self.held) - waiting :],
+        )
+        return out
+
+    def end(self, why: str) -> str:
+        """What was still waiting when generation ended."""
+        if self.finished:
+            return ""
+        self.finished = why
+        return self.held + self.decoder.decode(b"", final=True)
+
+
+def overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop`."""
+    longest = min(len(text), len(stop) - 1)
+    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some text of one continuation."""
+
+    prompt: int
+    sample: int
+    text: str
+
+
+class Generation:
+    """Continuations of several prompts, `num_samples` of each, streamed together."""
+
+    def __init__(
+        self,
+        model: GPT,
+        text: Tokenizer,
+        prompts: Sequence[str],
+        options: SampleConfig,
+        *,
+        seed: int,
+        num_samples: int = 1,
+        stops: Sequence[str] = (),
+        documents: bool = False,
+    ) -> None:
+        self.model, self.options = model, options
+        self.prompts = prompts
+        ids = [encode_prompt(text, prompt, documents) for prompt in prompts]
+        self.index = [(p, s) for p in range(len(prompts)) for s in range(num_samples)]
+        self.rows = [ids[p] for p, _ in self.index]
+        self.names = [key(seed, "sample", *ids[p], s) for p, s in self.index]
+        self.streams = [TextStream(text, stops) for _ in self.index]
+
+    def pieces(self) -> Iterator[Piece]:
+        """Text as it becomes certain; ends when every continuation has ended."""
+        for tokens in continuations(self.model, self.rows, self.names, self.options):
+            for (p, s), stream, token in zip(self.index, self.streams, tokens, strict=True):
+                if text := stream.feed(token):
+                    yield Piece(p, s, text)
+            if all(stream.finished for stream in self.streams):
+                return
+        for (p, s), stream in zip(self.index, self.streams, strict=True):
+            if text := stream.end("length"):
+                yield Piece(p, s, text)
+
+    def results(self) -> list[dict[str, Any]]:
+        """Everything at once: prompt, text, tokens and why each ended."""
+        texts = {index: "" for index in self.index}
+        for piece in self.pieces():
+            texts[piece.prompt, piece.sample] += piece.text
+        return [
+            {
+                "prompt": self.prompts[p],
+                "sample": s,
+                "text": texts[p, s],
+                "tokens": stream.n_tokens,
+                "finished": stream.finished,
+            }
+            for (p, s), stream in zip(self.index, self.streams, strict=True)
+        ]
+
+
+def encode_prompt(text: Tokenizer, prompt: str, documents: bool) -> list[int]:
+    """Ids of a prompt; where documents are rows, each begins with the end-of-text token.
+
+    Raises ConfigError naming the character that the tokenizer does not know.
+    """
+    try:
+        prompt.encode()
+        ids = text.encode(prompt)
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"prompt: not valid UTF-8 at character {error.start + 1}") from None
+    except ConfigError as error:
+        raise ConfigError(f"prompt: {error}") from None
+    if documents and text.eot is not None:
+        return [text.eot, *ids]
+    if ids:
+        return ids
+    if text.eot is not None:
+        return [text.eot]
+    try:
+        return text.encode("\n")
+    except ConfigError:
+        return [0]

@@ -1,0 +1,266 @@
+"""The GPT: token ids in, logits out, readable from top to bottom.
+
+Shapes: B sequences, T new tokens, S tokens seen (T plus those in the cache), C features, H query
+heads, G heads of keys and values, D = C / H features per head, V tokens in the vocabulary.
+
+GPT-2 by default (pre-norm, learned positions, GELU, biases, tied embedding), so that its weights
+load here and give its logits. Every other choice is one field of ModelConfig.
+"""
+
+import math
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gptlite.config import SITES, ModelConfig
+from gptlite.dropout import Dropout
+from gptlite.keys import key
+
+ROPE_BASE = 10_000.0
+NO_DROPOUT = dict.fromkeys(SITES, 0.0)
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far; the model appends, and moves `length` at the end.
+
+    Fill it once with a batch of prompts (padded on the left if ragged), then add tokens.
+    """
+
+    def __init__(self, model: "GPT", batch_size: int) -> None:
+        config = model.config
+        width = config.n_embd // config.n_head
+        shape = (config.n_layer, batch_size, config.kv_heads, config.context_length, width)
+        weight = model.token_embedding.weight
+        self.keys = torch.zeros(shape, device=weight.device, dtype=weight.dtype)
+        self.values = torch.zeros_like(self.keys)
+        self.real = torch.ones(shape[1], shape[3], dtype=torch.bool, device=weight.device)
+        self.length = 0
+
+    @property
+    def room(self) -> int:
+        return self.real.shape[1] - self.length
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store (B, G, T, D) behind what is there and return all of it, (B, G, S, D)."""
+        end = self.length + k.shape[2]
+        self.keys[layer, :, :, self.length : end] = k
+        self.values[layer, :, :, self.length : end] = v
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+
+class Scene:
+    """What every layer needs to know of the batch: who may see whom, and the rotary angles."""
+
+    def __init__(self, visible: Tensor | None, rotation: tuple[Tensor, Tensor] | None) -> None:
+        self.visible = visible
+        """(B or 1, 1, T, S) True where a query may look; None: every token before it."""
+        self.rotation = rotation
+        """cos and sin, (B or 1, 1, T, D/2)."""
+
+
+class Attention(nn.Module):
+    """Causal self-attention."""
+
+    def __init__(self, config: ModelConfig, rates: Mapping[str, float], layer: int, kernel: str):
+        super().__init__()
+        self.n_head, self.n_kv_head, self.layer, self.kernel = (
+            config.n_head,
+            config.kv_heads,
+            layer,
+            kernel,
+        )
+        self.head_width = config.n_embd // config.n_head
+        width = (config.n_head + 2 * config.kv_heads) * self.head_width
+        self.qkv = nn.Linear(config.n_embd, width, bias=config.bias)
+        self.output = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        norms = config.qk_norm
+        self.q_norm = nn.RMSNorm(self.head_width, eps=1e-5) if norms else nn.Identity()
+        self.k_norm = nn.RMSNorm(self.head_width, eps=1e-5) if norms else nn.Identity()
+        self.drop_weights = Dropout("attention_weights", rates["attention_weights"])
+        self.drop_context = Dropout("attention_context", rates["attention_context"])
+        self.drop_output = Dropout("attention_output", rates["attention_output"])
+
+    def forward(self, x: Tensor, scene: Scene, cache: KVCache | None) -> Tensor:
+        B, T, C = x.shape
+        H, G, D = self.n_head, self.n_kv_head, self.head_width
+        qkv = self.qkv(x).view(B, T, H + 2 * G, D).transpose(1, 2)  # (B, H + 2G, T, D)
+        q, k, v = qkv.split((H, G, G), dim=1)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if scene.rotation is not None:
+            q, k = rotate(q, *scene.rotation), rotate(k, *scene.rotation)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)  # (B, G, S, D)
+        if G < H:
+            k, v = (one.repeat_interleave(H // G, dim=1) for one in (k, v))  # (B, H, S, D)
+        z = self.attend(q, k, v, scene.visible)  # (B, H, T, D)
+        z = self.drop_context(z.transpose(1, 2).reshape(B, T, C))
+        return self.drop_output(self.output(z))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
+        """Weighted sums of values, (B, H, T, D), by the kernel that the rates allow."""
+        # CPU has no fused kernel that drops weights; there sdpa would take a slower plain path.
+        fused = self.kernel == "sdpa" and not (self.drop_weights.live and q.device.type == "cpu")
+        if not fused:
+            return self.drop_weights(attention_weights(q, k, visible)) @ v
+        rate, causal = self.drop_weights.rate_now, visible is None and q.shape[2] > 1
+        return F.scaled_dot_product_attention(q, k, v, visible, rate, is_causal=causal)
+
+
+def attention_weights(q: Tensor, k: Tensor, visible: Tensor | None) -> Tensor:
+    """softmax(q k / sqrt(D)), (B, H, T, S); a row that may see nothing is all zeros."""
+    scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
+    if visible is None:
+        T, S = scores.shape[-2:]
+        past = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+        return scores.masked_fill(~past, -math.inf).softmax(-1)
+    # The lowest finite number instead of -inf: a row without any key must not become NaN.
+    weights = scores.masked_fill(~visible, torch.finfo(scores.dtype).min).softmax(-1)
+    return weights * visible
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the pairs (i, i + D/2) of each head by an angle per position (RoFormer, 2104.09864)."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+class MLP(nn.Module):
+    """Two matrices with an activation between; swiglu has a third for the gate."""
+
+    def __init__(self, config: ModelConfig, rates: Mapping[str, float]) -> None:
+        super().__init__()
+        self.activation = config.mlp
+        gates = 2 if config.mlp == "swiglu" else 1
+        self.up = nn.Linear(config.n_embd, gates * config.mlp_width, bias=config.bias)
+        self.down = nn.Linear(config.mlp_width, config.n_embd, bias=config.bias)
+        self.drop_activation = Dropout("mlp_activation", rates["mlp_activation"])
+        self.drop_output = Dropout("mlp_output", rates["mlp_output"])
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.drop_activation(self.activate(self.up(x)))  # (B, T, 4C)
+        return self.drop_output(self.down(h))
+
+    def activate(self, h: Tensor) -> Tensor:
+        if self.activation == "gelu":
+            return F.gelu(h, approximate="tanh")  # the GPT-2 papers' approximation
+        if self.activation == "relu2":
+            return F.relu(h).square()
+        gate, value = h.chunk(2, dim=-1)
+        return F.silu(gate) * value
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig, rates: Mapping[str, float], layer: int, kernel: str):
+        super().__init__()
+        self.norm_1 = make_norm(config)
+        self.attention = Attention(config, rates, layer, kernel)
+        self.norm_2 = make_norm(config)
+        self.mlp = MLP(config, rates)
+
+    def forward(self, x: Tensor, scene: Scene, cache: KVCache | None) -> Tensor:
+        x = x + self.attention(self.norm_1(x), scene, cache)
+        return x + self.mlp(self.norm_2(x))
+
+
+def make_norm(config: ModelConfig) -> nn.Module:
+    if config.norm == "rmsnorm":
+        return nn.RMSNorm(config.n_embd, eps=1e-5)
+    return nn.LayerNorm(config.n_embd, bias=config.bias)
+
+
+class GPT(nn.Module):
+    """A decoder-only transformer.
+
+    `rates` gives every site its rate; `kernel` is `math` or `sdpa`; `seed` names the weights.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        vocab_size: int,
+        rates: Mapping[str, float] = NO_DROPOUT,
+        *,
+        kernel: str = "math",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.config, self.vocab_size = config, vocab_size
+        self.token_embedding = nn.Embedding(vocab_size, config.n_embd)
+        if config.position == "learned":
+            self.position_embedding = nn.Embedding(config.context_length, config.n_embd)
+        self.drop_embedding = Dropout("embedding", rates["embedding"])
+        layers = range(config.n_layer)
+        self.blocks = nn.ModuleList([Block(config, rates, layer, kernel) for layer in layers])
+        self.norm = make_norm(config)
+        self.head = nn.Linear(config.n_embd, vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.head.weight = self.token_embedding.weight
+        init_weights(self, seed)
+
+    def forward(
+        self, ids: Tensor, real: Tensor | None = None, cache: KVCache | None = None
+    ) -> Tensor:
+        """(B, T) ids → (B, T, V) logits. `real` is False at padding, which changes nothing else."""
+        return self.head(self.features(ids, real, cache))  # (B, T, V)
+
+    def features(
+        self, ids: Tensor, real: Tensor | None = None, cache: KVCache | None = None
+    ) -> Tensor:
+        """What the output matrix reads, (B, T, C)."""
+        position, visible = place(ids, real, cache)
+        x = self.token_embedding(ids)
+        rotation = None
+        if self.config.position == "learned":
+            x = x + self.position_embedding(position)
+        else:
+            rotation = angles(position, self.config.n_embd // self.config.n_head)
+        x = self.drop_embedding(x)
+        scene = Scene(visible, rotation)
+        for block in self.blocks:
+            x = block(x, scene, cache)
+        if cache is not None:
+            cache.length += ids.shape[1]
+        return self.norm(x)
+
+
+def place(ids: Tensor, real: Tensor | None, cache: KVCache | None) -> tuple[Tensor, Tensor | None]:
+    """Positions (B or 1, T), counted from the first real token, and who sees whom.
+
+    None instead of a mask where all is real and plainly causal, which fused kernels do best.
+    """
+    B, T = ids.shape
+    start = 0 if cache is None else cache.length
+    if real is None and (cache is None or start == 0 or (T == 1 and bool(cache.real.all()))):
+        return torch.arange(start, start + T, device=ids.device)[None], None
+    seen = torch.ones_like(ids, dtype=torch.bool) if real is None else real  # (B, T)
+    if cache is not None:
+        cache.real[:, start : start + T] = seen
+        seen = cache.real[:, : start + T]  # (B, S)
+    position = (seen.cumsum(1) - 1).clamp(min=0)[:, start:]
+    past = torch.ones(T, start + T, dtype=torch.bool, device=ids.device).tril(start)
+    return position, (past & seen[:, None, :])[:, None]  # (B, 1, T, S)
+
+
+def angles(position: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """cos and sin of the rotary angles, (B or 1, 1, T, D/2)."""
+    frequency = ROPE_BASE ** -(torch.arange(0, width, 2, device=position.device) / width)
+    turn = position[:, None, :, None].float() * frequency
+    return turn.cos(), turn.sin()
+
+
+@torch.no_grad()
+def init_weights(model: GPT, seed: int) -> None:
+    """GPT-2's: normal with deviation 0.02, less before a residual sum by the number of sums.
+
+    Each matrix is drawn from a key of its own name: adding a layer or an option moves no other.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.ndim < 2:
+            nn.init.zeros_(parameter) if name.endswith("bias") else nn.init.ones_(parameter)
+            continue
+        residual = name.endswith(("attention.output.weight", "mlp.down.weight"))
+        std = 0.02 / math.sqrt(2 * model.config.n_layer) if residual else 0.02
+        generator = torch.Generator().manual_seed(key(seed, "weights", name) >> 1)
+        nn.init.normal_(parameter, std=std, generator=generator)

@@ -1,0 +1,133 @@
+"""Optimizers and learning-rate schedules. Every parameter belongs to exactly one group.
+
+State is saved under the parameters' names, so it does not depend on their order.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from gptlite.config import OptimConfig
+
+WSD_DECAY = 0.2
+"""Share of the run over which schedule wsd falls."""
+
+
+def lr_at(step: int, max_steps: int, optim: OptimConfig) -> float:
+    """The learning rate of update `step`, counted from 0; a pure function, so resuming is exact."""
+    if step < optim.warmup_steps:
+        return optim.lr * (step + 1) / (optim.warmup_steps + 1)
+    done = (step - optim.warmup_steps) / max(1, max_steps - 1 - optim.warmup_steps)
+    done = min(1.0, done)
+    if optim.schedule == "constant":
+        return optim.lr
+    if optim.schedule == "wsd":
+        done = max(0.0, done - (1 - WSD_DECAY)) / WSD_DECAY
+    if optim.schedule == "cosine":
+        done = (1 - math.cos(math.pi * done)) / 2
+    return optim.lr + (optim.min_lr - optim.lr) * done
+
+
+def split_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """matrices of the blocks, tables (embeddings and output), vectors (biases and norms)."""
+    groups: dict[str, list[nn.Parameter]] = {"matrices": [], "tables": [], "vectors": []}
+    for name, parameter in model.named_parameters():
+        if parameter.ndim < 2:
+            groups["vectors"].append(parameter)
+        else:
+            groups["matrices" if name.startswith("blocks.") else "tables"].append(parameter)
+    return groups
+
+
+def adamw(
+    groups: dict[str, list[nn.Parameter]], optim: OptimConfig
+) -> Iterable[torch.optim.Optimizer]:
+    """AdamW (Loshchilov and Hutter 2019), fused."""
+    decayed = {"params": groups["matrices"] + groups["tables"], "weight_decay": optim.weight_decay}
+    plain = {"params": groups["vectors"], "weight_decay": 0.0}
+    both = [group for group in (decayed, plain) if group["params"]]
+    return [torch.optim.AdamW(both, lr=optim.lr, betas=optim.betas, fused=True)]
+
+
+def muon(
+    groups: dict[str, list[nn.Parameter]], optim: OptimConfig
+) -> Iterable[torch.optim.Optimizer]:
+    """Muon for matrices, scaled so that AdamW's learning rate fits it (Liu et al., 2502.16982)."""
+    matrices = torch.optim.Muon(
+        groups["matrices"],
+        lr=optim.lr,
+        weight_decay=optim.weight_decay,
+        momentum=optim.momentum,
+        adjust_lr_fn="match_rms_adamw",
+    )
+    return [matrices, *adamw({**groups, "matrices": []}, optim)]
+
+
+OPTIMIZERS: dict[str, Callable[..., Iterable[torch.optim.Optimizer]]] = {
+    "adamw": adamw,
+    "muon": muon,
+}
+
+
+STATE_KEYS: dict[type[torch.optim.Optimizer], tuple[str, ...]] = {
+    torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"),
+    torch.optim.Muon: ("momentum_buffer",),
+}
+"""What each optimizer remembers per parameter."""
+
+
+class Optimizer:
+    """The optimizers of a run, used as one."""
+
+    def __init__(self, model: nn.Module, optim: OptimConfig) -> None:
+        self.names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+        self.parts = list(OPTIMIZERS[optim.name](split_parameters(model), optim))
+        grouped = [p for part in self.parts for group in part.param_groups for p in group["params"]]
+        assert len(grouped) == len(set(grouped)) == len(self.names), "a parameter without a group"
+
+    def step(self, lr: float) -> None:
+        for part in self.parts:
+            for group in part.param_groups:
+                group["lr"] = lr
+            part.step()
+
+    def zero_grad(self) -> None:
+        for part in self.parts:
+            part.zero_grad(set_to_none=True)
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """`parameter name:state name` → tensor."""
+        return {
+            f"{self.names[parameter]}:{key}": value
+            for part in self.parts
+            for parameter, state in part.state.items()
+            for key, value in state.items()
+        }
+
+    def expected_state(self) -> set[str]:
+        """The names that `state_tensors` has after an update."""
+        return {
+            f"{self.names[parameter]}:{key}"
+            for part in self.parts
+            for group in part.param_groups
+            for parameter in group["params"]
+            for key in STATE_KEYS[type(part)]
+        }
+
+    def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take back `state_tensors`. Raises KeyError or ValueError if they are of another model."""
+        if set(tensors) != self.expected_state():
+            odd = sorted(set(tensors) ^ self.expected_state())[:5]
+            raise KeyError(f"optimizer state does not fit: {', '.join(odd)}")
+        for part in self.parts:
+            for group in part.param_groups:
+                for parameter in group["params"]:
+                    prefix = f"{self.names[parameter]}:"
+                    for full, value in tensors.items():
+                        if full.startswith(prefix):
+                            if value.ndim and value.shape != parameter.shape:
+                                raise ValueError(f"optimizer state {full} has another shape")
+                            # fused AdamW wants its step beside the parameter
+                            part.state[parameter][full[len(prefix) :]] = value.to(parameter.device)

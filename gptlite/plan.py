@@ -1,0 +1,162 @@
+"""What a run would do, without doing it: sizes, cost, memory, choices, and every dropout site."""
+
+import time
+from typing import Any
+
+import numpy as np
+import torch
+
+from gptlite.auto import (
+    BYTES_TO_TRAIN,
+    activation_bytes_per_row,
+    planned_steps,
+    precision,
+    resolve,
+)
+from gptlite.config import SITES, RunConfig
+from gptlite.data import IGNORED, Batch, Layout, TokenFiles, batch_at
+from gptlite.dropout import dropouts
+from gptlite.evaluate import nats_of, tensors
+from gptlite.metrics import clock, human
+from gptlite.model import GPT
+from gptlite.prepare import prepare
+
+
+def flops_per_token(run: RunConfig, vocab_size: int) -> int:
+    """Forward and backward of one token at full context (PaLM, arXiv:2204.02311, appendix B)."""
+    model = run.model
+    looked_up = model.context_length * model.n_embd if model.position == "learned" else 0
+    looked_up += 0 if model.tie_embeddings else vocab_size * model.n_embd
+    weights = model.n_parameters(vocab_size) - looked_up
+    return 6 * weights + 12 * model.n_layer * model.n_embd * model.context_length
+
+
+def plan_run(run: RunConfig) -> tuple[RunConfig, dict[str, Any]]:
+    """The resolved run and its plan, with the time of an update measured."""
+    files = prepare(run)
+    rows = files.rows("train", run.model.context_length)
+    vocab_size = files.meta["vocab_size"]
+    resolved, reasons = resolve(run, vocab_size=vocab_size, n_rows=rows.n_rows)
+    model = GPT(run.model, vocab_size, run.dropout.rates(), kernel=resolved.attention)
+    plan = make_plan(resolved, model, files, rows, reasons)
+    return resolved, {**plan, "seconds_per_update": seconds_per_update(resolved, model, rows)}
+
+
+def make_plan(
+    run: RunConfig, model: GPT, files: TokenFiles, rows: Layout, reasons: dict[str, str]
+) -> dict[str, Any]:
+    """The plan of a resolved run, as it is written to plan.json."""
+    vocab_size, train = files.meta["vocab_size"], run.train
+    n_steps = planned_steps(run, rows.n_rows)
+    n_parameters = run.model.n_parameters(vocab_size)
+    splits = files.meta["splits"]
+    tokens_per_update = mean_targets(rows) * train.batch_size
+    flops = flops_per_token(run, vocab_size)
+    assert isinstance(train.micro_batch_size, int)
+    return {
+        "parameters": n_parameters,
+        "vocab_size": vocab_size,
+        "train_tokens": splits["train"]["tokens"],
+        "val_tokens": splits["val"]["tokens"],
+        "bytes_per_token": files.meta["bytes_per_token"],
+        "steps": n_steps,
+        "rows_per_epoch": rows.n_rows,
+        "epochs": n_steps * train.batch_size / rows.n_rows,
+        "tokens_per_update": tokens_per_update,
+        "flops_per_token": flops,
+        "flops": flops * tokens_per_update * n_steps,
+        "memory_bytes_estimate": n_parameters * BYTES_TO_TRAIN
+        + train.micro_batch_size * activation_bytes_per_row(run, vocab_size),
+        "auto": reasons,
+        "dropout": dropout_plan(run, model),
+    }
+
+
+def mean_targets(rows: Layout) -> float:
+    """Targets per row, over rows spread through the split."""
+    counts = [batch.n_targets / len(batch.inputs) for batch in rows.sweep(64, limit=256)]
+    return float(np.mean(counts))
+
+
+def dropout_plan(run: RunConfig, model: GPT) -> list[dict[str, Any]]:
+    """One entry per site: how many modules act there, on what shape, at which rate, by what."""
+    sizes, rows = run.model, run.train.micro_batch_size
+    found = [module.site for module in dropouts(model)]
+    plan = []
+    for site in SITES:
+        width = sizes.mlp_width if site == "mlp_activation" else sizes.n_embd
+        shape = [rows, sizes.context_length, width]
+        if site == "attention_weights":
+            shape = [rows, sizes.n_head, sizes.context_length, sizes.context_length]
+        by = "torch.nn.Dropout"
+        if site == "attention_weights" and run.attention == "sdpa" and run.device != "cpu":
+            by = "inside scaled_dot_product_attention"
+        rate = run.dropout.rates()[site]
+        plan.append(
+            {"site": site, "rate": rate, "modules": found.count(site), "shape": shape, "by": by}
+        )
+    return plan
+
+
+def seconds_per_update(run: RunConfig, model: GPT, rows: Layout) -> float:
+    """Measured: forward and backward of one part of a batch, times the parts."""
+    device = torch.device(run.device)
+    model.to(device).train()
+    assert isinstance(run.train.micro_batch_size, int)
+    batch = batch_at(rows, seed=run.seed, step=0, batch_size=run.train.batch_size)
+    size = min(run.train.micro_batch_size, 4 if run.model.n_parameters(1) > 1e7 else 1 << 20)
+    part = batch.part(0, size)
+    times = []
+    with torch.random.fork_rng():
+        for _ in range(3):
+            began = time.perf_counter()
+            backward(model, part, run, device)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - began)
+    return min(times) * run.train.batch_size / size
+
+
+def backward(model: GPT, part: Batch, run: RunConfig, device: torch.device) -> None:
+    inputs, targets, real = tensors(part, device)
+    with precision(run):
+        logits = model(inputs, real)
+    (nats_of(logits, targets, "sum") / max(1, int((targets != IGNORED).sum()))).backward()
+    model.zero_grad(set_to_none=True)
+
+
+def summary_lines(run: RunConfig, plan: dict[str, Any]) -> list[str]:
+    """The plan for people: the head of a run's log, and what `gptlite plan` prints."""
+    model, train = run.model, run.train
+    tokens = f"{plan['train_tokens']:,} train + {plan['val_tokens']:,} val tokens"
+    kind = f"{run.tokenizer.kind} {plan['vocab_size']}, {plan['bytes_per_token']:.2f} bytes/token"
+    shape = f"{model.n_layer} layers, {model.n_head} heads, {model.n_embd} wide"
+    update = f"{train.batch_size} x {model.context_length} tokens"
+    if run.data.layout == "documents":
+        update = f"{train.batch_size} documents"
+    lines = [
+        f"data: {', '.join(run.sources)}: {tokens} ({kind})",
+        f"model: {shape}, context {model.context_length}: {human(plan['parameters'])} parameters, "
+        f"about {plan['memory_bytes_estimate'] / 2**30:.2g} GiB to train",
+        f"plan: {plan['steps']} updates of {update} = {plan['epochs']:.2f} epochs, "
+        f"{human(plan['flops'])}FLOP",
+    ]
+    lines += [f"auto: {name} = {why}" for name, why in plan["auto"].items()]
+    sites = [f"{site['site']} {site['rate']:g}" for site in plan["dropout"] if site["rate"]]
+    lines.append(f"dropout: {', '.join(sites) or 'none'}")
+    return lines
+
+
+def plan_table(run: RunConfig, plan: dict[str, Any]) -> list[str]:
+    """summary_lines, the dropout sites as a table, and the time."""
+    lines = summary_lines(run, plan)[:-1]
+    lines.append(f"{'dropout site':20} {'rate':>5}  {'modules':>7}  {'shape':22} by")
+    for site in plan["dropout"]:
+        shape = " x ".join(map(str, site["shape"]))
+        by = site["by"] if site["rate"] else "-"
+        lines.append(f"{site['site']:20} {site['rate']:5g}  {site['modules']:7}  {shape:22} {by}")
+    total = plan["seconds_per_update"] * plan["steps"]
+    lines.append(
+        f"time: {clock(total)} at {plan['seconds_per_update']:.3g} s per update (measured)"
+    )
+    return lines

@@ -1,0 +1,297 @@
+"""Text → token files, streamed: memory stays flat however large the input.
+
+A folder per content in the cache, named by the digest of everything that decides what is in it:
+
+    train.bin, val.bin   token ids, see data.py
+    tokenizer.json       the tokenizer, which also travels with every run
+    meta.json            written last: layout, counts, bytes, digests
+
+Two passes: one counts (and lists characters and documents), one encodes. A trained tokenizer sees
+the training part only.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from gptlite import sources, tokenizer
+from gptlite.config import RunConfig
+from gptlite.data import TokenFiles, open_token_files, token_dtype
+from gptlite.errors import DataError, StorageError
+from gptlite.sources import Chunk
+from gptlite.tokenizer import Tokenizer
+
+FORMAT = 1
+
+
+@dataclass
+class Scan:
+    """What the first pass over the text finds."""
+
+    n_bytes: int = 0
+    n_documents: int = 0
+    characters: set[str] = field(default_factory=set)
+    digests: list[int] = field(default_factory=list)
+    """Eight bytes of each document's digest, kept only to split by document."""
+
+
+def prepare(run: RunConfig) -> TokenFiles:
+    """The token files of a run: from the cache, from a folder of .bin files, or made now."""
+    folder = Path(run.sources[0]).expanduser()
+    if len(run.sources) == 1 and (folder / "train.bin").is_file():
+        return adopt(folder, run)
+    files = sources.locate(run)
+    listing = [
+        {"name": f.name, "bytes": f.stat().st_size, "sha256": sources.file_digest(f)} for f in files
+    ]
+    target = Path(run.data.cache_dir) / "tokens" / cache_key(run, listing)
+    if not (target / "meta.json").is_file():
+        try:
+            make(target, files, listing, run)
+        except OSError as error:
+            raise StorageError(f"{error.filename or target}: {error.strerror}") from None
+    return open_token_files(target)
+
+
+def cache_key(run: RunConfig, listing: list[dict[str, Any]]) -> str:
+    kind = run.tokenizer.kind
+    decides = {"char": ["unknown"], "bpe": ["vocab_size"], "tiktoken": ["name"]}.get(kind, [])
+    names: dict[str, Any] = {"format": FORMAT, "sources": listing, "kind": kind}
+    names |= {name: getattr(run.tokenizer, name) for name in decides}
+    names |= {"layout": run.data.layout, "split_by": run.split_by}
+    names |= {"val_fraction": run.data.val_fraction, "text_field": run.data.text_field}
+    return hashlib.sha256(json.dumps(names, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def adopt(folder: Path, run: RunConfig) -> TokenFiles:
+    """Token files made elsewhere: by gptlite, or by nanoGPT (then the config names the tokenizer).
+
+    nanoGPT's meta.pkl is a pickle and is never read.
+    """
+    if (folder / "meta.json").is_file():
+        return open_token_files(folder)
+    kind = run.tokenizer.kind
+    if kind not in ("byte", "tiktoken"):
+        raise DataError(
+            f"data.source: {folder}: has no meta.json, so tokenizer.kind must name the tokenizer "
+            f"(byte or tiktoken, got {kind}); or give the text instead of the .bin files"
+        )
+    built = tokenizer.build(run.tokenizer, eot=False, characters="", texts=())
+    splits = {}
+    for split in ("train", "val"):
+        path = folder / f"{split}.bin"
+        if not path.is_file():
+            raise DataError(f"data.source: {path}: no such file")
+        dtype = token_dtype(built.vocab_size)
+        size = path.stat().st_size
+        if size % dtype.itemsize:
+            raise DataError(f"{path}: not a token file: {size} bytes, not a multiple of 2")
+        tokens = np.memmap(path, dtype, mode="r") if size else np.zeros(0, dtype)
+        check_ids(path, tokens, built.vocab_size)
+        splits[split] = count(tokens, sources.file_digest(path), built)
+    meta = describe(run, built, splits, [{"name": f"{s}.bin", **splits[s]} for s in splits])
+    return TokenFiles(folder, meta, built)
+
+
+def check_ids(path: Path, tokens: np.ndarray, vocab_size: int) -> None:
+    for start in range(0, len(tokens), 1 << 24):
+        part = tokens[start : start + (1 << 24)]
+        if part.max() >= vocab_size:
+            at = start + int(np.argmax(part >= vocab_size))
+            raise DataError(f"{path}: token {tokens[at]} at offset {at} >= vocab_size {vocab_size}")
+
+
+def count(tokens: np.ndarray, sha256: str, built: Tokenizer) -> dict[str, Any]:
+    lengths = np.array(tokenizer.token_lengths(built), dtype=np.int64)
+    parts = range(0, len(tokens), 1 << 24)
+    n_bytes = sum(int(lengths[tokens[start : start + (1 << 24)]].sum()) for start in parts)
+    ends = 0 if built.eot is None else int(np.count_nonzero(tokens == built.eot))
+    return {"tokens": len(tokens), "documents": max(1, ends), "bytes": n_bytes, "sha256": sha256}
+
+
+def describe(
+    run: RunConfig, built: Tokenizer, splits: dict[str, Any], listing: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """meta.json: all that a reader of the token files needs to know."""
+    n_bytes, n_tokens = (sum(s[k] for s in splits.values()) for k in ("bytes", "tokens"))
+    return {
+        "format": FORMAT,
+        "layout": run.data.layout,
+        "dtype": token_dtype(built.vocab_size).name,
+        "tokenizer": built.kind,
+        "tokenizer_sha256": tokenizer.digest(built),
+        "vocab_size": built.vocab_size,
+        "eot": built.eot,
+        "bytes_per_token": n_bytes / max(1, n_tokens),
+        "splits": splits,
+        "sources": listing,
+    }
+
+
+def make(target: Path, files: list[Path], listing: list[dict[str, Any]], run: RunConfig) -> None:
+    """Tokenize into a temporary folder and rename it: a cache folder is whole or absent."""
+    work = target.with_name(f".{target.name}.{os.getpid()}")
+    work.mkdir(parents=True, exist_ok=True)
+    try:
+        scan = first_pass(files, run)
+        if not scan.n_bytes:
+            raise DataError(f"data.source: {', '.join(run.sources)}: has no text (0 bytes)")
+        is_val = splitter(scan, run)
+
+        def split_text(desc: str) -> Iterator[tuple[str, Chunk]]:
+            return divide(with_progress(files, run, desc, scan.n_bytes), is_val, scan, run)
+
+        separate = run.data.layout == "documents" or scan.n_documents > 1
+        built = tokenizer.build(
+            run.tokenizer,
+            eot=separate,
+            characters=scan.characters,
+            texts=(text for split, (text, _) in split_text("learn") if split == "train"),
+        )
+        splits = encode(split_text("encode"), built, work, run, separate=separate)
+        meta = describe(run, built, splits, listing)
+        (work / "tokenizer.json").write_text(json.dumps(built.to_json()))
+        (work / "meta.json").write_text(json.dumps(meta, indent=2))
+        with suppress(OSError):  # another process may have made the same folder meanwhile
+            os.rename(work, target)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def with_progress(files: list[Path], run: RunConfig, desc: str, total: int) -> Iterator[Chunk]:
+    with tqdm(
+        total=total or None, unit="B", unit_scale=True, desc=desc, disable=None, delay=2
+    ) as bar:
+        for file in files:
+            for text, ends in sources.read_file(file, run.data):
+                bar.update(len(text))
+                yield text, ends
+
+
+def first_pass(files: list[Path], run: RunConfig) -> Scan:
+    scan = Scan()
+    by_document, characters = run.split_by == "document", run.tokenizer.kind == "char"
+    hashed = hashlib.blake2b(digest_size=8)
+    for text, ends in with_progress(files, run, "read", 0):
+        raw = text.encode("utf-8", errors="replace")
+        scan.n_bytes += len(raw)
+        if characters:
+            scan.characters.update(text)
+        if by_document:
+            hashed.update(raw)
+        if ends:
+            scan.n_documents += 1
+            if by_document:
+                scan.digests.append(int.from_bytes(hashed.digest(), "little"))
+                hashed = hashlib.blake2b(digest_size=8)
+    return scan
+
+
+def splitter(scan: Scan, run: RunConfig) -> Callable[[int], bool]:
+    """Whether a document, by number, is for validation. Equal documents stay on one side."""
+    if run.split_by == "tail":
+        return lambda number: False  # `divide` goes by bytes
+    n = scan.n_documents
+    if n < 2:
+        raise DataError(
+            f"data.source: has {n} document, needs >= 2 to split by document; "
+            "set data.split_by: tail"
+        )
+    digests = np.array(scan.digests, dtype=np.uint64)
+    n_val = min(max(1, round(n * run.data.val_fraction)), n - 1)
+    chosen = digests <= np.partition(digests, n_val - 1)[n_val - 1]
+    return lambda number: bool(chosen[number])
+
+
+def divide(
+    chunks: Iterator[Chunk], is_val: Callable[[int], bool], scan: Scan, run: RunConfig
+) -> Iterator[tuple[str, Chunk]]:
+    """Each piece of text with its split; a text cut by its tail is cut between characters."""
+    tail = run.split_by == "tail"
+    first_of_tail = int(scan.n_bytes * (1 - run.data.val_fraction))
+    whole_documents = run.data.layout == "documents"
+    at = number = 0
+    split, fresh = "train", True
+    for text, ends in chunks:
+        raw = text.encode("utf-8", errors="replace")
+        if fresh and (is_val(number) or (tail and whole_documents and at >= first_of_tail)):
+            split = "val"
+        elif fresh and not tail:
+            split = "train"
+        if tail and not whole_documents and split == "train" and at + len(raw) > first_of_tail:
+            head = raw[: first_of_tail - at].decode(errors="ignore")
+            yield "train", (head, True)
+            split, text = "val", text[len(head) :]
+        yield split, (text, ends)
+        at, fresh = at + len(raw), ends
+        number += ends
+
+
+class TokenWriter:
+    """One token file, hashed as it is written."""
+
+    def __init__(self, path: Path, built: Tokenizer, *, separate: bool) -> None:
+        self.built, self.separate = built, separate
+        self.file, self.sha256 = path.open("wb"), hashlib.sha256()
+        self.dtype = token_dtype(built.vocab_size)
+        self.counts = {"tokens": 0, "documents": 0, "bytes": 0}
+        self.held = ""
+
+    def write(self, ids: list[int]) -> None:
+        raw = np.asarray(ids, dtype=self.dtype).tobytes()
+        self.file.write(raw)
+        self.sha256.update(raw)
+        self.counts["tokens"] += len(ids)
+
+    def add(self, text: str, ends: bool) -> None:
+        self.counts["bytes"] += len(text.encode("utf-8", errors="replace"))
+        pieces, self.held = tokenizer.cut(self.held + text, final=ends)
+        ids = [token for piece in pieces for token in self.built.encode(piece)]
+        if ends:
+            self.counts["documents"] += 1
+            if self.separate and self.built.eot is not None:
+                ids.append(self.built.eot)
+        self.write(ids)
+
+    def close(self) -> dict[str, Any]:
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        return {**self.counts, "sha256": self.sha256.hexdigest()}
+
+
+def encode(
+    parts: Iterator[tuple[str, Chunk]],
+    built: Tokenizer,
+    work: Path,
+    run: RunConfig,
+    *,
+    separate: bool,
+) -> dict[str, Any]:
+    """Write both token files.
+
+    The end-of-text token stands behind each document if there are several; in the documents layout
+    also at the beginning, so that every document has something to be predicted from.
+    """
+    documents = run.data.layout == "documents"
+    writers = {
+        s: TokenWriter(work / f"{s}.bin", built, separate=separate) for s in ("train", "val")
+    }
+    try:
+        if documents:
+            for writer in writers.values():
+                writer.write([] if built.eot is None else [built.eot])
+        for split, (text, ends) in parts:
+            writers[split].add(text, ends)
+    finally:
+        splits = {split: writer.close() for split, writer in writers.items()}
+    return splits

@@ -1,0 +1,289 @@
+"""Text ↔ token ids. Four kinds behind one protocol; each is one JSON document that travels.
+
+`<|endoftext|>` written in a text stays text: the end-of-text id is only ever put between documents.
+Ids decode to bytes, so a text decodes exactly however its tokens are cut.
+"""
+
+import base64
+import hashlib
+import json
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
+from typing import Any, Protocol
+
+import tiktoken
+
+from gptlite.config import TokenizerConfig
+from gptlite.errors import ConfigError, DataError
+
+EOT = "<|endoftext|>"
+PIECE = 1 << 16
+DOWNLOAD_SECONDS = 8.0
+
+# GPT-2's split into words, with possessive repeats so that long runs cost no backtracking.
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+
+
+class Tokenizer(Protocol):
+    @property
+    def kind(self) -> str: ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def eot(self) -> int | None:
+        """Id of the end-of-text token, if there is one."""
+        ...
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def token_bytes(self, token: int) -> bytes:
+        """The UTF-8 bytes of one id; none for the end-of-text token."""
+        ...
+
+    def to_json(self) -> dict[str, Any]: ...
+
+
+def decode(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
+    """Text of the ids; bytes that are no UTF-8 show as U+FFFD."""
+    return b"".join(map(tokenizer.token_bytes, ids)).decode("utf-8", errors="replace")
+
+
+def token_lengths(tokenizer: Tokenizer) -> list[int]:
+    """UTF-8 bytes of every id."""
+    return [len(tokenizer.token_bytes(token)) for token in range(tokenizer.vocab_size)]
+
+
+def digest(tokenizer: Tokenizer) -> str:
+    """sha256 of the tokenizer's document: equal digests mean equal ids."""
+    text = json.dumps(tokenizer.to_json(), sort_keys=True, ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def cut(text: str, *, final: bool) -> tuple[list[str], str]:
+    """Pieces to encode one by one, and the rest that waits for more text.
+
+    A piece ends before a single space between two visible characters: in every pattern used here
+    a token begins there, so pieces encode as the whole would. A stretch of 64 Ki characters without
+    such a place is cut all the same: tiktoken cannot take a million spaces (tiktoken issue 15).
+    Where text is cut depends on the text alone, never on how it was read.
+    """
+    pieces, start = [], 0
+    while len(text) - start > PIECE + 1:
+        end = text.rfind(" ", start + 1, start + PIECE + 1)
+        while end > 0 and (text[end - 1].isspace() or text[end + 1].isspace()):
+            end = text.rfind(" ", start + 1, end)
+        end = end if end > 0 else start + PIECE
+        pieces.append(text[start:end])
+        start = end
+    rest = text[start:]
+    if final and rest:
+        return [*pieces, rest], ""
+    return pieces, rest
+
+
+class ByteTokenizer:
+    kind = "byte"
+
+    def __init__(self, *, eot: bool) -> None:
+        self.eot = 256 if eot else None
+        self.vocab_size = 256 + eot
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode("utf-8", errors="replace"))
+
+    def token_bytes(self, token: int) -> bytes:
+        return b"" if token == self.eot else bytes([token])
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": self.kind, "eot": self.eot is not None}
+
+    @classmethod
+    def from_json(cls, saved: dict[str, Any]) -> "ByteTokenizer":
+        return cls(eot=saved["eot"])
+
+
+class CharTokenizer:
+    kind = "char"
+
+    def __init__(self, characters: str, *, eot: bool, unknown: str) -> None:
+        self.characters, self.unknown = characters, unknown
+        self.ids = {character: i for i, character in enumerate(characters)}
+        self.replacement = len(characters) if unknown == "replace" else None
+        size = len(characters) + (self.replacement is not None)
+        self.eot = size if eot else None
+        self.vocab_size = size + eot
+
+    def encode(self, text: str) -> list[int]:
+        try:
+            return [self.ids[character] for character in text]
+        except KeyError:
+            return list(self.encode_around_unknown(text))
+
+    def encode_around_unknown(self, text: str) -> Iterator[int]:
+        for at, character in enumerate(text):
+            if character in self.ids:
+                yield self.ids[character]
+            elif self.unknown == "error":
+                raise ConfigError(
+                    f"character {character!r} at position {at + 1} is not in the vocabulary of "
+                    f"{len(self.ids)} characters; leave it out, or train with "
+                    "tokenizer.unknown: replace (or kind: byte)"
+                )
+            elif self.replacement is not None:
+                yield self.replacement
+
+    def token_bytes(self, token: int) -> bytes:
+        if token == self.eot:
+            return b""
+        return ("\ufffd" if token == self.replacement else self.characters[token]).encode()
+
+    def to_json(self) -> dict[str, Any]:
+        eot = self.eot is not None
+        return {
+            "kind": self.kind,
+            "characters": self.characters,
+            "eot": eot,
+            "unknown": self.unknown,
+        }
+
+    @classmethod
+    def from_json(cls, saved: dict[str, Any]) -> "CharTokenizer":
+        return cls(saved["characters"], eot=saved["eot"], unknown=saved["unknown"])
+
+
+class BPETokenizer:
+    """A byte-level BPE run by tiktoken, trained here or one of OpenAI's."""
+
+    def __init__(self, kind: str, name: str, pattern: str, ranks: dict[bytes, int], eot: int):
+        self.kind, self.name, self.pattern, self.ranks, self.eot = kind, name, pattern, ranks, eot
+        self.vocab_size = max(eot, *ranks.values()) + 1
+
+    @cached_property
+    def encoding(self) -> tiktoken.Encoding:
+        return tiktoken.Encoding(
+            self.name,
+            pat_str=self.pattern,
+            mergeable_ranks=self.ranks,
+            special_tokens={EOT: self.eot},
+        )
+
+    @cached_property
+    def tokens(self) -> dict[int, bytes]:
+        return {rank: token for token, rank in self.ranks.items()}
+
+    def encode(self, text: str) -> list[int]:
+        pieces, _ = cut(text, final=True)
+        return [token for piece in pieces for token in self.encoding.encode_ordinary(piece)]
+
+    def token_bytes(self, token: int) -> bytes:
+        return self.tokens.get(token, b"")  # some encodings leave numbers unused
+
+    def to_json(self) -> dict[str, Any]:
+        ranks = {base64.b64encode(token).decode(): rank for token, rank in self.ranks.items()}
+        names = {"kind": self.kind, "name": self.name, "pattern": self.pattern}
+        return {**names, "eot": self.eot, "ranks": ranks}
+
+    @classmethod
+    def from_json(cls, saved: dict[str, Any]) -> "BPETokenizer":
+        ranks = {base64.b64decode(token): rank for token, rank in saved["ranks"].items()}
+        return cls(saved["kind"], saved["name"], saved["pattern"], ranks, saved["eot"])
+
+
+TOKENIZERS: dict[str, Callable[[dict[str, Any]], Tokenizer]] = {
+    "byte": ByteTokenizer.from_json,
+    "char": CharTokenizer.from_json,
+    "bpe": BPETokenizer.from_json,
+    "tiktoken": BPETokenizer.from_json,
+}
+
+
+def from_json(saved: dict[str, Any]) -> Tokenizer:
+    """The tokenizer a document describes; DataError if it describes none."""
+    try:
+        return TOKENIZERS[saved["kind"]](saved)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DataError(f"tokenizer.json: not a tokenizer ({error!r})") from None
+
+
+def build(
+    config: TokenizerConfig, *, eot: bool, characters: Iterable[str], texts: Iterable[str]
+) -> Tokenizer:
+    """The tokenizer a config asks for.
+
+    `characters` are those of the whole text, `texts` the training text in pieces; `eot` says that
+    documents must be told apart. Only the kinds that learn look at either.
+    """
+    if config.kind == "byte":
+        return ByteTokenizer(eot=eot)
+    if config.kind == "char":
+        return CharTokenizer("".join(sorted(characters)), eot=eot, unknown=config.unknown)
+    if config.kind == "bpe":
+        return train_bpe(texts, config.vocab_size)
+    return pretrained(config.name)
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
+    """A byte-level BPE with at most `vocab_size` tokens, learned by Hugging Face's `tokenizers`.
+
+    Its merges are monotone, so vocabulary ids are tiktoken ranks and both give the same ids.
+    """
+    from tokenizers import Tokenizer as Trainee
+    from tokenizers import models, pre_tokenizers, trainers
+
+    trainee = Trainee(models.BPE())
+    trainee.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 1,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    trainee.train_from_iterator(texts, trainer)
+    to_byte = {character: byte for byte, character in enumerate(byte_characters())}
+    vocabulary: dict[str, int] = trainee.get_vocab()
+    by_rank = sorted(vocabulary.items(), key=lambda item: item[1])
+    ranks = {bytes(to_byte[c] for c in token): rank for token, rank in by_rank}
+    return BPETokenizer("bpe", "bpe", GPT2_PATTERN, ranks, eot=len(ranks))
+
+
+def byte_characters() -> Sequence[str]:
+    """The visible character that stands for each byte in GPT-2's vocabulary files."""
+    visible = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = iter(range(256, 512))
+    return [chr(byte if byte in visible else next(others)) for byte in range(256)]
+
+
+def pretrained(name: str) -> BPETokenizer:
+    """One of tiktoken's encodings; ConfigError when there is none or it cannot be had in time."""
+    known = tiktoken.list_encoding_names()
+    if name not in known:
+        known_names = ", ".join(known)
+        raise ConfigError(f"tokenizer.name: no encoding {name!r}; tiktoken has {known_names}")
+    got: list[tiktoken.Encoding] = []
+    failed: list[BaseException] = []
+
+    def load() -> None:
+        try:
+            got.append(tiktoken.get_encoding(name))
+        except BaseException as error:  # noqa: BLE001 - reported below, in the caller's thread
+            failed.append(error)
+
+    # tiktoken downloads without a time-out; a thread can at least be left behind.
+    thread = threading.Thread(target=load, daemon=True)
+    thread.start()
+    thread.join(DOWNLOAD_SECONDS)
+    if not got:
+        why = type(failed[0]).__name__ if failed else f"no answer in {DOWNLOAD_SECONDS:.0f} s"
+        raise ConfigError(
+            f"tokenizer.name: the vocabulary of {name!r} is not cached and could not be fetched "
+            f"({why}); set TIKTOKEN_CACHE_DIR to a folder that has it, connect once, or choose "
+            "tokenizer.kind bpe, char or byte"
+        )
+    encoding = got[0]
+    if encoding.eot_token is None:
+        raise ConfigError(f"tokenizer.name: {name!r} has no end-of-text token")
+    return BPETokenizer(
+        "tiktoken", name, encoding._pat_str, encoding._mergeable_ranks, encoding.eot_token
+    )
