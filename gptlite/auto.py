@@ -77,6 +77,15 @@ def pick_device(wanted: str) -> tuple[str, str]:
     return wanted, "asked for"
 
 
+def usable(run: RunConfig) -> RunConfig:
+    """A trained run on this machine: its own device and precision, or what there is here."""
+    try:
+        pick_device(run.device)
+        return run
+    except ConfigError:
+        return run.model_copy(update={"device": pick_device("auto")[0], "dtype": "float32"})
+
+
 def pick_attention(run: RunConfig, device: torch.device) -> tuple[str, str]:
     if device.type == "cpu" and run.dropout.rates()["attention_weights"] > 0:
         why = "fused except in training, where no CPU kernel drops attention weights"

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gptlite import __version__, tokenizer
+from gptlite.auto import usable
 from gptlite.config import RunConfig
 from gptlite.config_reader import load_run
 from gptlite.errors import CheckpointError, ConfigError, StorageError
@@ -224,14 +225,14 @@ def load_tokenizer(run_dir: Path) -> Tokenizer:
         raise CheckpointError(f"{path}: cannot be read ({error})") from None
 
 
-def load_trained(run_dir: Path, which: str, kernel: str = "sdpa") -> Trained:
-    """The model of a run as a checkpoint has it, in eval mode, on the CPU."""
+def load_trained(run_dir: Path, which: str) -> Trained:
+    """The model of a run as a checkpoint has it, in eval mode, on a device of this machine."""
     path = chosen(run_dir, which)
     state = read_state(path)
-    run = load_run([str(run_dir / "config.yaml")])
+    run = usable(load_run([str(run_dir / "config.yaml")]))
     text = load_tokenizer(run_dir)
     if tokenizer.digest(text) != state["tokenizer_sha256"]:
         raise CheckpointError(f"{run_dir}/tokenizer: differs from the one of {path.name}")
-    model = GPT(run.model, text.vocab_size, run.dropout.rates(), kernel=kernel)
+    model = GPT(run.model, text.vocab_size, run.dropout.rates(), kernel=run.attention)
     load_weights(model, path)
-    return Trained(run, model.eval(), text, state)
+    return Trained(run, model.to(run.device).eval(), text, state)

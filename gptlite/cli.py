@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from gptlite import __version__
-from gptlite.errors import ConfigError, UserError
+from gptlite.errors import ConfigError, StorageError, UserError
 
 app = typer.Typer(
     name="gptlite",
@@ -50,6 +50,7 @@ def user_errors(verbose: bool = False) -> Iterator[None]:
     """One line per problem on stderr, and the exit code that names its kind."""
     try:
         yield
+        sys.stdout.flush()  # here, where a reader that has gone is no failure
     except UserError as error:
         if verbose:
             traceback.print_exc()
@@ -66,6 +67,10 @@ def user_errors(verbose: bool = False) -> Iterator[None]:
     except Exception as error:
         if verbose:
             raise
+        if isinstance(error, OSError) and error.strerror:  # of the machine, not of ours
+            where = f"{error.filename}: " if error.filename else ""
+            print(f"gptlite: {visible(where + error.strerror)}", file=sys.stderr)
+            raise typer.Exit(StorageError.exit_code) from None
         problem = visible(f"{type(error).__name__}: {error}".splitlines()[0])
         print(f"gptlite: {problem} (a bug; -v shows where)", file=sys.stderr)
         raise typer.Exit(1) from None
@@ -109,12 +114,13 @@ def train(
             raise ConfigError("--config: missing option; give a file or a shipped config")
         files, values = list(config or []), list(overrides or [])
         if out_dir is not None:
-            values.append(f"out_dir={json.dumps(out_dir)}")
+            values.append(f"out_dir={json.dumps(out_dir, ensure_ascii=False)}")
         directory, resumes = where(files, values, resume)
         if not files:
             files = [str(directory / "config.yaml")]
         run = load_run(files, values)
-        from gptlite.train import train  # after the check: a config error shows before torch loads
+        # After the check, so that a config error shows before torch loads.
+        from gptlite.session import train
 
         train(run, directory, resume=resumes)
 
@@ -138,7 +144,8 @@ def where(files: list[str], values: list[str], resume: str | None) -> tuple[Path
         if resume == "auto" and earlier:
             return earlier[-1], True
         return run_directory.free_directory(name), False
-    directory = Path(out_dir)
+    directory = Path(os.path.expanduser(out_dir))
+    directory = directory.resolve() if ".." in directory.parts else directory
     exists = run_directory.has_run(directory)
     if exists and resume is None:
         raise ConfigError(
@@ -217,9 +224,9 @@ def generate(
 
 def read_prompt(path: Path) -> str:
     try:
-        if not path.is_file():
-            raise ConfigError(f"--prompt-file {path}: no such file")
-        return path.read_text(encoding="utf-8")
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise ConfigError(f"--prompt-file {path}: not a regular file")
+        return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ConfigError(f"--prompt-file {path}: not valid UTF-8 at byte {error.start}") from None
     except OSError as error:
@@ -301,6 +308,8 @@ def prepare(
         from gptlite.prepare import prepare
 
         files = prepare(run)
+        for split in files.meta["splits"]:
+            files.rows(split, run.model.context_length)  # says so if there is too little text
         if json_:
             print_json({"folder": str(files.folder), **files.meta})
             return
@@ -362,10 +371,14 @@ def check(config: ConfigFiles, overrides: Overrides = None) -> None:
 @config_app.command()
 def schema() -> None:
     """Print the JSON schema of configs, for editors."""
-    from gptlite.config import RunConfig
+    with user_errors():
+        from gptlite.config import RunConfig
 
-    print_json(RunConfig.model_json_schema())
+        print_json(RunConfig.model_json_schema())
 
 
 def main() -> None:
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller, as in `gptlite ... >&-`
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - for the whole process
     app()

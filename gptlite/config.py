@@ -15,6 +15,11 @@ Auto = Literal["auto"]
 Count = Annotated[int, Field(ge=1, lt=2**40)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
 Beta = Annotated[float, Field(ge=0, lt=1, strict=True)]
+# The titles of texts that have a form are what an error message calls for.
+Device = Annotated[
+    str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d{1,3})?)$", title="auto, cpu, cuda, cuda:N or mps")
+]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$", title="64 hexadecimal digits")]
 Texts = Annotated[tuple[Annotated[str, Field(strict=True)], ...], Field(strict=False)]
 
 BYTES_PER_PARAMETER = 4
@@ -34,7 +39,7 @@ class DataConfig(Section):
     """File, glob, folder or https URL of .txt .md .jsonl .csv, or a list of them, or
     `python-docs`: the language reference and docstrings of this Python. Required. A folder that
     holds train.bin and val.bin is taken as it is."""
-    sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$")
+    sha256: Digest | None = None
     """Digest that a single file or download must have; required for a URL."""
     text_field: str = "text"
     """Field of a .jsonl record or column of a .csv row that holds the text."""
@@ -237,7 +242,7 @@ class RunConfig(Section):
     """Run directory; null: the next free runs/NAME."""
     init_from: str | None = Field(None, min_length=1)
     """Run directory or checkpoint whose weights the model starts from."""
-    device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d{1,3})?)$")
+    device: Device = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of matrix products; weights and sums stay float32."""
@@ -275,7 +280,7 @@ def physical_memory_bytes() -> int:
 def contradictions(run: RunConfig) -> Iterator[tuple[str, str]]:
     """(key, problem) for all that single fields cannot know; nothing is allocated to find out."""
     model, train, optim = run.model, run.train, run.optim
-    if not any(run.sources):
+    if not run.sources or not all(run.sources):
         yield "data.source", "required: a file, glob, folder, URL or python-docs"
     for source in run.sources:
         if source.startswith("https://") and run.data.sha256 is None:
@@ -309,11 +314,19 @@ def contradictions(run: RunConfig) -> Iterator[tuple[str, str]]:
         yield "train.micro_batch_size", why
     if run.dropout.preset == "none" and run.dropout.rate:
         yield "dropout.rate", f"{run.dropout.rate} has no effect: preset none has no sites"
-    if run.out_dir is not None and os.path.abspath(run.out_dir) == os.path.abspath(os.sep):
-        yield "out_dir", "the root folder cannot be a run directory"
-    if "\0" in (run.out_dir or ""):
-        yield "out_dir", "contains a NUL character"
+    yield from bad_paths(run)
     yield from too_large(run)
+
+
+def bad_paths(run: RunConfig) -> Iterator[tuple[str, str]]:
+    paths = {"out_dir": run.out_dir, "init_from": run.init_from}
+    paths["data.cache_dir"] = run.data.cache_dir
+    for key, path in paths.items():
+        if path is not None and "\0" in path:
+            yield key, "contains a NUL character"
+    directory = os.path.abspath(run.out_dir or "run")
+    if directory == os.path.dirname(directory):
+        yield "out_dir", "the root folder cannot be a run directory"
 
 
 def too_large(run: RunConfig) -> Iterator[tuple[str, str]]:
@@ -321,11 +334,14 @@ def too_large(run: RunConfig) -> Iterator[tuple[str, str]]:
     parameters = run.model.n_parameters(vocabulary)
     limit = physical_memory_bytes()
     if parameters * BYTES_PER_PARAMETER > limit:
-        size = parameters * BYTES_PER_PARAMETER / 2**40
-        why = f"model would need {parameters:.1e} parameters ({size:.3g} TiB fp32)"
+        size, memory = (
+            f"{n / 2**40:.3g} TiB" if n >= 1 << 40 else f"{n / 2**30:.3g} GiB"
+            for n in (parameters * BYTES_PER_PARAMETER, limit)
+        )
+        why = f"model would need {parameters:.1e} parameters ({size} fp32)"
         sizes = f"n_layer {run.model.n_layer}, n_embd {run.model.n_embd}"
         largest = "n_layer" if run.model.n_layer > run.model.n_embd else "n_embd"
         if run.model.context_length > max(run.model.n_layer, run.model.n_embd):
             largest = "context_length"
             sizes = f"context_length {run.model.context_length}"
-        yield f"model.{largest}", f"{why}; this machine has {limit / 2**40:.3g} TiB ({sizes})"
+        yield f"model.{largest}", f"{why}; this machine has {memory} ({sizes})"

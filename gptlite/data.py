@@ -60,25 +60,42 @@ class TokenFiles:
         return f"{self.meta['layout']}-{splits['train']['sha256']}-{splits['val']['sha256']}"
 
 
-def open_token_files(folder: Path) -> TokenFiles:
+def open_token_files(
+    folder: Path, *, way_out: str = "delete the folder to make it anew"
+) -> TokenFiles:
     """Token files with their digests checked; DataError names what is damaged and the way out."""
     try:
-        meta = json.loads((folder / "meta.json").read_text())
-        saved = json.loads((folder / "tokenizer.json").read_text())
-    except (OSError, ValueError) as error:
-        raise DataError(f"{folder}: cannot be read ({error}); delete it to make it anew") from None
-    built = tokenizer.from_json(saved)
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        saved = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        return checked(folder, meta, saved)
+    except DataError as error:
+        why = str(error)
+    except (OSError, ValueError, RecursionError) as error:
+        why = f"{folder}: cannot be read ({error})"
+    except (KeyError, TypeError, AttributeError) as error:
+        why = f"{folder}/meta.json: damaged ({error!r})"
+    raise DataError(f"{why}; {way_out}")
+
+
+def checked(folder: Path, meta: dict[str, Any], saved: dict[str, Any]) -> TokenFiles:
+    try:
+        built = tokenizer.from_json(saved)
+    except DataError as error:
+        raise DataError(f"{folder}/{error}") from None
     if tokenizer.digest(built) != meta["tokenizer_sha256"]:
-        raise DataError(f"{folder}/tokenizer.json: damaged (sha256); delete the folder")
-    size_of_one = token_dtype(meta["vocab_size"]).itemsize
-    for split, about in meta["splits"].items():
-        path = folder / f"{split}.bin"
+        raise DataError(f"{folder}/tokenizer.json: damaged (sha256 differs from meta.json)")
+    ids = (meta["vocab_size"], meta["eot"])
+    if ids != (built.vocab_size, built.eot) or meta["layout"] not in ("stream", "documents"):
+        raise DataError(f"{folder}/meta.json: damaged (layout or vocabulary)")
+    size_of_one = token_dtype(built.vocab_size).itemsize
+    for split in ("train", "val"):
+        about, path = meta["splits"][split], folder / f"{split}.bin"
         size = path.stat().st_size if path.is_file() else 0
         if size != about["tokens"] * size_of_one:
             tokens = f"meta.json says {about['tokens']} tokens of {size_of_one} bytes"
-            raise DataError(f"{path}: has {size} bytes, {tokens}; delete the folder")
+            raise DataError(f"{path}: has {size} bytes, {tokens}")
         if file_digest(path) != about["sha256"]:
-            raise DataError(f"{path}: damaged (sha256 differs from meta.json); delete the folder")
+            raise DataError(f"{path}: damaged (sha256 differs from meta.json)")
     return TokenFiles(folder, meta, built)
 
 
@@ -138,7 +155,7 @@ class Stream:
         self.tokens = tokens
         self.length = min(context_length, len(tokens) - 1)
         self.n_rows = max(1, (len(tokens) - self.length) // self.length)
-        self.spare = min(self.length - 1, len(tokens) - 1 - self.n_rows * self.length)
+        self.spare = len(tokens) - 1 - self.n_rows * self.length
 
     def cut(self, index: Ids, epoch: Ids, seed: int) -> Batch:
         offsets = {e: key(seed, "offset", e) % (self.spare + 1) for e in np.unique(epoch).tolist()}

@@ -87,19 +87,23 @@ def continuations(
 ) -> Iterator[list[int]]:
     """The next token of every row, step by step; `names` keys the draws of each row.
 
-    When the context is full, the text's last half context is read anew and generation goes on.
+    When a row's context is full, its last half context is read anew and generation goes on; the
+    other rows keep what they have seen, so a row does not depend on its company.
     """
     device, context = next(model.parameters()).device, model.config.context_length
     rows = [list(prompt) for prompt in prompts]
     seen = torch.zeros(len(rows), model.vocab_size, dtype=torch.bool, device=device)
     for i, row in enumerate(rows):
         seen[i, row] = True
+    begins = [max(0, len(row) - context) for row in rows]
     cache: KVCache | None = None
     for step in range(options.max_new_tokens):
         with evaluating(model):  # not around `yield`: the caller may do anything in between
-            if cache is None or cache.room == 0:
-                window = context if cache is None else max(1, context // 2)
-                ids, real = padded([row[-window:] for row in rows], device)
+            full = [i for i, row in enumerate(rows) if len(row) - begins[i] > context]
+            if cache is None or full:
+                for i in full:
+                    begins[i] = len(rows[i]) - max(1, context // 2)
+                ids, real = padded([row[at:] for row, at in zip(rows, begins, strict=True)], device)
                 cache = KVCache(model, len(rows))
             logits = model.head(model.features(ids, real, cache)[:, -1]).float()
         chances = [uniform(name, np.array([step]))[0] for name in names]

@@ -18,7 +18,6 @@ from tqdm import tqdm
 from gptlite.errors import StorageError
 from gptlite.run_directory import write_text
 
-
 SECONDS_BETWEEN_LINES = 5.0
 
 

@@ -38,10 +38,6 @@ class KVCache:
         self.real = torch.ones(shape[1], shape[3], dtype=torch.bool, device=weight.device)
         self.length = 0
 
-    @property
-    def room(self) -> int:
-        return self.real.shape[1] - self.length
-
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store (B, G, T, D) behind what is there and return all of it, (B, G, S, D)."""
         end = self.length + k.shape[2]

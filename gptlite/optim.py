@@ -82,7 +82,9 @@ class Optimizer:
     """The optimizers of a run, used as one."""
 
     def __init__(self, model: nn.Module, optim: OptimConfig) -> None:
-        self.names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+        self.names: dict[Tensor, str] = {
+            parameter: name for name, parameter in model.named_parameters()
+        }
         self.parts = list(OPTIMIZERS[optim.name](split_parameters(model), optim))
         grouped = [p for part in self.parts for group in part.param_groups for p in group["params"]]
         assert len(grouped) == len(set(grouped)) == len(self.names), "a parameter without a group"

@@ -31,6 +31,11 @@ from gptlite.sources import Chunk
 from gptlite.tokenizer import Tokenizer
 
 FORMAT = 1
+FOREIGN_MAGIC = {
+    b"\x93NUMPY": "a .npy array",
+    (20240520).to_bytes(4, "little"): "llm.c's format (GPT-2)",
+    (20240801).to_bytes(4, "little"): "llm.c's format (Llama 3)",
+}
 
 
 @dataclass
@@ -46,13 +51,11 @@ class Scan:
 
 def prepare(run: RunConfig) -> TokenFiles:
     """The token files of a run: from the cache, from a folder of .bin files, or made now."""
-    folder = Path(run.sources[0]).expanduser()
-    if len(run.sources) == 1 and (folder / "train.bin").is_file():
+    folder = Path(os.path.expanduser(run.sources[0]))
+    if len(run.sources) == 1 and os.path.isfile(folder / "train.bin"):
         return adopt(folder, run)
     files = sources.locate(run)
-    listing = [
-        {"name": f.name, "bytes": f.stat().st_size, "sha256": sources.file_digest(f)} for f in files
-    ]
+    listing = [described(file) for file in files]
     target = Path(run.data.cache_dir) / "tokens" / cache_key(run, listing)
     if not (target / "meta.json").is_file():
         try:
@@ -60,6 +63,14 @@ def prepare(run: RunConfig) -> TokenFiles:
         except OSError as error:
             raise StorageError(f"{error.filename or target}: {error.strerror}") from None
     return open_token_files(target)
+
+
+def described(file: Path) -> dict[str, Any]:
+    try:
+        sha256 = sources.file_digest(file)
+        return {"name": file.name, "bytes": file.stat().st_size, "sha256": sha256}
+    except OSError as error:
+        raise StorageError(f"data.source: {file}: {error.strerror}") from None
 
 
 def cache_key(run: RunConfig, listing: list[dict[str, Any]]) -> str:
@@ -78,7 +89,7 @@ def adopt(folder: Path, run: RunConfig) -> TokenFiles:
     nanoGPT's meta.pkl is a pickle and is never read.
     """
     if (folder / "meta.json").is_file():
-        return open_token_files(folder)
+        return open_token_files(folder, way_out="make it again, or give the text itself")
     kind = run.tokenizer.kind
     if kind not in ("byte", "tiktoken"):
         raise DataError(
@@ -92,14 +103,24 @@ def adopt(folder: Path, run: RunConfig) -> TokenFiles:
         if not path.is_file():
             raise DataError(f"data.source: {path}: no such file")
         dtype = token_dtype(built.vocab_size)
+        check_format(path, dtype.itemsize)
         size = path.stat().st_size
-        if size % dtype.itemsize:
-            raise DataError(f"{path}: not a token file: {size} bytes, not a multiple of 2")
         tokens = np.memmap(path, dtype, mode="r") if size else np.zeros(0, dtype)
         check_ids(path, tokens, built.vocab_size)
         splits[split] = count(tokens, sources.file_digest(path), built)
     meta = describe(run, built, splits, [{"name": f"{s}.bin", **splits[s]} for s in splits])
     return TokenFiles(folder, meta, built)
+
+
+def check_format(path: Path, size_of_one: int) -> None:
+    with path.open("rb") as file:
+        start = file.read(6)
+    for magic, what in FOREIGN_MAGIC.items():
+        if start.startswith(magic):
+            raise DataError(f"{path}: not a token file but {what}; ids alone are read")
+    if path.stat().st_size % size_of_one:
+        why = f"{path.stat().st_size} bytes, not a multiple of {size_of_one}"
+        raise DataError(f"{path}: not a token file: {why}")
 
 
 def check_ids(path: Path, tokens: np.ndarray, vocab_size: int) -> None:
@@ -200,15 +221,16 @@ def splitter(scan: Scan, run: RunConfig) -> Callable[[int], bool]:
     """Whether a document, by number, is for validation. Equal documents stay on one side."""
     if run.split_by == "tail":
         return lambda number: False  # `divide` goes by bytes
-    n = scan.n_documents
-    if n < 2:
+    n, digests = scan.n_documents, np.array(scan.digests, dtype=np.uint64)
+    n_distinct = len(np.unique(digests))
+    if n_distinct < 2:
         raise DataError(
-            f"data.source: has {n} document, needs >= 2 to split by document; "
+            f"data.source: has {n_distinct} distinct document, needs >= 2 to split by document; "
             "set data.split_by: tail"
         )
-    digests = np.array(scan.digests, dtype=np.uint64)
     n_val = min(max(1, round(n * run.data.val_fraction)), n - 1)
-    chosen = digests <= np.partition(digests, n_val - 1)[n_val - 1]
+    last = np.partition(digests, n_val - 1)[n_val - 1]
+    chosen = digests < last if last == digests.max() else digests <= last  # leave some to train on
     return lambda number: bool(chosen[number])
 
 
@@ -229,7 +251,8 @@ def divide(
             split = "train"
         if tail and not whole_documents and split == "train" and at + len(raw) > first_of_tail:
             head = raw[: first_of_tail - at].decode(errors="ignore")
-            yield "train", (head, True)
+            if head or not fresh:  # else the document before has ended just here
+                yield "train", (head, True)
             split, text = "val", text[len(head) :]
         yield split, (text, ends)
         at, fresh = at + len(raw), ends

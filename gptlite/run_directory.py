@@ -46,7 +46,7 @@ def free_directory(name: str) -> Path:
 
 
 def has_run(directory: Path) -> bool:
-    return (directory / "config.yaml").is_file()
+    return os.path.isfile(directory / "config.yaml")
 
 
 def latest_run() -> Path:
@@ -65,7 +65,7 @@ def latest_run() -> Path:
 def existing_run(given: str | None) -> Path:
     """The run a command reads: the one named, or the latest."""
     directory = latest_run() if given is None else Path(given)
-    if not directory.is_dir():
+    if not os.path.isdir(directory):
         raise ConfigError(f"--run {directory}: no such directory")
     if not has_run(directory):
         raise ConfigError(f"--run {directory}: not a run directory (it has no config.yaml)")

@@ -9,6 +9,7 @@ import codecs
 import csv
 import glob
 import hashlib
+import http.client
 import json
 import os
 import platform
@@ -53,13 +54,13 @@ def locate_one(source: str, data: DataConfig) -> list[Path]:
         return [python_docs(Path(data.cache_dir))]
     if source.startswith("https://"):
         return [download(source, str(data.sha256), Path(data.cache_dir))]
-    path = Path(source).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(source))
+    if os.path.isdir(path):  # a name too long is for check_regular to report
         files = sorted(f for f in path.rglob("*") if f.suffix in SUFFIXES and f.is_file())
         if not files:
             raise DataError(f"data.source: {source}: no {' '.join(SUFFIXES)} file in this folder")
         return files
-    if not path.exists() and glob.has_magic(source):
+    if not os.path.exists(path) and glob.has_magic(source):
         files = [Path(f) for f in sorted(glob.glob(str(path), recursive=True))]
         files = [file for file in files if not file.is_dir()]
         if not files:
@@ -161,8 +162,8 @@ def read_jsonl(path: Path, field: str) -> Iterator[Chunk]:
             text = record.get(field) if isinstance(record, dict) else None
             if not isinstance(text, str):
                 raise DataError(f"{place}: no text in field '{field}' (data.text_field)")
-            if text:
-                yield text, True
+            if text:  # JSON can spell half a surrogate pair, which UTF-8 cannot
+                yield text.encode(errors="replace").decode(), True
 
 
 def read_csv(path: Path, field: str) -> Iterator[Chunk]:
@@ -194,18 +195,27 @@ def download(url: str, sha256: str, cache_dir: Path) -> Path:
     target = cache_dir / "downloads" / f"{sha256[:16]}{suffix}"
     if target.is_file() and file_digest(target) == sha256:
         return target
-    request = urllib.request.Request(url, headers={"User-Agent": "gptlite"})
     try:
+        request = urllib.request.Request(url, headers={"User-Agent": "gptlite"})
         with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as response:
             if not response.url.startswith("https://"):
                 raise DataError(f"{url}: redirected to an address that is not https")
-            return keep(target, iter(lambda: response.read(CHUNK), b""), sha256, url)
-    except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+            return keep(target, received(response), sha256, url)
+    except (OSError, http.client.HTTPException, ValueError) as error:
         why = getattr(error, "reason", None) or error
         raise DataError(
             f"data.source: {url}: cannot be fetched ({why}); download it elsewhere and give the "
             "file: --set data.source=FILE"
         ) from None
+
+
+def received(response: http.client.HTTPResponse) -> Iterator[bytes]:
+    """The bytes of a response; a broken connection is a URLError, to tell it from a full disk."""
+    try:
+        while part := response.read(CHUNK):
+            yield part
+    except (OSError, http.client.HTTPException) as error:
+        raise urllib.error.URLError(error) from None
 
 
 def keep(target: Path, parts: Iterator[bytes], sha256: str | None, name: str) -> Path:
@@ -229,7 +239,7 @@ def keep(target: Path, parts: Iterator[bytes], sha256: str | None, name: str) ->
             raise DataError(f"{name}: sha256 is {got.hexdigest()}, data.sha256 says {sha256}")
         os.replace(part, target)
     except OSError as error:
-        if isinstance(error, urllib.error.URLError | TimeoutError | ConnectionError):
+        if isinstance(error, urllib.error.URLError):
             raise
         raise StorageError(f"{target.parent}: {error.strerror}") from None
     finally:

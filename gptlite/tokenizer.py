@@ -7,6 +7,7 @@ Ids decode to bytes, so a text decodes exactly however its tokens are cut.
 import base64
 import hashlib
 import json
+import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
@@ -20,6 +21,7 @@ from gptlite.errors import ConfigError, DataError
 EOT = "<|endoftext|>"
 PIECE = 1 << 16
 DOWNLOAD_SECONDS = 8.0
+LONG_RUN = re.compile(r"\s{1024}|\S{1024}")
 
 # GPT-2's split into words, with possessive repeats so that long runs cost no backtracking.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
@@ -240,12 +242,22 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    trainee.train_from_iterator(texts, trainer)
+    trainee.train_from_iterator(short_runs(texts), trainer)
     to_byte = {character: byte for byte, character in enumerate(byte_characters())}
     vocabulary: dict[str, int] = trainee.get_vocab()
     by_rank = sorted(vocabulary.items(), key=lambda item: item[1])
     ranks = {bytes(to_byte[c] for c in token): rank for token, rank in by_rank}
     return BPETokenizer("bpe", "bpe", GPT2_PATTERN, ranks, eot=len(ranks))
+
+
+def short_runs(texts: Iterable[str]) -> Iterator[str]:
+    """The texts, cut inside long runs: the trainer's time grows with the square of a word."""
+    for text in texts:
+        start = 0
+        for run in LONG_RUN.finditer(text):
+            yield text[start : run.end()]
+            start = run.end()
+        yield text[start:]
 
 
 def byte_characters() -> Sequence[str]:

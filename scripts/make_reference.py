@@ -1,0 +1,79 @@
+"""Write docs/config.md and docs/cli.md from the code; `--check` only says if they are current."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from typer.main import get_command
+
+from gptlite.cli import app
+from gptlite.config import PRESETS
+from gptlite.config_words import all_keys, describe, resolve, run_schema, schema_at
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+
+
+def config_reference() -> Iterator[str]:
+    schema = run_schema()
+    yield "# Config reference\n"
+    yield "Every key of a run, from the code. `gptlite config show --config F` prints what a config"
+    yield "comes to and where each value was set; `gptlite config schema` is the JSON schema."
+    nodes = {key: schema_at(schema, tuple(key.split("."))) for key in all_keys()}
+    sections = ["", *(key for key, node in nodes.items() if "properties" in resolve(node, schema))]
+    for section in sections:
+        yield f"\n## {section or 'Top level'}\n"
+        yield "| key | takes | default | meaning |\n|---|---|---|---|"
+        for key, node in nodes.items():
+            if key.rpartition(".")[0] == section and key not in sections:
+                yield row(key, node, schema)
+    yield "\n## Presets of dropout\n\n| preset | rate | sites |\n|---|---|---|"
+    for name, preset in PRESETS.items():
+        yield f"| `{name}` | {preset.rate} | {', '.join(preset.sites) or 'none'} |"
+
+
+def row(key: str, node: dict[str, Any], schema: dict[str, Any]) -> str:
+    name, default = key.rpartition(".")[2], node.get("default")
+    shown = "none" if default in (None, "") else f"`{default}`".replace("True", "true")
+    meaning = node.get("description", "").replace("\n", " ").replace("|", "\\|")
+    return (
+        f"| `{name}` | {describe(node, schema)} | {shown.replace('False', 'false')} | {meaning} |"
+    )
+
+
+def cli_reference() -> Iterator[str]:
+    yield "# Command reference\n"
+    yield "From the code. Exit codes: 0 done, 1 failure, 2 usage or config, 3 no usable checkpoint,"
+    yield "4 diverged, 5 storage, 6 run directory in use, 130 or 143 stopped by a signal and saved."
+    yield from command_reference("gptlite", get_command(app))
+
+
+def command_reference(name: str, command: Any) -> Iterator[str]:
+    inner = getattr(command, "commands", {})
+    if not inner:
+        yield f"\n## {name}\n\n{command.help}\n\n| option | meaning |\n|---|---|"
+        for option in command.params:
+            flags = ", ".join(f"`{flag}`" for flag in option.opts)
+            yield f"| {flags} | {option.help or ''} |"
+    for word, one in inner.items():
+        yield from command_reference(f"{name} {word}", one)
+
+
+REFERENCES = {"config.md": config_reference, "cli.md": cli_reference}
+
+
+def main() -> None:
+    stale = []
+    for name, make in REFERENCES.items():
+        text = "\n".join(make()) + "\n"
+        path = DOCS / name
+        if not path.exists() or path.read_text() != text:
+            stale.append(name)
+            if "--check" not in sys.argv:
+                path.write_text(text)
+    if stale and "--check" in sys.argv:
+        sys.exit(f"not current: {', '.join(stale)}; run scripts/make_reference.py")
+
+
+if __name__ == "__main__":
+    main()

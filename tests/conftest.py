@@ -1,0 +1,69 @@
+"""What several tests need: one torch thread, text made on the spot, runs from plain values."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from gptlite.config import RunConfig
+from gptlite.config_reader import validate
+from gptlite.data import TokenFiles
+from gptlite.prepare import prepare
+from gptlite.strict_yaml import Document
+
+WORDS = "the of and to a in is it you that he was for on are with as his they be at one have this"
+
+TINY: dict[str, Any] = {
+    "device": "cpu",
+    "dtype": "float32",
+    "tokenizer": {"kind": "char"},
+    "model": {"n_layer": 2, "n_head": 2, "n_embd": 32, "context_length": 16},
+    "optim": {"warmup_steps": 2},
+    "train": {"max_steps": 8, "batch_size": 8, "eval_interval": 4, "threads": 1, "log_interval": 1},
+    "sample": {"max_new_tokens": 8},
+}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.set_num_threads(1)
+    monkeypatch.setenv("CI", "true")
+
+
+def prose(n_words: int = 3000, seed: int = 0) -> str:
+    """Words in sentences and lines, the same at every call."""
+    rng = np.random.default_rng(seed)
+    words = rng.choice(WORDS.split(), n_words).tolist()
+    lines = [" ".join(words[i : i + 12]).capitalize() + "." for i in range(0, n_words, 12)]
+    return "\n".join(lines) + "\n"
+
+
+def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    out = dict(base)
+    for key, value in over.items():
+        out[key] = merged(out.get(key, {}), value) if isinstance(value, dict) else value
+    return out
+
+
+class Workshop:
+    """Makes runs in a folder of its own, with one text to train on."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.text = folder / "text.txt"
+        self.text.write_text(prose(), encoding="utf-8")
+
+    def run(self, **sections: Any) -> RunConfig:
+        """TINY with these sections laid over it."""
+        data = {"source": str(self.text), "cache_dir": str(self.folder / "cache")}
+        return validate(Document(merged(merged(TINY, {"data": data}), sections)))
+
+    def files(self, **sections: Any) -> TokenFiles:
+        return prepare(self.run(**sections))
+
+
+@pytest.fixture
+def workshop(tmp_path: Path) -> Workshop:
+    return Workshop(tmp_path)

@@ -1,0 +1,147 @@
+"""The shape of the code: who may import whom, sizes, docstrings, and the README's picture of it."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "gptlite"
+FILES = sorted(PACKAGE.glob("*.py"))
+
+MAY_IMPORT = {
+    "errors": "",
+    "keys": "",
+    "config": "",
+    "strict_yaml": "errors",
+    "config_words": "config strict_yaml",
+    "config_reader": "config config_words errors strict_yaml",
+    "tokenizer": "config errors",
+    "sources": "config errors",
+    "data": "errors keys sources tokenizer",
+    "prepare": "config data errors sources tokenizer",
+    "dropout": "errors",
+    "model": "config dropout keys",
+    "optim": "config",
+    "run_directory": "errors",
+    "metrics": "errors run_directory",
+    "checkpoint": "auto config config_reader errors model run_directory sources tokenizer",
+    "auto": "config errors",
+    "evaluate": "auto checkpoint config data dropout errors model sources tokenizer",
+    "generate": "config dropout errors keys model tokenizer",
+    "plan": "auto config data dropout evaluate metrics model prepare",
+    "train": "auto checkpoint config data dropout errors evaluate keys model optim",
+    "resume": "checkpoint config data errors run_directory",
+    "session": (
+        "auto checkpoint config config_reader errors evaluate generate keys metrics plan prepare "
+        "resume run_directory tokenizer train"
+    ),
+    "cli": (
+        "checkpoint config config_reader errors evaluate generate plan prepare run_directory session"
+    ),
+    "__main__": "cli",
+    "__init__": "",
+}
+"""An arrow that is not listed is an error; importing the package itself, for its version, is not."""
+
+TORCH_FREE = (
+    "errors keys config strict_yaml config_words config_reader tokenizer sources data prepare"
+)
+FORBIDDEN = {"pickle", "torch.load", "yaml.load", "eval", "exec", "extractall", "torch.hub"}
+MAX_LINES = 400
+MAX_FUNCTION_LINES = 60
+
+
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+def imported(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.ImportFrom) and node.module == "gptlite":
+            found |= {alias.name for alias in node.names if (PACKAGE / f"{alias.name}.py").exists()}
+        elif isinstance(node, ast.ImportFrom) and str(node.module).startswith("gptlite."):
+            found.add(str(node.module).split(".")[1])
+    return found
+
+
+def called(node: ast.AST) -> str:
+    if isinstance(node, ast.Attribute):
+        return f"{called(node.value)}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else "?"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_imports_follow_the_diagram(path: Path) -> None:
+    assert imported(path) <= set(MAY_IMPORT[path.stem].split())
+
+
+def test_the_diagram_has_no_circle_and_no_arrow_too_many() -> None:
+    assert set(MAY_IMPORT) == {path.stem for path in FILES}
+    done: set[str] = set()
+    while len(done) < len(MAY_IMPORT):
+        ready = {n for n, below in MAY_IMPORT.items() if set(below.split()) <= done} - done
+        assert ready, "a circle"
+        done |= ready
+    unused = {n: set(MAY_IMPORT[n].split()) - imported(PACKAGE / f"{n}.py") for n in MAY_IMPORT}
+    assert not any(unused.values()), unused
+
+
+def test_describing_needs_no_torch() -> None:
+    names = ", ".join(f"gptlite.{name}" for name in TORCH_FREE.split())
+    code = f"import sys, {names}; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_files_are_short_and_say_what_they_are(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= MAX_LINES
+    docstring = ast.get_docstring(tree(path))
+    assert docstring
+    assert len(docstring.splitlines()) <= 12
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_functions_are_short(path: Path) -> None:
+    """The bodies of commands are mostly their options."""
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.FunctionDef) and path.stem != "cli":
+            assert node.end_lineno is not None
+            assert node.end_lineno - node.lineno < MAX_FUNCTION_LINES, node.name
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_nothing_that_runs_foreign_code(path: Path) -> None:
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = {alias.name for alias in node.names} | {getattr(node, "module", None)}
+            assert not {"pickle", "shelve", "marshal"} & names
+        if isinstance(node, ast.Call):
+            name = called(node.func)
+            assert name not in FORBIDDEN
+            assert not name.endswith(".extractall")
+
+
+def test_the_readme_shows_the_tree_as_it_is() -> None:
+    text = (ROOT / "README.md").read_text()
+    block = text.split("gptlite/\n", 1)[1].split("```", 1)[0]
+    shown = re.findall(r"^  (\w+)\.py", block, re.MULTILINE)
+    assert sorted(shown) == sorted({path.stem for path in FILES} - {"__init__", "__main__"})
+
+
+def test_the_readme_lists_the_shipped_configs() -> None:
+    text = (ROOT / "README.md").read_text()
+    for path in (ROOT / "configs").glob("*.yaml"):
+        assert f"`{path.stem}`" in text
+
+
+@pytest.mark.parametrize("name", ["config.md", "cli.md"])
+def test_the_references_are_what_the_code_says(name: str) -> None:
+    script = [sys.executable, str(ROOT / "scripts" / "make_reference.py"), "--check"]
+    done = subprocess.run(script, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (ROOT / "docs" / name).read_text().startswith("# ")

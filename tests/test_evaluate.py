@@ -1,0 +1,106 @@
+"""Measurements against slow sums over the same tokens."""
+
+import math
+
+import pytest
+import torch
+from conftest import Workshop
+
+from gptlite.config import SITES
+from gptlite.dropout import evaluating
+from gptlite.errors import ConfigError, DataError
+from gptlite.evaluate import byte_lengths, evaluate, measure
+from gptlite.model import GPT
+
+
+@pytest.fixture
+def rates() -> dict[str, float]:
+    return dict.fromkeys(SITES, 0.3)
+
+
+@pytest.mark.parametrize("layout", ["stream", "documents"])
+@pytest.mark.parametrize("kind", ["char", "byte", "bpe"])
+def test_losses_are_what_one_token_at_a_time_gives(
+    workshop: Workshop, layout: str, kind: str, rates: dict[str, float]
+) -> None:
+    text = workshop.text.read_text()
+    workshop.text.write_text(text[:4000].replace("the", "thé"), encoding="utf-8")
+    run = workshop.run(data={"layout": layout}, tokenizer={"kind": kind, "vocab_size": 300})
+    files = workshop.files(data={"layout": layout}, tokenizer={"kind": kind, "vocab_size": 300})
+    model = GPT(run.model, files.meta["vocab_size"], rates)
+    rows = files.rows("val", 16)
+    nats, text_nats, correct, n = 0.0, 0.0, 0, 0
+    with evaluating(model), torch.no_grad():
+        for batch in rows.sweep(1):
+            length = batch.n_targets
+            logits = model(torch.from_numpy(batch.inputs[:, :length]))[0].double()
+            for t in range(length):
+                target = int(batch.targets[0, t])
+                loss = -logits[t].log_softmax(-1)[target].item()
+                nats, n = nats + loss, n + 1
+                text_nats += 0.0 if target == files.tokenizer.eot else loss
+                correct += int(logits[t].argmax()) == target
+    result = measure(model, rows.sweep(7), run, byte_lengths(files.tokenizer))
+    assert (result.targets, result.correct) == (n, correct)
+    assert result.nats == pytest.approx(nats, rel=1e-5)
+    assert result.text_nats == pytest.approx(text_nats, rel=1e-5)
+    first = 0 if layout == "documents" else len(files.tokenizer.token_bytes(int(rows.tokens[0])))
+    assert result.text_bytes == files.meta["splits"]["val"]["bytes"] - first
+    report = result.report()
+    assert report["perplexity"] == pytest.approx(math.exp(nats / n), rel=1e-5)
+    assert report["bits_per_byte"] == pytest.approx(text_nats / math.log(2) / result.text_bytes)
+
+
+def test_a_uniform_model_loses_the_logarithm_of_its_vocabulary(workshop: Workshop) -> None:
+    run, files = workshop.run(), workshop.files()
+    model = GPT(run.model, files.meta["vocab_size"])
+    with torch.no_grad():
+        model.token_embedding.weight.zero_()
+    result = measure(model, files.rows("val", 16).sweep(9), run, byte_lengths(files.tokenizer))
+    assert result.loss == pytest.approx(math.log(files.meta["vocab_size"]), rel=1e-6)
+    assert result.report()["loss_standard_error"] == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("size", [1, 5, 64])
+def test_losses_do_not_depend_on_the_batch_size(workshop: Workshop, size: int) -> None:
+    run, files = workshop.run(), workshop.files()
+    model = GPT(run.model, files.meta["vocab_size"])
+    lengths = byte_lengths(files.tokenizer)
+    whole = measure(model, files.rows("val", 16).sweep(32), run, lengths)
+    other = measure(model, files.rows("val", 16).sweep(size), run, lengths)
+    assert other.targets == whole.targets
+    assert other.nats == pytest.approx(whole.nats, rel=1e-6)
+
+
+def test_dropout_left_on_costs_and_is_gone_afterwards(
+    workshop: Workshop, rates: dict[str, float]
+) -> None:
+    run, files = workshop.run(), workshop.files()
+    model = GPT(run.model, files.meta["vocab_size"], rates).train()
+    lengths, rows = byte_lengths(files.tokenizer), files.rows("val", 16)
+    off = measure(model, rows.sweep(16), run, lengths)
+    torch.manual_seed(0)
+    on = measure(model, rows.sweep(16), run, lengths, dropout_active=True)
+    again = measure(model, rows.sweep(16), run, lengths)
+    assert on.nats != off.nats
+    assert again == off
+
+
+def test_something_random_in_evaluation_is_noticed(workshop: Workshop) -> None:
+    run, files = workshop.run(), workshop.files()
+    model = GPT(run.model, files.meta["vocab_size"])
+    model.norm.register_forward_hook(lambda module, args, out: out + torch.rand(1))
+    with pytest.raises(AssertionError, match="not repeatable"):
+        measure(model, files.rows("val", 16).sweep(16), run, byte_lengths(files.tokenizer))
+
+
+def test_no_target_is_said(workshop: Workshop) -> None:
+    run, files = workshop.run(), workshop.files()
+    model = GPT(run.model, files.meta["vocab_size"])
+    with pytest.raises(DataError, match="no target"):
+        measure(model, [], run, byte_lengths(files.tokenizer))
+
+
+def test_an_unknown_suite_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match="no suite 'losss'; there are: loss"):
+        evaluate(None, "val", ["losss"], lambda: None)  # type: ignore[arg-type, return-value]

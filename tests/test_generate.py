@@ -1,0 +1,218 @@
+"""Sampling links, one by one; batches, caches and streams against the slow and obvious."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_model import loud
+
+from gptlite.config import ModelConfig, SampleConfig
+from gptlite.dropout import live_sites
+from gptlite.errors import ConfigError
+from gptlite.generate import (
+    Generation,
+    TextStream,
+    continuations,
+    draw,
+    encode_prompt,
+    keep_min_p,
+    keep_top_k,
+    keep_top_p,
+    penalise,
+    probabilities,
+)
+from gptlite.model import GPT, NO_DROPOUT
+from gptlite.tokenizer import ByteTokenizer, CharTokenizer, decode
+
+LOGITS = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
+NOTHING_SEEN = torch.zeros(1, 4, dtype=torch.bool)
+LETTERS = CharTokenizer("abcdefgh \n", eot=True, unknown="error")
+
+
+def options(**changes: object) -> SampleConfig:
+    return SampleConfig.model_validate({"max_new_tokens": 12, "temperature": 1.0, **changes})
+
+
+def model(**changes: object) -> GPT:
+    torch.manual_seed(0)
+    base = {"n_layer": 2, "n_head": 2, "n_embd": 32, "context_length": 16, **changes}
+    return loud(GPT(ModelConfig.model_validate(base), LETTERS.vocab_size, kernel="sdpa"))
+
+
+def kept(logits: torch.Tensor) -> list[int]:
+    return logits[0].isfinite().nonzero().flatten().tolist()
+
+
+def test_each_link_keeps_what_it_says() -> None:
+    assert kept(keep_top_k(LOGITS, 2)) == [0, 1]
+    assert kept(keep_top_k(LOGITS, 99)) == [0, 1, 2, 3]
+    first = LOGITS.softmax(-1)[0, 0].item()
+    assert kept(keep_top_p(LOGITS, first - 0.01)) == [0]
+    assert kept(keep_top_p(LOGITS, first + 0.01)) == [0, 1]
+    assert kept(keep_top_p(LOGITS, 1.0)) == [0, 1, 2, 3]
+    assert kept(keep_min_p(LOGITS, math.exp(-1) - 0.01)) == [0, 1]
+    assert kept(keep_min_p(LOGITS, 1.0)) == [0]
+    seen = torch.tensor([[True, False, False, True]])
+    assert penalise(LOGITS, seen, 2.0).tolist() == [[1.0, 1.0, 0.0, -2.0]]
+
+
+def test_links_come_in_their_order() -> None:
+    """The penalty before the temperature, and both before what is kept."""
+    seen = torch.tensor([[True, False, False, False]])
+    probability = probabilities(LOGITS, seen, options(repetition_penalty=4.0, top_k=1))
+    assert probability.argmax() == 1
+
+
+def test_temperature_zero_is_greedy_and_ignores_the_seed() -> None:
+    greedy = probabilities(LOGITS, NOTHING_SEEN, options(temperature=0.0))
+    assert greedy.tolist() == [[1.0, 0.0, 0.0, 0.0]]
+    texts = {run(seed, temperature=0.0) for seed in range(3)}
+    assert len(texts) == 1
+    assert run(0, top_k=1) in texts
+
+
+def run(seed: int, **changes: object) -> str:
+    generation = Generation(model(), LETTERS, ["abc"], options(**changes), seed=seed)
+    return str(generation.results()[0]["text"])
+
+
+def test_draws_follow_the_probabilities() -> None:
+    probability = torch.tensor([[0.5, 0.0, 0.2, 0.3]])
+    chance = torch.arange(1000, dtype=torch.float64) / 1000
+    counts = draw(probability.expand(1000, 4), chance).bincount(minlength=4)
+    assert (counts - torch.tensor([500, 0, 200, 300])).abs().max() <= 1  # float32 rounds the edges
+    assert counts[1] == 0
+    assert draw(probability, torch.tensor([0.9999999], dtype=torch.float64)) == 3
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    logits=st.lists(st.floats(-50, 50), min_size=2, max_size=9),
+    temperature=st.floats(0.05, 5),
+    top_k=st.none() | st.integers(1, 12),
+    top_p=st.none() | st.floats(0.01, 1),
+    min_p=st.none() | st.floats(0, 1),
+    penalty=st.floats(0.5, 2),
+)
+def test_any_chain_gives_a_distribution(
+    logits: list[float],
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    min_p: float | None,
+    penalty: float,
+) -> None:
+    row = torch.tensor([logits])
+    chosen = options(
+        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=penalty
+    )
+    probability = probabilities(row, torch.ones_like(row, dtype=torch.bool), chosen)
+    assert probability.isfinite().all()
+    assert probability.sum().item() == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize("position", ["learned", "rope"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_ragged_batch_writes_what_each_prompt_writes_alone(
+    position: str, temperature: float
+) -> None:
+    """Also past the end of the context, where the text is read anew."""
+    gpt, chosen = model(position=position), options(temperature=temperature, max_new_tokens=40)
+    prompts = ["a", "abcdefgh", "hh ab", "", "abcdefgh" * 4]
+    together = Generation(gpt, LETTERS, prompts, chosen, seed=3, num_samples=2).results()
+    alone = [
+        result
+        for prompt in prompts
+        for result in Generation(gpt, LETTERS, [prompt], chosen, seed=3, num_samples=2).results()
+    ]
+    assert together == alone
+    if temperature:
+        assert together[0]["text"] != together[1]["text"]
+
+
+def test_cached_generation_is_the_slow_one() -> None:
+    """The slow one reads the whole text again for every token."""
+    gpt, prompt = model(context_length=64), LETTERS.encode("abc ab")
+    fast = [t[0] for t in continuations(gpt, [prompt], [1], options(temperature=0.0))]
+    slow = list(prompt)
+    for _ in fast:
+        with torch.no_grad():
+            slow.append(int(gpt(torch.tensor([slow]))[0, -1].argmax()))
+    assert fast == slow[len(prompt) :]
+
+
+def test_generation_ends_at_the_end_of_text_token() -> None:
+    gpt = model()
+    with torch.no_grad():
+        gpt.norm.bias.fill_(10.0)
+        gpt.token_embedding.weight[LETTERS.eot] = 1.0
+        gpt.token_embedding.weight[: LETTERS.eot] = -1.0
+    result = Generation(gpt, LETTERS, ["ab"], options(temperature=0.0), seed=0).results()[0]
+    assert (result["text"], result["finished"], result["tokens"]) == ("", "eot", 1)
+
+
+def test_generation_leaves_the_mode_and_the_generators_as_they_were() -> None:
+    gpt = GPT(model().config, LETTERS.vocab_size, {**NO_DROPOUT, "mlp_output": 0.5}).train()
+    state = torch.get_rng_state()
+    for _ in continuations(gpt, [[1, 2]], [0], options()):
+        assert live_sites(gpt) == {"mlp_output": 2}
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("stops", [["lo w"], ["xyz", "o wor"], ["d!"], ["h"]])
+def test_a_stream_ends_before_a_stop_string_and_shows_nothing_of_it(stops: list[str]) -> None:
+    text = "hello world! more"
+    stream, shown = TextStream(ByteTokenizer(eot=False), stops), []
+    for byte in text.encode():
+        shown.append(stream.feed(byte))
+    first = min(text.find(stop) for stop in stops if stop in text)
+    assert "".join(shown) == text[:first]
+    assert stream.finished == "stop"
+
+
+def test_a_stream_shows_no_half_character() -> None:
+    stream = TextStream(ByteTokenizer(eot=False), [])
+    shown = [stream.feed(byte) for byte in "aé€😀".encode()]
+    assert shown == ["a", "", "é", "", "", "€", "", "", "", "😀"]
+    stream.feed(0xE2)
+    assert stream.end("length") == "\ufffd"
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(st.text(max_size=30), st.lists(st.text(min_size=1, max_size=3), max_size=2))
+def test_a_stream_shows_all_text_up_to_the_stop(text: str, stops: list[str]) -> None:
+    raw = text.encode("utf-8", errors="replace")
+    stream = TextStream(ByteTokenizer(eot=False), stops)
+    shown = "".join(stream.feed(byte) for byte in raw) + stream.end("length")
+    plain = raw.decode()
+    if any(stop in plain for stop in stops):
+        assert stream.finished == "stop"
+        assert plain.startswith(shown)
+        assert not any(stop in shown for stop in stops)
+    else:
+        assert shown == plain
+
+
+def test_an_unknown_prompt_character_is_named_with_its_place() -> None:
+    with pytest.raises(ConfigError, match=r"prompt: character 'Z' at position 3"):
+        encode_prompt(LETTERS, "abZ", documents=False)
+
+
+def test_prompts_begin_where_documents_begin() -> None:
+    eot = LETTERS.eot
+    assert encode_prompt(LETTERS, "a", documents=True) == [eot, 0]
+    assert encode_prompt(LETTERS, "a", documents=False) == [0]
+    assert encode_prompt(LETTERS, "", documents=False) == [eot]
+    bare = CharTokenizer("a\n", eot=False, unknown="error")
+    assert decode(bare, encode_prompt(bare, "", documents=False)) == "\n"
+
+
+def test_draws_are_even() -> None:
+    from gptlite.keys import uniform
+
+    numbers = uniform(5, np.arange(100_000))
+    counts = np.histogram(numbers, bins=20, range=(0, 1))[0]
+    assert np.abs(counts - 5000).max() < 5 * math.sqrt(5000)

@@ -1,0 +1,90 @@
+"""Numbers a run writes: rates by a fake clock, rows that survive a resume."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from gptlite.metrics import Console, Meter, MetricsFile, clock, human, wants_bar
+
+
+class FakeClock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_the_rate_leaves_out_what_is_not_training() -> None:
+    """litgpt prints tokens per second from a timestamp: 60.93 shown, 20,692 true."""
+    time = FakeClock()
+    meter = Meter(time)
+    meter.resume()
+    for _ in range(4):
+        time.now += 0.5
+        meter.count(100)
+        meter.resume()  # resuming what runs must not forget the time that passed
+    meter.pause()
+    time.now += 1000  # an evaluation
+    assert meter.rate() == pytest.approx(200)
+    meter.resume()
+    time.now += 1
+    meter.count(50)
+    assert meter.rate() == pytest.approx(50)
+    assert meter.elapsed_seconds == pytest.approx(3)
+    assert meter.tokens == 450
+
+
+def test_metrics_are_cut_back_to_the_resumed_step(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    first = MetricsFile(path, 0)
+    for step in (10, 20, 30):
+        first.write({"step": step, "train/loss": step / 10})
+    first.close()
+    with path.open("a") as file:
+        file.write('{"step": 40, "tra')  # a crash cut this short
+    second = MetricsFile(path, 20)
+    second.write({"step": 30, "train/loss": float("nan")})
+    second.close()
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["step"] for row in rows] == [10, 20, 30]
+    assert rows[-1]["train/loss"] is None
+
+
+def test_a_bar_is_only_shown_where_it_can_move(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.delenv("CI", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    assert wants_bar("auto", Terminal())
+    assert not wants_bar("auto", io.StringIO())
+    assert not wants_bar("lines", Terminal())
+    assert wants_bar("bar", io.StringIO())
+    monkeypatch.setenv("TERM", "dumb")
+    assert not wants_bar("auto", Terminal())
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("CI", "true")
+    assert not wants_bar("auto", Terminal())
+
+
+def test_lines_go_to_the_log_and_to_stderr(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    console = Console(tmp_path / "train.log", "lines", total=10, start=0)
+    row = {"train/loss": 1.5, "tokens_per_second": 12_345.0, "val/loss": 2.0}
+    console.progress(5, row, 2.0)
+    console.progress(6, {k: row[k] for k in ("train/loss", "tokens_per_second")}, 2.0)
+    console.close()
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.splitlines() == (tmp_path / "train.log").read_text().splitlines()
+    assert len(err.splitlines()) == 1
+    assert err.startswith("step 5/10  loss 1.500  val 2.000  12.3k tok/s")
+
+
+def test_numbers_for_people() -> None:
+    assert [human(n) for n in (0.5, 999, 1234, 5.6e7, 7e12)] == ["0.5", "999", "1.23k", "56M", "7T"]
+    assert [clock(s) for s in (5, 65, 3700)] == ["0:05", "1:05", "1:01:40"]

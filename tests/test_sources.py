@@ -1,0 +1,440 @@
+"""Any file becomes the same documents however it is read, or one line that says where it is bad."""
+
+import csv
+import hashlib
+import http.client
+import io
+import json
+import os
+import ssl
+import urllib.error
+from collections.abc import Iterable
+from email.message import Message
+from itertools import islice
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from gptlite import sources
+from gptlite.config import DataConfig
+from gptlite.errors import DataError
+from gptlite.sources import Chunk, read_file
+
+URL = "https://example.org/folder/story.txt"
+STREAM, DOCUMENTS = DataConfig(), DataConfig(layout="documents")
+
+
+def joined(chunks: Iterable[Chunk]) -> list[str]:
+    """Whole documents from their pieces."""
+    documents, held = [], ""
+    for text, ends in chunks:
+        held += text
+        if ends:
+            documents.append(held)
+            held = ""
+    assert not held, "the last document does not end"
+    return documents
+
+
+def read(path: Path, data: DataConfig = STREAM) -> list[str]:
+    return joined(read_file(path, data))
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Make a file from text or bytes."""
+
+    def make(name: str, content: str | bytes) -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        return path
+
+    return make
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(sources, "CHUNK", 8)
+
+
+def problem(caught: pytest.ExceptionInfo[DataError]) -> str:
+    """What the user is told: always one line."""
+    (line,) = caught.value.problems
+    assert "\n" not in line
+    return line
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".md", ""])
+def test_a_text_file_is_one_document_in_the_stream_layout(write, suffix, small_chunks):
+    text = "# Title\r\n\r\nWörter 漢字 " * 9
+    assert read(write("a" + suffix, text)) == [text]
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".md"])
+def test_each_line_is_a_document_in_the_documents_layout(write, suffix):
+    assert read(write("a" + suffix, "emma\n\nolivia\n ava\n"), DOCUMENTS) == [
+        *("emma", "olivia", " ava")
+    ]
+
+
+def lines_of(text: str) -> list[str]:
+    *lines, last = text.split("\n")
+    return [line for line in (*(line.removesuffix("\r") for line in lines), last) if line]
+
+
+written = st.text(st.sampled_from("ab \r\n\té漢👩"), max_size=80)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(text=written, chunk=st.integers(4, 30), mark=st.booleans())
+@example(text="a\r\nb", chunk=4, mark=False)  # the line ends where the piece does
+@example(text="abc\r\nb\r\n", chunk=4, mark=False)  # between \r and \n
+@example(text="abc\r", chunk=4, mark=False)
+@example(text="a" * 50, chunk=4, mark=True)
+def test_lines_are_the_same_however_the_file_is_read(tmp_path_factory, text, chunk, mark):
+    path = tmp_path_factory.getbasetemp() / "lines.txt"
+    path.write_bytes(b"\xef\xbb\xbf" * mark + text.encode())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "CHUNK", chunk)
+        assert read(path, DOCUMENTS) == lines_of(text)
+        assert "".join(read(path, STREAM)) == text
+
+
+def test_windows_and_unix_line_ends_give_the_same_lines(write):
+    unix, windows = write("a.txt", "one\ntwo\n\nthree"), write("b.txt", "one\r\ntwo\r\n\r\nthree")
+    assert read(windows, DOCUMENTS) == read(unix, DOCUMENTS) == ["one", "two", "three"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("a.txt", "hello"), ("a.jsonl", '{"text": "hello"}\n'), ("a.csv", "text\nhello\n")],
+)
+def test_a_byte_order_mark_is_no_text(write, name, content):
+    for data in (STREAM, DOCUMENTS):
+        assert read(write(name, b"\xef\xbb\xbf" + content.encode()), data) == ["hello"]
+
+
+def test_only_a_mark_at_the_beginning_is_left_out(write, small_chunks):
+    path = write("a.txt", "\ufeffabc\ufeff" + "\ufeff" * 9)
+    assert read(path) == ["abc" + "\ufeff" * 10]
+
+
+EMPTY = [("a.txt", b""), ("a.txt", b"\xef\xbb\xbf"), ("a.jsonl", b""), ("a.jsonl", b"\n \r\n")]
+EMPTY += [("a.csv", b"text\n"), ("a.csv", b"text\n\n"), ("a.csv", b'id,text\n1,""\n2\n')]
+
+
+@pytest.mark.parametrize(("name", "content"), EMPTY)
+def test_an_empty_file_has_no_document(write, name, content):
+    path = write(name, content)
+    assert read(path, STREAM) == read(path, DOCUMENTS) == []
+
+
+NOT_UTF8 = {
+    "at the beginning": (b"\xff", 0),
+    "latin-1": (b"caf\xe9 au lait", 3),
+    "in a later piece": (("é" * 20).encode() + b"\xff tail", 40),
+    "across two pieces": (b"abcdefg\xe6\xbc" + b"x" * 20, 7),
+    "half a character at the end": (("漢" * 20).encode() + b"\xe6\xbc", 60),
+    "after a byte order mark": (b"\xef\xbb\xbfabc\xff", 6),
+}
+
+
+@pytest.mark.parametrize(("content", "at"), NOT_UTF8.values(), ids=NOT_UTF8)
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".csv"])
+def test_bytes_that_are_not_utf8_are_named_by_their_place(write, small_chunks, content, at, suffix):
+    path = write("a" + suffix, content)
+    with pytest.raises(DataError, match=f"not valid UTF-8 at byte {at};") as caught:
+        read(path)
+    assert str(path) in problem(caught)
+
+
+def test_every_record_of_a_jsonl_is_a_document(write):
+    records = [{"text": "one\ntwo", "n": 1}, {"text": "漢\u2028字"}, {"text": ""}, {"text": "end"}]
+    lines = "\r\n\n".join(json.dumps(record, ensure_ascii=False) for record in records)
+    path = write("a.jsonl", lines + '\n{"text":\r"after a lone return"}')
+    documents = ["one\ntwo", "漢\u2028字", "end", "after a lone return"]
+    assert read(path) == read(path, DOCUMENTS) == documents
+
+
+def test_the_field_of_a_record_is_a_setting(write):
+    data = DataConfig(text_field="body")
+    assert read(write("a.jsonl", '{"body": "yes", "text": "no"}'), data) == ["yes"]
+    assert read(write("a.csv", "text,body\nno,yes\n"), data) == ["yes"]
+
+
+BAD_RECORDS = {
+    "not JSON": ('{"text": ', "not JSON"),
+    "no object": ('["text"]', "no text in field 'text'"),
+    "other field": ('{"body": "a"}', "no text in field 'text'"),
+    "a number": ('{"text": 3}', "no text in field 'text'"),
+    "null": ('{"text": null}', "no text in field 'text'"),
+    "deep": ("[" * 100_000, "not JSON"),
+}
+
+
+@pytest.mark.parametrize(("record", "why"), BAD_RECORDS.values(), ids=BAD_RECORDS)
+def test_a_bad_record_is_named_by_file_and_line(write, record, why):
+    path = write("a.jsonl", f'{{"text": "good"}}\n\n{record}\n{{"text": "good"}}\n')
+    with pytest.raises(DataError) as caught:
+        read(path)
+    assert f"{path}:3: {why}" in problem(caught)
+
+
+def test_a_csv_is_read_with_quotes_and_line_breaks(write):
+    rows = [{"id": 1, "text": 'say "hi",\nthen go'}, {"id": 2, "text": ""}, {"id": 3, "text": "é"}]
+    file = io.StringIO(newline="")
+    table = csv.DictWriter(file, ["id", "text"])
+    table.writeheader()
+    table.writerows(rows)
+    path = write("a.csv", file.getvalue() + "4\r\n")
+    assert read(path) == read(path, DOCUMENTS) == ['say "hi",\nthen go', "é"]
+
+
+def test_a_field_of_a_csv_may_be_long(write):
+    """Python's csv alone stops at 128 KiB."""
+    long = "word " * 40_000
+    assert read(write("a.csv", f'text\n"{long}"\n')) == [long]
+
+
+def test_a_missing_column_lists_those_there_are(write):
+    path = write("a.csv", "id,body\n1,hello\n")
+    with pytest.raises(DataError, match="no column 'text'.*columns: id, body") as caught:
+        read(path)
+    assert str(path) in problem(caught)
+    with pytest.raises(DataError, match="columns: none"):
+        read(write("b.csv", ""))
+
+
+def test_a_folder_is_all_its_text_files_in_order(workshop, write):
+    names = ["b/z.md", "a.txt", "b/c/d.jsonl", "c.csv"]
+    for name in [*names, "image.png", "train.py", "b/e.bin"]:
+        write(f"texts/{name}", "x")
+    write("texts/folder.txt/inside.txt", "x")
+    found = sources.locate(workshop.run(data={"source": str(workshop.folder / "texts")}))
+    assert [file.relative_to(workshop.folder / "texts").as_posix() for file in found] == [
+        *("a.txt", "b/c/d.jsonl", "b/z.md", "c.csv", "folder.txt/inside.txt")
+    ]
+
+
+def test_a_glob_is_the_files_it_matches_in_order(workshop, write):
+    for name in ("2.txt", "10.txt", "1.txt", "3.md", "deep/4.txt"):
+        write(f"texts/{name}", "x")
+    write("texts/folder.txt/x", "x")
+
+    def names(pattern: str) -> list[str]:
+        run = workshop.run(data={"source": str(workshop.folder / "texts" / pattern)})
+        return [file.name for file in sources.locate(run)]
+
+    assert names("*.txt") == ["1.txt", "10.txt", "2.txt"]
+    assert names("[12].txt") == ["1.txt", "2.txt"]
+    assert names("**/*.txt") == ["1.txt", "10.txt", "2.txt", "4.txt"]
+
+
+def test_a_file_with_the_name_of_a_pattern_is_that_file(workshop, write):
+    path = write("a[1].txt", "x")
+    assert sources.locate(workshop.run(data={"source": str(path)})) == [path]
+
+
+def test_a_list_is_read_in_the_order_given(workshop, write):
+    paths = [write(name, name) for name in ("z.txt", "a.md", "m.jsonl")]
+    found = sources.locate(workshop.run(data={"source": [str(path) for path in paths]}))
+    assert found == paths
+
+
+@pytest.mark.parametrize(
+    ("source", "why"),
+    [
+        ("missing.txt", "No such file"),
+        ("*.rst", "matches no file"),
+        ("empty", "no .txt .md .jsonl .csv file in this folder"),
+        ("pipe.txt", "not a regular file"),
+        ("table.parquet", ".parquet is not text"),
+        ("a.txt/b.txt", "Not a directory"),
+        ("a" * 300, "File name too long"),
+        ("a\0.txt", "null"),
+    ],
+)
+def test_a_source_that_cannot_be_read_is_one_line_that_names_it(workshop, write, source, why):
+    for name in ("a.txt", "table.parquet", "empty/image.png"):
+        write(name, "x")
+    os.mkfifo(workshop.folder / "pipe.txt")
+    path = workshop.folder / source
+    with pytest.raises(DataError, match=why) as caught:
+        sources.locate(workshop.run(data={"source": str(path)}))
+    assert str(path) in problem(caught)
+
+
+def test_the_home_of_nobody_is_a_missing_file(workshop):
+    with pytest.raises(DataError, match="~no-such-user/a.txt: No such file"):
+        sources.locate(workshop.run(data={"source": "~no-such-user/a.txt"}))
+
+
+def test_a_file_must_have_the_digest_given_for_it(workshop, write):
+    path = write("a.txt", "hello")
+    digest = hashlib.sha256(b"hello").hexdigest()
+    run = workshop.run(data={"source": str(path), "sha256": digest})
+    assert sources.locate(run) == [path]
+    path.write_text("hallo")
+    with pytest.raises(DataError, match=f"sha256 is .* data.sha256 says {digest}") as caught:
+        sources.locate(run)
+    assert hashlib.sha256(b"hallo").hexdigest() in problem(caught)
+
+
+class Response(io.BytesIO):
+    """What urlopen returns: bytes from an address."""
+
+    url = URL
+
+
+class Internet:
+    """Stands in for urlopen: one answer, or one failure, for every address."""
+
+    def __init__(self) -> None:
+        self.answer: Response | Exception = urllib.error.URLError("Name or service not known")
+        self.asked: list[str] = []
+
+    def urlopen(self, request, timeout):
+        assert timeout <= 30
+        self.asked.append(request.full_url)
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return self.answer
+
+
+@pytest.fixture
+def internet(monkeypatch):
+    fake = Internet()
+    monkeypatch.setattr("urllib.request.urlopen", fake.urlopen)
+    return fake
+
+
+def kept(workshop) -> list[str]:
+    """All files of the download folder, left-overs included."""
+    return sorted(path.name for path in (workshop.folder / "cache").rglob("*") if path.is_file())
+
+
+def url_run(workshop, content: bytes, url: str = URL):
+    return workshop.run(data={"source": url, "sha256": hashlib.sha256(content).hexdigest()})
+
+
+def test_a_download_with_the_right_digest_is_kept_and_not_fetched_again(
+    workshop, internet, small_chunks
+):
+    content = b"It was a dark and stormy night; " * 3
+    run, internet.answer = url_run(workshop, content), Response(content)
+    first = sources.locate(run)
+    assert [file.read_bytes() for file in first] == [content]
+    assert first[0].suffix == ".txt"
+    internet.answer = urllib.error.URLError("gone")
+    assert sources.locate(run) == first
+    assert internet.asked == [URL]
+    assert kept(workshop) == [first[0].name]
+
+
+def test_a_damaged_download_is_fetched_again(workshop, internet):
+    run, internet.answer = url_run(workshop, b"good"), Response(b"good")
+    (path,) = sources.locate(run)
+    path.write_bytes(b"bad!")
+    internet.answer = Response(b"good")
+    assert [file.read_bytes() for file in sources.locate(run)] == [b"good"]
+    assert len(internet.asked) == 2
+
+
+def test_a_download_with_another_digest_is_not_kept(workshop, internet):
+    internet.answer = Response(b"<html>please log in</html>")
+    with pytest.raises(DataError, match="sha256 is .* data.sha256 says") as caught:
+        sources.locate(url_run(workshop, b"a story"))
+    assert URL in problem(caught)
+    assert kept(workshop) == []
+
+
+def test_a_download_larger_than_any_text_is_not_kept(workshop, internet, monkeypatch):
+    monkeypatch.setattr(sources, "MAX_DOWNLOAD", 1 << 10)
+    internet.answer = Response(b"x" * 2000)
+    with pytest.raises(DataError, match="larger than"):
+        sources.locate(url_run(workshop, b"x" * 2000))
+    assert kept(workshop) == []
+
+
+def test_a_download_that_leaves_https_is_refused(workshop, internet):
+    internet.answer = Response(b"a story")
+    internet.answer.url = "http://example.org/story.txt"
+    with pytest.raises(DataError, match="not https") as caught:
+        sources.locate(url_run(workshop, b"a story"))
+    assert URL in problem(caught)
+    assert kept(workshop) == []
+
+
+class Broken(Response):
+    """A connection that fails when half is there."""
+
+    def __init__(self, content: bytes, failure: Exception) -> None:
+        super().__init__(content)
+        self.failure = failure
+
+    def read(self, size=-1):
+        part = super().read(4)
+        if not part:
+            raise self.failure
+        return part
+
+
+FAILURES = [
+    urllib.error.URLError("Name or service not known"),
+    urllib.error.HTTPError(URL, 404, "Not Found", Message(), None),
+    TimeoutError("timed out"),
+    ConnectionResetError(104, "Connection reset by peer"),
+    http.client.IncompleteRead(b"half", 100),
+    ssl.SSLError(1, "bad record mac"),
+    OSError(113, "No route to host"),
+]
+
+
+@pytest.mark.parametrize("failure", FAILURES, ids=lambda failure: type(failure).__name__)
+@pytest.mark.parametrize("when", ["at once", "half way"])
+def test_a_download_that_fails_is_one_line_with_the_way_out(workshop, internet, failure, when):
+    internet.answer = failure if when == "at once" else Broken(b"half of", failure)
+    with pytest.raises(DataError, match="cannot be fetched .*--set data.source=FILE") as caught:
+        sources.locate(url_run(workshop, b"half of it all"))
+    assert URL in problem(caught)
+    assert kept(workshop) == []
+
+
+@pytest.mark.parametrize("url", ["https://", "https://[1/a.txt", "https://a b/c", "https://a..b/"])
+def test_an_address_that_cannot_be_is_one_line(workshop, url):
+    with pytest.raises(DataError, match="cannot be fetched") as caught:
+        sources.locate(url_run(workshop, b"a story", url))
+    assert url in problem(caught)
+
+
+@pytest.fixture(scope="session")
+def documentation(tmp_path_factory) -> Path:
+    return sources.python_docs(tmp_path_factory.mktemp("docs"))
+
+
+def test_the_documentation_of_python_is_english_prose(documentation):
+    text = "\n".join(read(documentation)).lower()
+    assert len(text) > 1_000_000
+    words = text.split()
+    for word, at_least in {"the": 0.03, "of": 0.01, "is": 0.01, "return": 0.001}.items():
+        assert words.count(word) > at_least * len(words)
+    assert "the standard type hierarchy" in text
+
+
+def test_the_documentation_of_python_does_not_depend_on_the_order_of_a_disk(
+    documentation, monkeypatch
+):
+    listed = Path.rglob
+    monkeypatch.setattr(Path, "rglob", lambda *args: reversed(list(listed(*args))))
+    again = list(islice(sources.documentation(), 120))
+    assert again == read(documentation)[:120]
+
+
+def test_the_documentation_of_python_is_made_once(documentation, monkeypatch):
+    monkeypatch.setattr(sources, "documentation", lambda: pytest.fail("made again"))
+    made = documentation.stat().st_mtime_ns
+    assert sources.python_docs(documentation.parents[1]) == documentation
+    assert documentation.stat().st_mtime_ns == made
