@@ -97,7 +97,7 @@ def point(run_dir: Path, name: str, step: int) -> None:
 
 def pointed(run_dir: Path, name: str) -> str | None:
     path = run_dir / "checkpoints" / name
-    return path.read_text().strip() if path.is_file() else None
+    return path.read_text(encoding="utf-8").strip() if path.is_file() else None
 
 
 def folders(run_dir: Path) -> list[Path]:
@@ -126,7 +126,7 @@ def read_state(path: Path) -> dict[str, Any]:
             "as .pt and .pth, are never loaded"
         )
     try:
-        state: dict[str, Any] = json.loads((path / "state.json").read_text())
+        state: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
         if state["format"] != FORMAT:
             needs = f"format {state['format']}, this gptlite reads {FORMAT}"
             raise CheckpointError(f"{path}: written by gptlite {state['gptlite']} ({needs})")
@@ -220,7 +220,7 @@ class Trained:
 def load_tokenizer(run_dir: Path) -> Tokenizer:
     path = run_dir / "tokenizer" / "tokenizer.json"
     try:
-        return tokenizer.from_json(json.loads(path.read_text()))
+        return tokenizer.from_json(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error})") from None
 

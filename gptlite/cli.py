@@ -110,34 +110,39 @@ def train(
     from gptlite.config_reader import load_run
 
     with user_errors(verbose):
-        if not config and (resume is None or resume == "auto"):
+        if not config and resume in (None, "auto"):
             raise ConfigError("--config: missing option; give a file or a shipped config")
-        files, values = list(config or []), list(overrides or [])
+        values = list(overrides or [])
         if out_dir is not None:
             values.append(f"out_dir={json.dumps(out_dir, ensure_ascii=False)}")
-        directory, resumes = where(files, values, resume)
-        if not files:
-            files = [str(directory / "config.yaml")]
+        named = None if resume in (None, "auto") else resumed_directory(str(resume))
+        files = list(config or [])
+        if named is not None and not files:
+            files = [str(named / "config.yaml")]
         run = load_run(files, values)
+        directory, resumes = (named, True) if named else where(run.out_dir, files, resume)
         # After the check, so that a config error shows before torch loads.
         from gptlite.session import train
 
         train(run, directory, resume=resumes)
 
 
-def where(files: list[str], values: list[str], resume: str | None) -> tuple[Path, bool]:
+def resumed_directory(named: str) -> Path:
+    """The run directory that `--resume PATH` means: itself, or that of a checkpoint in it."""
+    from gptlite.run_directory import has_run
+
+    directory = Path(named)
+    if directory.parent.name == "checkpoints":
+        directory = directory.parent.parent
+    if not has_run(directory):
+        raise ConfigError(f"--resume {named}: not a gptlite checkpoint or run directory")
+    return directory
+
+
+def where(out_dir: str | None, files: list[str], resume: str | None) -> tuple[Path, bool]:
     """The run directory, and whether a run there goes on."""
     from gptlite import run_directory
-    from gptlite.config_reader import load_run
 
-    if resume not in (None, "auto"):
-        directory = Path(str(resume))
-        if directory.parent.name == "checkpoints":
-            directory = directory.parent.parent
-        if not run_directory.has_run(directory):
-            raise ConfigError(f"--resume {resume}: not a gptlite checkpoint or run directory")
-        return directory, True
-    out_dir = load_run(files, values).out_dir
     if out_dir is None:
         name = run_directory.name_of(files)
         earlier = run_directory.siblings(name)

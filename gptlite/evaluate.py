@@ -126,24 +126,25 @@ def measure(
 
 def rows_of_file(trained: Trained, file: str) -> Layout:
     """The rows of a text file that was not part of the training data."""
-    path, text = Path(file), trained.tokenizer
-    sources.check_regular(path)
-    run = trained.run
-    documents = run.data.layout == "documents"
-    ids: list[int] = [text.eot] if documents and text.eot is not None else []
+    path, text, run = Path(file), trained.tokenizer, trained.run
+    eot = text.eot if run.data.layout == "documents" else None
+    ids: list[int] = [] if eot is None else [eot]
     held = ""
-    for chunk, ends in sources.read_file(path, run.data):
-        pieces, held = tokenizer.cut(held + chunk, final=ends)
-        for piece in pieces:
-            ids += text.encode(piece)
-        if ends and documents and text.eot is not None:
-            ids.append(text.eot)
+    try:
+        sources.check_regular(path)
+        for chunk, ends in sources.read_file(path, run.data):
+            pieces, held = tokenizer.cut(held + chunk, final=ends)
+            for piece in pieces:
+                ids += text.encode(piece)
+            if ends and eot is not None:
+                ids.append(eot)
+    except (DataError, ConfigError) as error:
+        why = str(error).removeprefix(f"data.source: {path}: ")
+        raise DataError(f"--split {file}: {why}") from None
     if len(ids) < 2:
         raise DataError(f"--split {file}: has {len(ids)} tokens, needs >= 2")
-    tokens = np.array(ids)
-    if documents and text.eot is not None:
-        return Documents(tokens, run.model.context_length, text.eot)
-    return Stream(tokens, run.model.context_length)
+    tokens, context_length = np.array(ids), run.model.context_length
+    return Stream(tokens, context_length) if eot is None else Documents(tokens, context_length, eot)
 
 
 def loss_suite(

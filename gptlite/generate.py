@@ -5,6 +5,7 @@ batch: each draw is one number from a key.
 """
 
 import codecs
+import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -192,7 +193,8 @@ class Generation:
         ids = [encode_prompt(text, prompt, documents) for prompt in prompts]
         self.index = [(p, s) for p in range(len(prompts)) for s in range(num_samples)]
         self.rows = [ids[p] for p, _ in self.index]
-        self.names = [key(seed, "sample", *ids[p], s) for p, s in self.index]
+        texts = [hashlib.blake2b(np.array(row).tobytes()).hexdigest() for row in ids]
+        self.names = [key(seed, "sample", texts[p], s) for p, s in self.index]
         self.streams = [TextStream(text, stops) for _ in self.index]
 
     def pieces(self) -> Iterator[Piece]:
@@ -224,18 +226,20 @@ class Generation:
         ]
 
 
-def encode_prompt(text: Tokenizer, prompt: str, documents: bool) -> list[int]:
+def encode_prompt(
+    text: Tokenizer, prompt: str, documents: bool, *, place: str = "prompt"
+) -> list[int]:
     """Ids of a prompt; where documents are rows, each begins with the end-of-text token.
 
-    Raises ConfigError naming the character that the tokenizer does not know.
+    Raises ConfigError naming `place` and the character that the tokenizer does not know.
     """
     try:
         prompt.encode()
         ids = text.encode(prompt)
     except UnicodeEncodeError as error:
-        raise ConfigError(f"prompt: not valid UTF-8 at character {error.start + 1}") from None
+        raise ConfigError(f"{place}: not valid UTF-8 at character {error.start + 1}") from None
     except ConfigError as error:
-        raise ConfigError(f"prompt: {error}") from None
+        raise ConfigError(f"{place}: {error}") from None
     if documents and text.eot is not None:
         return [text.eot, *ids]
     if ids:

@@ -64,7 +64,7 @@ class MetricsFile:
         self.path = path
         kept = []
         if path.exists():
-            for line in path.read_text().splitlines():
+            for line in path.read_text(encoding="utf-8").splitlines():
                 try:
                     if json.loads(line)["step"] <= resumed_step:
                         kept.append(line + "\n")

@@ -267,7 +267,9 @@ def train(run: RunConfig, directory: Path, *, resume: bool = False) -> dict[str,
     n_rows = files.rows("train", run.model.context_length).n_rows
     files.tokens("val")  # too little text for validation is better known before training
     for prompt in run.sample.prompts:
-        encode_prompt(files.tokenizer, prompt, run.data.layout == "documents")
+        documents = run.data.layout == "documents"
+        encode_prompt(files.tokenizer, prompt, documents, place=f"sample.prompts: {prompt!r}")
+    weights = None if run.init_from is None or resume else initial_weights(run.init_from)
     asked = run if stored is None else adopt(run, stored)
     resolved, reasons = auto.resolve(asked, vocab_size=files.meta["vocab_size"], n_rows=n_rows)
     run_directory.create(directory)
@@ -278,8 +280,8 @@ def train(run: RunConfig, directory: Path, *, resume: bool = False) -> dict[str,
         trainer = Trainer(resolved, files)
         if start.path is not None:
             trainer.restore(start.path, start.state["step"])
-        elif resolved.init_from is not None:
-            load_weights(trainer.model, initial_weights(resolved.init_from))
+        elif weights is not None:
+            load_weights(trainer.model, weights)
         plan = planning.make_plan(resolved, trainer.model, files, trainer.rows, reasons)
         write_description(trainer, directory, plan)
         session = Session(trainer, directory, start.state)

@@ -40,12 +40,13 @@ MAY_IMPORT = {
         "resume run_directory tokenizer train"
     ),
     "cli": (
-        "checkpoint config config_reader errors evaluate generate plan prepare run_directory session"
+        "checkpoint config config_reader errors evaluate generate plan prepare run_directory "
+        "session"
     ),
     "__main__": "cli",
     "__init__": "",
 }
-"""An arrow that is not listed is an error; importing the package itself, for its version, is not."""
+"""An arrow that is not listed is an error; importing the package for its version is not."""
 
 TORCH_FREE = (
     "errors keys config strict_yaml config_words config_reader tokenizer sources data prepare"

@@ -85,7 +85,8 @@ def lines_of(text: str) -> list[str]:
     return [line for line in (*(line.removesuffix("\r") for line in lines), last) if line]
 
 
-written = st.text(st.sampled_from("ab \r\n\té漢👩"), max_size=80)
+signs = st.sampled_from("ab \r\n\té漢👩")
+written = st.text(signs, max_size=9) | st.text(signs, min_size=30, max_size=90)
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)

@@ -135,7 +135,7 @@ def fed(text: str, sizes: list[int]) -> list[str]:
     return pieces + cut(held + text[at:], final=True)[0]
 
 
-small_texts = st.text(st.sampled_from("ab .\n\t\u00a0é漢"), max_size=200)
+small_texts = st.text(st.sampled_from("ab .\n\t\u00a0é漢"), min_size=40, max_size=200)
 
 
 @examples
@@ -160,7 +160,8 @@ def test_cutting_loses_nothing_and_leaves_small_pieces(text, final):
 
 # Whatever stands between them, a single space between two of these is never far.
 visible = st.text(max_size=10).map(str.strip).filter(bool)
-clauses = st.lists(visible | st.sampled_from(["'s", "a  b", "x\n\n y", "1.", "(", "\u0301"]))
+odd_clauses = st.sampled_from(["'s", "a  b", "x\n\n y", "1.", "(", "\u0301", "c       d"])
+clauses = st.lists(visible | odd_clauses, min_size=10)
 
 
 @examples
