@@ -74,6 +74,7 @@ class Session:
         self.console = Console(
             directory / "train.log", run.log.progress, trainer.max_steps, trainer.step
         )
+        self.val_rows = trainer.files.rows("val", run.model.context_length)
         self.lengths = byte_lengths(trainer.files.tokenizer)
         self.verified = False
 
@@ -171,9 +172,8 @@ class Session:
         rows = eval_rows(run, trainer.files.meta["vocab_size"])
         batches = run.train.eval_batches
         limit = None if batches == "all" else batches * run.train.batch_size
-        val = trainer.files.rows("val", run.model.context_length).sweep(rows, limit)
+        val, subset = self.val_rows.sweep(rows, limit), trainer.rows.sweep(rows, TRAIN_SUBSET_ROWS)
         measured = measure(trainer.model, val, run, self.lengths)
-        subset = trainer.rows.sweep(rows, TRAIN_SUBSET_ROWS)
         train = measure(trainer.model, subset, run, self.lengths)
         if not self.verified:
             self.console.say("evaluation: dropout: off (verified)")
