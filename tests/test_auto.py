@@ -1,0 +1,113 @@
+"""What `auto` chooses, that it says why, and that it can be overridden."""
+
+import pytest
+import torch
+from conftest import Workshop
+
+from gptlite import auto
+from gptlite.config import RunConfig
+from gptlite.errors import ConfigError
+
+
+def resolve(run: RunConfig, n_rows: int = 100) -> tuple[RunConfig, dict[str, str]]:
+    return auto.resolve(run, vocab_size=50, n_rows=n_rows)
+
+
+def test_every_auto_is_replaced_and_explained(workshop: Workshop) -> None:
+    run = workshop.run(device="auto", dtype="auto", train={"threads": "auto"})
+    resolved, reasons = resolve(run)
+    assert set(reasons) == {
+        *("device", "dtype", "compile", "attention"),
+        *("train.threads", "train.micro_batch_size", "train.early_stop"),
+    }
+    values = [resolved.device, resolved.dtype, resolved.compile, resolved.attention]
+    values += [getattr(resolved.train, k) for k in ("threads", "micro_batch_size", "early_stop")]
+    assert "auto" not in values
+    again, nothing = resolve(resolved)
+    assert again == resolved
+    assert nothing == {}
+
+
+def test_what_is_named_is_kept(workshop: Workshop) -> None:
+    named = {"micro_batch_size": 2, "early_stop": 3, "threads": 1}
+    run = workshop.run(attention="math", compile=False, dtype="bfloat16", train=named)
+    resolved, reasons = resolve(run)
+    assert resolved == run
+    assert reasons == {}
+
+
+@pytest.mark.parametrize(("gain", "dtype"), [(2.0, "bfloat16"), (1.0, "float32")])
+def test_bfloat16_is_taken_where_it_is_faster(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch, gain: float, dtype: str
+) -> None:
+    monkeypatch.setattr(auto, "bfloat16_gain", lambda run: gain)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    resolved, reasons = resolve(workshop.run(dtype="auto"))
+    assert resolved.dtype == dtype
+    assert f"{gain:.2f}x as fast in bfloat16" in reasons["dtype"]
+
+
+def test_timing_the_products_touches_no_generator(workshop: Workshop) -> None:
+    state = torch.get_rng_state()
+    assert auto.bfloat16_gain(workshop.run()) > 0
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_parts_of_a_batch_divide_it_and_fit(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = workshop.run(train={"batch_size": 12})
+    per_row = auto.activation_bytes_per_row(run, 50)
+    weights = run.model.n_parameters(50) * auto.BYTES_TO_TRAIN
+    for rows, size in ((100, 12), (5, 4), (1, 1)):
+        monkeypatch.setattr(
+            auto, "memory_bytes", lambda device, rows=rows: 2 * (weights + rows * per_row) + 10
+        )
+        assert resolve(run)[0].train.micro_batch_size == size
+
+
+def test_a_model_that_cannot_fit_is_refused_before_it_is_built(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(auto, "memory_bytes", lambda device: 1 << 10)
+    with pytest.raises(ConfigError, match=r"needs about .* GiB to train one sequence"):
+        resolve(workshop.run())
+
+
+def test_early_stopping_is_for_runs_over_the_same_text(workshop: Workshop) -> None:
+    run = workshop.run()  # 8 updates of 8 rows
+    assert resolve(run, n_rows=100)[0].train.early_stop == "never"
+    assert resolve(run, n_rows=20)[0].train.early_stop == 10
+
+
+def test_epochs_become_updates(workshop: Workshop) -> None:
+    run = workshop.run(train={"max_steps": None, "epochs": 2.5})
+    assert auto.planned_steps(run, n_rows=16) == 5
+    assert auto.planned_steps(run, n_rows=1) == 1
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "cuda"])
+def test_a_device_that_is_not_there_is_said(workshop: Workshop, device: str) -> None:
+    if device == "cuda" and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(
+        ConfigError, match=rf"device: '{device}' not available \(\d+ CUDA devices\)"
+    ):
+        resolve(workshop.run(device=device))
+    usable = auto.usable(workshop.run(device=device, dtype="bfloat16"))
+    assert (usable.device, usable.dtype) != (device, "bfloat16")
+
+
+def test_compiled_dropout_is_refused_where_it_is_wrong(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """pytorch issue 198333: on CUDA compiled torch dropout can repeat a mask across channels."""
+    cuda = torch.device("cuda")
+    drops = workshop.run(dropout={"preset": "gpt2"}, compile=True)
+    with pytest.raises(ConfigError, match="compile: true with dropout on CUDA is refused"):
+        auto.pick_compile(drops, cuda, 10_000)
+    plain = workshop.run(dropout={"preset": "none"})
+    assert auto.pick_compile(plain, cuda, 10_000)[0]
+    assert not auto.pick_compile(plain, cuda, 10)[0]
+    assert not auto.pick_compile(workshop.run(dropout={"preset": "gpt2"}), cuda, 10_000)[0]
+    assert not auto.pick_compile(plain, torch.device("cpu"), 10_000)[0]
