@@ -7,6 +7,7 @@ step, so that each step is there once.
 import json
 import math
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -103,14 +104,16 @@ class Console:
         self.log = log.open("a", encoding="utf-8") if log else None
         self.total = total
         shown = wants_bar(progress, sys.stderr)
+        screen = shutil.get_terminal_size()  # some terminals say 0; this then says 80 x 24
         self.bar = tqdm(
             total=total,
             initial=start,
             unit="step",
             disable=not shown,
-            dynamic_ncols=True,
+            ncols=screen.columns,
+            nrows=screen.lines,
             file=sys.stderr,
-            bar_format="{percentage:3.0f}% {bar:20} {n_fmt}/{total_fmt} {postfix} "
+            bar_format="{percentage:3.0f}% {bar:20} {n_fmt}/{total_fmt}{postfix} "
             "[{elapsed}, {remaining} left]",
         )
         self.started, self.start = time.perf_counter(), start
