@@ -55,7 +55,7 @@ def user_errors(verbose: bool = False) -> Iterator[None]:
         if verbose:
             traceback.print_exc()
         for problem in error.problems:
-            print(f"gptlite: {visible(problem)}", file=sys.stderr)
+            print(visible(problem), file=sys.stderr)
         raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt:
         print("gptlite: interrupted", file=sys.stderr)

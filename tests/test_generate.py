@@ -86,6 +86,8 @@ def test_draws_follow_the_probabilities() -> None:
     assert (counts - torch.tensor([500, 0, 200, 300])).abs().max() <= 1  # float32 rounds the edges
     assert counts[1] == 0
     assert draw(probability, torch.tensor([0.9999999], dtype=torch.float64)) == 3
+    never_the_first = torch.tensor([[0.0, 1.0]])
+    assert draw(never_the_first, torch.zeros(1, dtype=torch.float64)) == 1
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)

@@ -89,7 +89,7 @@ def test_an_odd_environment_changes_nothing(odd: dict[str, str]) -> None:
     assert "--config" in out
     code, out, err = finish(checking)
     assert (code, out, "\x1b" in err) == (2, "", False)
-    assert re.fullmatch(r"gptlite: train.yaml:6:7: optim.lr: expected a number .*\n", err)
+    assert re.fullmatch(r"train.yaml:6:7: optim.lr: expected a number .*\n", err)
 
 
 def test_generation_in_an_odd_environment(run: Path) -> None:
