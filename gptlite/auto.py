@@ -5,6 +5,8 @@ resolved values are saved with the run, so a resumed run never asks again.
 """
 
 import math
+import os
+import shutil
 import statistics
 import time
 from contextlib import AbstractContextManager, nullcontext
@@ -136,6 +138,8 @@ def pick_compile(run: RunConfig, device: torch.device, n_steps: int) -> tuple[bo
             "compile: true with dropout on CUDA is refused: compiled torch dropout can give "
             "neighbouring channels one mask (pytorch issue 198333); set compile: false"
         )
+    if run.compile is True and device.type == "cpu" and not has_cpp_compiler():
+        raise ConfigError("compile: true needs a C++ compiler (g++ or clang++, or CXX); set false")
     if run.compile != "auto":
         return bool(run.compile), "asked for"
     if device.type != "cuda":
@@ -145,6 +149,10 @@ def pick_compile(run: RunConfig, device: torch.device, n_steps: int) -> tuple[bo
     if n_steps < 500:
         return False, f"false: {n_steps} updates do not repay compiling"
     return True, "true: CUDA and a run long enough to repay it"
+
+
+def has_cpp_compiler() -> bool:
+    return any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++")))
 
 
 def activation_bytes_per_row(run: RunConfig, vocab_size: int) -> int:

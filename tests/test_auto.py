@@ -111,3 +111,11 @@ def test_compiled_dropout_is_refused_where_it_is_wrong(
     assert not auto.pick_compile(plain, cuda, 10)[0]
     assert not auto.pick_compile(workshop.run(dropout={"preset": "gpt2"}), cuda, 10_000)[0]
     assert not auto.pick_compile(plain, torch.device("cpu"), 10_000)[0]
+
+
+def test_compiling_for_the_cpu_needs_a_compiler(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pytest.raises(ConfigError, match=r"needs a C\+\+ compiler"):
+        resolve(workshop.run(compile=True))

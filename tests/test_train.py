@@ -2,7 +2,6 @@
 
 import math
 import random
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -217,7 +216,7 @@ def test_losses_count_real_targets_only() -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_compiling_keeps_the_losses(workshop: Workshop) -> None:
     """In place: the names of the weights stay as they are."""
-    if shutil.which("g++") is None and shutil.which("clang++") is None:
+    if not auto.has_cpp_compiler():
         pytest.skip("no C++ compiler on this machine")
     run = workshop.run(model={"n_layer": 1}, dropout={"preset": "none"})
     plain, compiled = trainer(run), trainer(run.model_copy(update={"compile": True}))
