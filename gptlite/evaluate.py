@@ -22,6 +22,7 @@ from gptlite.config import RunConfig
 from gptlite.data import IGNORED, Batch, Documents, Layout, Stream, TokenFiles
 from gptlite.dropout import evaluating
 from gptlite.errors import ConfigError, DataError
+from gptlite.keys import key
 from gptlite.model import GPT
 from gptlite.tokenizer import Tokenizer
 
@@ -102,6 +103,8 @@ def measure(
     device = next(model.parameters()).device
     row_nats, row_targets = [], []
     correct, text_nats, text_bytes = 0, 0.0, 0
+    if dropout_active:  # one number, not another at each call
+        torch.manual_seed(key(run.seed, "evaluation") >> 1)
     with evaluating(model, dropout_active=dropout_active), precision(run):
         for number, batch in enumerate(batches):
             inputs, targets, real = tensors(batch, device)

@@ -167,7 +167,7 @@ class Session:
         return isinstance(patience, int) and self.worse >= patience
 
     def evaluate(self, step: int) -> dict[str, float]:
-        """Both losses without dropout, and whether the validation loss is the best so far."""
+        """Both losses without dropout; a validation loss that is the best so far is remembered."""
         run, trainer = self.run, self.trainer
         rows = eval_rows(run, trainer.files.meta["vocab_size"])
         batches = run.train.eval_batches

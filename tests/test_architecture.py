@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "metrics": "errors run_directory",
     "checkpoint": "auto config config_reader errors model run_directory sources tokenizer",
     "auto": "config errors",
-    "evaluate": "auto checkpoint config data dropout errors model sources tokenizer",
+    "evaluate": "auto checkpoint config data dropout errors keys model sources tokenizer",
     "generate": "config dropout errors keys model tokenizer",
     "plan": "auto config data dropout evaluate metrics model prepare",
     "train": "auto checkpoint config data dropout errors evaluate keys model optim",
