@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from gptlite.config import RunConfig, physical_memory_bytes
+from gptlite import masks
+from gptlite.config import RunConfig, fused_cannot_drop, physical_memory_bytes
 from gptlite.errors import ConfigError
 
 BF16_GAIN = 1.3
@@ -39,11 +40,21 @@ def resolve(run: RunConfig, *, vocab_size: int, n_rows: int) -> tuple[RunConfig,
         train["threads"] = torch.get_num_threads()
         reasons["train.threads"] = f"{train['threads']}: torch's default on this machine"
     torch.set_num_threads(train.get("threads", run.train.threads))
+    n_steps = planned_steps(run, n_rows)
+    epochs = n_steps * run.train.batch_size / n_rows
+    if run.dropout.rate == "auto":
+        rate, why = pick_dropout_rate(epochs)
+        reasons["dropout.rate"] = f"{rate:g}: {why}"
+        run = run.model_copy(update={"dropout": run.dropout.model_copy(update={"rate": rate})})
     if run.attention == "auto":
         top["attention"], reasons["attention"] = pick_attention(run, device)
+    run = run.model_copy(update=top)
+    if problems := [f"{key}: {why}" for key, why in fused_cannot_drop(run)]:
+        raise ConfigError(*problems)
+    if run.dropout.masks == "auto" and any(run.dropout.rates().values()):
+        reasons["dropout.masks"] = describe_masks(run, device)
     if run.dtype == "auto":
         top["dtype"], reasons["dtype"] = pick_dtype(run, device)
-    n_steps = planned_steps(run, n_rows)
     top["compile"], why = pick_compile(run, device, n_steps)
     if run.compile == "auto":
         reasons["compile"] = why
@@ -51,7 +62,6 @@ def resolve(run: RunConfig, *, vocab_size: int, n_rows: int) -> tuple[RunConfig,
         size, why = pick_micro_batch(run, vocab_size, device)
         train["micro_batch_size"], reasons["train.micro_batch_size"] = size, f"{size}: {why}"
     if run.train.early_stop == "auto":
-        epochs = n_steps * run.train.batch_size / n_rows
         train["early_stop"] = 10 if epochs > 2 else "never"
         reasons["train.early_stop"] = f"{train['early_stop']}: {epochs:.1f} epochs planned"
     resolved = run.model_copy(update={**top, "train": run.train.model_copy(update=train)})
@@ -88,11 +98,36 @@ def usable(run: RunConfig) -> RunConfig:
         return run.model_copy(update={"device": pick_device("auto")[0], "dtype": "float32"})
 
 
+def pick_dropout_rate(epochs: float) -> tuple[float, str]:
+    """From how often the text is seen; docs/dropout.md gives the sources."""
+    planned = f"{epochs:.1f} epochs planned"
+    if epochs <= 1:
+        return 0.0, f"{planned}; text seen once cannot be learned by heart"
+    if epochs <= 4:
+        return 0.05, f"{planned}; up to 4 repeated text is almost as good as new"
+    if epochs <= 16:
+        return 0.1, f"{planned}; repeated text begins to be learned by heart"
+    return 0.2, f"{planned}; a model sees each text so often that it learns it by heart"
+
+
 def pick_attention(run: RunConfig, device: torch.device) -> tuple[str, str]:
-    if device.type == "cpu" and run.dropout.rates()["attention_weights"] > 0:
-        why = "fused except in training, where no CPU kernel drops attention weights"
-        return "sdpa", f"sdpa: {why}"
-    return "sdpa", "sdpa: torch's fused kernel"
+    if run.dropout.rates()["attention_weights"] == 0:
+        return "sdpa", "sdpa: torch's fused kernel"
+    if device.type == "cuda" and run.dropout.masks != "keyed":
+        return "sdpa", "sdpa: torch's fused kernel, which drops attention weights by itself"
+    if run.dropout.masks == "keyed" or device.type != "cpu":
+        return "math", "math: no fused kernel drops attention weights by keyed masks"
+    return "math", "math: no fused CPU kernel drops attention weights"
+
+
+def describe_masks(run: RunConfig, device: torch.device) -> str:
+    native = run.dropout.native_sites(run.attention)
+    if native:
+        return f"keyed, except {', '.join(native)}: native, inside the fused kernel"
+    if device.type == "cpu":
+        way = "by the C compiler's loop" if masks.library() else "by torch; a C compiler is faster"
+        return f"keyed, {way}"
+    return "keyed"
 
 
 def pick_dtype(run: RunConfig, device: torch.device) -> tuple[str, str]:
@@ -131,12 +166,11 @@ def bfloat16_gain(run: RunConfig) -> float:
 
 
 def pick_compile(run: RunConfig, device: torch.device, n_steps: int) -> tuple[bool, str]:
-    drops = any(run.dropout.rates().values())
-    broken = device.type == "cuda" and drops
+    broken = device.type == "cuda" and bool(run.dropout.native_sites(run.attention))
     if run.compile is True and broken:
         raise ConfigError(
-            "compile: true with dropout on CUDA is refused: compiled torch dropout can give "
-            "neighbouring channels one mask (pytorch issue 198333); set compile: false"
+            "compile: true with native dropout on CUDA is refused: compiled torch dropout can "
+            "give neighbouring channels one mask (pytorch issue 198333); set dropout.masks: keyed"
         )
     if run.compile is True and device.type == "cpu" and not has_cpp_compiler():
         raise ConfigError("compile: true needs a C++ compiler (g++ or clang++, or CXX); set false")
@@ -145,7 +179,7 @@ def pick_compile(run: RunConfig, device: torch.device, n_steps: int) -> tuple[bo
     if device.type != "cuda":
         return False, "false: compiling takes longer than it saves on small CPU runs"
     if broken:
-        return False, "false: compiled dropout is wrong on CUDA (pytorch issue 198333)"
+        return False, "false: compiled native dropout is wrong on CUDA (pytorch issue 198333)"
     if n_steps < 500:
         return False, f"false: {n_steps} updates do not repay compiling"
     return True, "true: CUDA and a run long enough to repay it"
@@ -162,7 +196,8 @@ def activation_bytes_per_row(run: RunConfig, vocab_size: int) -> int:
     per_layer = 12 * model.n_embd + 3 * model.mlp_width
     if rates["attention_weights"] > 0 or run.attention == "math":
         per_layer += 4 * model.n_head * model.context_length
-    per_layer += sum(2 * model.n_embd for rate in rates.values() if rate > 0)
+    if run.dropout.masks == "native":  # keyed masks are drawn again, not kept
+        per_layer += sum(2 * model.n_embd for rate in rates.values() if rate > 0)
     per_token = model.n_layer * per_layer + 4 * model.n_embd + 4 * vocab_size
     return 4 * per_token * model.context_length
 

@@ -233,6 +233,6 @@ def load_trained(run_dir: Path, which: str) -> Trained:
     text = load_tokenizer(run_dir)
     if tokenizer.digest(text) != state["tokenizer_sha256"]:
         raise CheckpointError(f"{run_dir}/tokenizer: differs from the one of {path.name}")
-    model = GPT(run.model, text.vocab_size, run.dropout.rates(), kernel=run.attention)
+    model = GPT(run.model, text.vocab_size, run.dropout, kernel=run.attention)
     load_weights(model, path)
     return Trained(run, model.to(run.device).eval(), text, state)

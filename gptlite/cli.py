@@ -330,6 +330,10 @@ def prepare(
 def plan(
     config: ConfigFiles,
     overrides: Overrides = None,
+    audit: Annotated[
+        bool,
+        typer.Option("--audit", help="Run one real batch and compare what drops with the plan."),
+    ] = False,
     json_: Json = False,
     verbose: Verbose = False,
 ) -> None:
@@ -338,13 +342,20 @@ def plan(
         from gptlite.config_reader import load_run
 
         run = load_run(config, overrides or [])
+        from gptlite import audit as auditing
         from gptlite.plan import plan_run, plan_table
 
-        resolved, result = plan_run(run)
+        planned = plan_run(run)
+        found = auditing.audit(planned.run, planned.model, planned.rows) if audit else None
         if json_:
-            print_json({**result, "config": resolved.model_dump(mode="json")})
+            audited = {} if found is None else {"audit": found}
+            print_json({**planned.plan, **audited, "config": planned.run.model_dump(mode="json")})
         else:
-            print("\n".join(plan_table(resolved, result)))
+            print("\n".join(plan_table(planned.run, planned.plan)))
+            if found is not None:
+                print("\naudit of one batch:\n" + "\n".join(auditing.audit_lines(found)))
+        if found is not None and found["problems"]:
+            raise UserError(*found["problems"])
 
 
 @config_app.command(name="show")

@@ -7,13 +7,13 @@ single field can know (two keys that contradict each other, sizes that cannot fi
 
 import os
 from collections.abc import Iterator
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-Auto = Literal["auto"]
-Count = Annotated[int, Field(ge=1, lt=2**40)]
-Rate = Annotated[float, Field(ge=0, lt=1)]
+from gptlite.dropout_config import DropoutConfig, dropout_contradictions
+from gptlite.section import Auto, Count, Rate, Section
+
 Beta = Annotated[float, Field(ge=0, lt=1, strict=True)]
 # The titles of texts that have a form are what an error message calls for.
 Device = Annotated[
@@ -24,14 +24,6 @@ Texts = Annotated[tuple[Annotated[str, Field(strict=True)], ...], Field(strict=F
 
 BYTES_PER_PARAMETER = 4
 ASSUMED_VOCABULARY = {"byte": 257, "char": 64, "bpe": 4096, "tiktoken": 50257}
-
-
-class Section(BaseModel):
-    """A part of the run: frozen, and strict about names and types."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
 
 
 class DataConfig(Section):
@@ -112,56 +104,6 @@ class ModelConfig(Section):
         tables = vocab_size * c * (1 if self.tie_embeddings else 2)
         tables += self.context_length * c if self.position == "learned" else 0
         return self.n_layer * block + tables + norm
-
-
-class SiteRates(Section):
-    embedding: Rate | None = None
-    """Sum of token and position embedding, (B, T, C)."""
-    attention_weights: Rate | None = None
-    """Softmax weights, (B, H, T, T); the rows then no longer sum to one."""
-    attention_context: Rate | None = None
-    """Weighted sum of values, heads joined, before the output projection, (B, T, C)."""
-    attention_output: Rate | None = None
-    """Output projection of attention, before the residual sum, (B, T, C)."""
-    mlp_activation: Rate | None = None
-    """After the activation of the MLP, (B, T, 4C)."""
-    mlp_output: Rate | None = None
-    """Output of the MLP, before the residual sum, (B, T, C)."""
-
-
-SITES = tuple(SiteRates.model_fields)
-
-
-class Preset(NamedTuple):
-    rate: float
-    sites: tuple[str, ...]
-
-
-_GPT2_SITES = ("embedding", "attention_weights", "attention_output", "mlp_output")
-PRESETS = {
-    "none": Preset(0.0, ()),
-    "gpt2": Preset(0.1, _GPT2_SITES),
-    "nanogpt": Preset(0.0, _GPT2_SITES),
-    "raschka": Preset(0.1, _GPT2_SITES),
-    "megatron": Preset(0.1, _GPT2_SITES),
-}
-
-
-class DropoutConfig(Section):
-    preset: Literal["none", "gpt2", "nanogpt", "raschka", "megatron"] = "gpt2"
-    """Which sites drop, and at which rate when `rate` is not given."""
-    rate: Rate | None = None
-    """Share of values dropped at the sites of the preset; null: the preset's own."""
-    sites: SiteRates = SiteRates()
-    """Rate per site; overrides preset and rate."""
-
-    def rates(self) -> dict[str, float]:
-        """The rate of every site, in the order of the forward pass."""
-        preset = PRESETS[self.preset]
-        rate = preset.rate if self.rate is None else self.rate
-        own = {site: getattr(self.sites, site) for site in SITES}
-        placed = {site: rate if site in preset.sites else 0.0 for site in SITES}
-        return {site: placed[site] if own[site] is None else own[site] for site in SITES}
 
 
 class OptimConfig(Section):
@@ -312,10 +254,25 @@ def contradictions(run: RunConfig) -> Iterator[tuple[str, str]]:
     if isinstance(train.micro_batch_size, int) and train.micro_batch_size > train.batch_size:
         why = f"{train.micro_batch_size} is above train.batch_size {train.batch_size}"
         yield "train.micro_batch_size", why
-    if run.dropout.preset == "none" and run.dropout.rate:
-        yield "dropout.rate", f"{run.dropout.rate} has no effect: preset none has no sites"
+    for key, problem in dropout_contradictions(run.dropout, model.n_layer):
+        yield f"dropout.{key}", problem
+    yield from fused_cannot_drop(run)
     yield from bad_paths(run)
     yield from too_large(run)
+
+
+def fused_cannot_drop(run: RunConfig) -> Iterator[tuple[str, str]]:
+    """A fused kernel that is asked for by name, but cannot drop attention weights as asked."""
+    dropout = run.dropout
+    if dropout.rate == "auto":  # not resolved yet; it is asked again when it is
+        dropout = dropout.model_copy(update={"rate": None})
+    rate = dropout.rates()["attention_weights"]
+    if run.attention != "sdpa" or rate == 0:
+        return
+    if dropout.masks == "keyed" or run.device in ("cpu", "mps"):
+        lacks = "keyed masks" if dropout.masks == "keyed" else f"dropout on {run.device}"
+        why = f"no fused kernel has {lacks} for dropout.sites.attention_weights (rate {rate:g})"
+        yield "attention", f"sdpa: {why}; set math or auto"
 
 
 def bad_paths(run: RunConfig) -> Iterator[tuple[str, str]]:

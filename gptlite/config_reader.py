@@ -150,6 +150,8 @@ def validate(document: Document) -> RunConfig:
         # What is left may contradict itself too, and the user wants to hear all of it.
         with suppress(ValidationError):
             run = RunConfig.model_validate(without(document.values, problems))
+    inner = {path[:end] for path in problems for end in range(len(path))}
+    problems = {path: why for path, why in problems.items() if path not in inner}
     known = problems.keys() | document.refused
     problems = {path: problems[path] for path in problems.keys() - document.refused}
     for key, message in contradictions(run) if run else ():
@@ -173,20 +175,19 @@ def trimmed(loc: tuple[int | str, ...], values: Any) -> Path_:
         inside = isinstance(values, dict) and part in values
         if not inside:
             inside = isinstance(values, list) and isinstance(part, int) and part < len(values)
-        if not inside:
-            break
-        values, path = values[part], (*path, part)
+        if inside:
+            values, path = values[part], (*path, part)
     return path
 
 
 def without(values: dict[str, Any], problems: dict[Path_, str]) -> dict[str, Any]:
     """A copy without the values that have a problem; a bad list goes whole."""
 
+    bad = {path[:-1] if isinstance(path[-1], int) else path for path in problems}
+
     def kept(part: Any, at: Path_) -> Any:
         if not isinstance(part, dict):
             return part
-        bad = {path[: len(at) + 1] for path in problems if len(path) <= len(at) + 1}
-        bad |= {path[: len(at) + 1] for path in problems if isinstance(path[-1], int)}
         return {k: kept(v, (*at, k)) for k, v in part.items() if (*at, k) not in bad}
 
     result: dict[str, Any] = kept(values, ())

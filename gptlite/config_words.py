@@ -65,7 +65,7 @@ FOREIGN = {
 def explain(path: Path_, kind: str, document: Document, schema: dict[str, Any]) -> str:
     """What is wrong with the value at `path`, in the words of its field's schema."""
     if kind == "extra_forbidden":
-        return unknown_key(path)
+        return unknown_key(path) + twice(path, document)
     node = schema_at(schema, path)
     value = document.value(path)
     if value is None:
@@ -106,6 +106,13 @@ def unknown_key(path: Path_) -> str:
     return f"unknown key '{key}'; known here: {', '.join(siblings)}"
 
 
+def twice(path: Path_, document: Document) -> str:
+    """What to add where another project's name stands beside ours."""
+    ours = FOREIGN.get(str(path[-1]), "").split(" and ")
+    given = [name for name in ours if document.value(tuple(name.split("."))) is not None]
+    return f" (given too, so one of them must go: {', '.join(given)})" if given else ""
+
+
 @cache
 def run_schema() -> dict[str, Any]:
     return RunConfig.model_json_schema()
@@ -140,13 +147,17 @@ def schema_at(schema: dict[str, Any], path: Path_) -> dict[str, Any]:
             items = node.get("prefixItems", [])
             node = items[part] if part < len(items) else node.get("items", {})
         else:
-            node = node.get("properties", {}).get(part, {})
+            inside = (branch.get("properties", {}) for branch in branches(node, schema))
+            node = next((names[part] for names in inside if part in names), {})
     return node
 
 
 def branches(node: dict[str, Any], schema: dict[str, Any]) -> list[dict[str, Any]]:
     node = resolve(node, schema)
-    return [resolve(option, schema) for option in node.get("anyOf", [node])]
+    options = node.get("anyOf") or node.get("oneOf")
+    if options is None:
+        return [node]
+    return [branch for option in options for branch in branches(option, schema)]
 
 
 def accepts(node: dict[str, Any], schema: dict[str, Any], kind: str) -> bool:

@@ -23,6 +23,7 @@ from gptlite.data import IGNORED, Batch, Documents, Layout, Stream, TokenFiles
 from gptlite.dropout import evaluating
 from gptlite.errors import ConfigError, DataError
 from gptlite.keys import key
+from gptlite.masks import sample_keys
 from gptlite.model import GPT
 from gptlite.tokenizer import Tokenizer
 
@@ -103,12 +104,15 @@ def measure(
     device = next(model.parameters()).device
     row_nats, row_targets = [], []
     correct, text_nats, text_bytes = 0, 0.0, 0
-    if dropout_active:  # one number, not another at each call
+    n_rows = 0
+    if dropout_active:  # native masks: one number, not another at each call
         torch.manual_seed(key(run.seed, "evaluation") >> 1)
     with evaluating(model, dropout_active=dropout_active), precision(run):
         for number, batch in enumerate(batches):
             inputs, targets, real = tensors(batch, device)
-            logits = model(inputs, real)
+            rows = np.arange(n_rows, n_rows := n_rows + len(inputs))
+            samples = sample_keys(run.seed, 0, rows).to(device) if dropout_active else None
+            logits = model(inputs, real, samples=samples)
             if number == 0 and not dropout_active:
                 assert torch.equal(logits, model(inputs, real)), "evaluation is not repeatable"
             nats = nats_of(logits, targets, "none").view_as(targets).double().cpu()

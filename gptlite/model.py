@@ -8,18 +8,20 @@ load here and give its logits. Every other choice is one field of ModelConfig.
 """
 
 import math
-from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gptlite.config import SITES, ModelConfig
-from gptlite.dropout import Dropout
+from gptlite.config import ModelConfig
+from gptlite.dropout import SiteMaker, site_maker
+from gptlite.dropout_config import DropoutConfig
 from gptlite.keys import key
+from gptlite.masks import MaskKeys, mask_keys
 
 ROPE_BASE = 10_000.0
-NO_DROPOUT = dict.fromkeys(SITES, 0.0)
+NO_DROPOUT = DropoutConfig(preset="none")
 
 
 class KVCache:
@@ -46,20 +48,21 @@ class KVCache:
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
 
-class Scene:
-    """What every layer needs to know of the batch: who may see whom, and the rotary angles."""
+class Scene(NamedTuple):
+    """What every layer needs to know of the batch."""
 
-    def __init__(self, visible: Tensor | None, rotation: tuple[Tensor, Tensor] | None) -> None:
-        self.visible = visible
-        """(B or 1, 1, T, S) True where a query may look; None: every token before it."""
-        self.rotation = rotation
-        """cos and sin, (B or 1, 1, T, D/2)."""
+    visible: Tensor | None
+    """(B or 1, 1, T, S) True where a query may look; None: every token before it."""
+    rotation: tuple[Tensor, Tensor] | None
+    """cos and sin of the rotary angles, (B or 1, 1, T, D/2)."""
+    keys: MaskKeys | None
+    """Names the masks of dropout; None where nothing drops."""
 
 
 class Attention(nn.Module):
     """Causal self-attention."""
 
-    def __init__(self, config: ModelConfig, rates: Mapping[str, float], layer: int, kernel: str):
+    def __init__(self, config: ModelConfig, site: SiteMaker, layer: int, kernel: str):
         super().__init__()
         self.n_head, self.n_kv_head, self.layer, self.kernel = (
             config.n_head,
@@ -74,9 +77,11 @@ class Attention(nn.Module):
         norms = config.qk_norm
         self.q_norm = nn.RMSNorm(self.head_width, eps=1e-5) if norms else nn.Identity()
         self.k_norm = nn.RMSNorm(self.head_width, eps=1e-5) if norms else nn.Identity()
-        self.drop_weights = Dropout("attention_weights", rates["attention_weights"])
-        self.drop_context = Dropout("attention_context", rates["attention_context"])
-        self.drop_output = Dropout("attention_output", rates["attention_output"])
+        self.drop_key = site("key", layer)
+        self.drop_weights = site("attention_weights", layer)
+        self.drop_head = site("head", layer)
+        self.drop_context = site("attention_context", layer)
+        self.drop_output = site("attention_output", layer)
 
     def forward(self, x: Tensor, scene: Scene, cache: KVCache | None) -> Tensor:
         B, T, C = x.shape
@@ -90,26 +95,37 @@ class Attention(nn.Module):
             k, v = cache.append(self.layer, k, v)  # (B, G, S, D)
         if G < H:
             k, v = (one.repeat_interleave(H // G, dim=1) for one in (k, v))  # (B, H, S, D)
-        z = self.attend(q, k, v, scene.visible)  # (B, H, T, D)
-        z = self.drop_context(z.transpose(1, 2).reshape(B, T, C))
-        return self.drop_output(self.output(z))
+        z = self.drop_head(self.attend(q, k, v, scene), scene.keys)  # (B, H, T, D)
+        z = self.drop_context(z.transpose(1, 2).reshape(B, T, C), scene.keys)
+        return self.drop_output(self.output(z), scene.keys, x.dtype)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scene: Scene) -> Tensor:
         """Weighted sums of values, (B, H, T, D), by the kernel that the rates allow."""
-        # CPU has no fused kernel that drops weights; there sdpa would take a slower plain path.
-        fused = self.kernel == "sdpa" and not (self.drop_weights.live and q.device.type == "cpu")
-        if not fused:
-            return self.drop_weights(attention_weights(q, k, visible)) @ v
-        rate, causal = self.drop_weights.rate_now, visible is None and q.shape[2] > 1
-        return F.scaled_dot_product_attention(q, k, v, visible, rate, is_causal=causal)
+        visible = self.hide_keys(q, k, scene) if self.drop_key.acts else scene.visible
+        if self.kernel == "sdpa":
+            rate, plain = self.drop_weights.rate_now, visible is None and q.shape[2] > 1
+            return F.scaled_dot_product_attention(q, k, v, visible, rate, is_causal=plain)
+        return self.drop_weights(attention_weights(q, k, visible), scene.keys, v.dtype) @ v
+
+    def hide_keys(self, q: Tensor, k: Tensor, scene: Scene) -> Tensor:
+        """Who still sees whom, (B, H, T, S), when some keys are hidden; all see themselves."""
+        T, S = q.shape[2], k.shape[2]
+        visible = causal(T, S, q.device) if scene.visible is None else scene.visible
+        itself = torch.eye(S, dtype=torch.bool, device=q.device)[S - T :]
+        others = (visible & ~itself).expand(*q.shape[:3], S)
+        return (self.drop_key(others.to(q.dtype), scene.keys) > 0) | (visible & itself)
+
+
+def causal(T: int, S: int, device: torch.device) -> Tensor:
+    """(T, S) True where the last T of S positions may look."""
+    return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
 
 
 def attention_weights(q: Tensor, k: Tensor, visible: Tensor | None) -> Tensor:
     """softmax(q k / sqrt(D)), (B, H, T, S); a row that may see nothing is all zeros."""
     scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
     if visible is None:
-        T, S = scores.shape[-2:]
-        past = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+        past = causal(q.shape[2], k.shape[2], q.device)
         return scores.masked_fill(~past, -math.inf).softmax(-1)
     # The lowest finite number instead of -inf: a row without any key must not become NaN.
     weights = scores.masked_fill(~visible, torch.finfo(scores.dtype).min).softmax(-1)
@@ -125,18 +141,18 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class MLP(nn.Module):
     """Two matrices with an activation between; swiglu has a third for the gate."""
 
-    def __init__(self, config: ModelConfig, rates: Mapping[str, float]) -> None:
+    def __init__(self, config: ModelConfig, site: SiteMaker, layer: int) -> None:
         super().__init__()
         self.activation = config.mlp
         gates = 2 if config.mlp == "swiglu" else 1
         self.up = nn.Linear(config.n_embd, gates * config.mlp_width, bias=config.bias)
         self.down = nn.Linear(config.mlp_width, config.n_embd, bias=config.bias)
-        self.drop_activation = Dropout("mlp_activation", rates["mlp_activation"])
-        self.drop_output = Dropout("mlp_output", rates["mlp_output"])
+        self.drop_activation = site("mlp_activation", layer)
+        self.drop_output = site("mlp_output", layer)
 
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.drop_activation(self.activate(self.up(x)))  # (B, T, 4C)
-        return self.drop_output(self.down(h))
+    def forward(self, x: Tensor, scene: Scene) -> Tensor:
+        h = self.drop_activation(self.activate(self.up(x)), scene.keys)  # (B, T, 4C)
+        return self.drop_output(self.down(h), scene.keys, x.dtype)
 
     def activate(self, h: Tensor) -> Tensor:
         if self.activation == "gelu":
@@ -148,16 +164,18 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: ModelConfig, rates: Mapping[str, float], layer: int, kernel: str):
+    def __init__(self, config: ModelConfig, site: SiteMaker, layer: int, kernel: str):
         super().__init__()
         self.norm_1 = make_norm(config)
-        self.attention = Attention(config, rates, layer, kernel)
+        self.attention = Attention(config, site, layer, kernel)
         self.norm_2 = make_norm(config)
-        self.mlp = MLP(config, rates)
+        self.mlp = MLP(config, site, layer)
+        self.drop_layer = site("layer", layer)
 
     def forward(self, x: Tensor, scene: Scene, cache: KVCache | None) -> Tensor:
-        x = x + self.attention(self.norm_1(x), scene, cache)
-        return x + self.mlp(self.norm_2(x))
+        # The same mask twice: a layer drops whole.
+        x = x + self.drop_layer(self.attention(self.norm_1(x), scene, cache), scene.keys)
+        return x + self.drop_layer(self.mlp(self.norm_2(x), scene), scene.keys)
 
 
 def make_norm(config: ModelConfig) -> nn.Module:
@@ -169,14 +187,14 @@ def make_norm(config: ModelConfig) -> nn.Module:
 class GPT(nn.Module):
     """A decoder-only transformer.
 
-    `rates` gives every site its rate; `kernel` is `math` or `sdpa`; `seed` names the weights.
+    `dropout` plans every site; `kernel` is `math` or `sdpa`; `seed` names the weights.
     """
 
     def __init__(
         self,
         config: ModelConfig,
         vocab_size: int,
-        rates: Mapping[str, float] = NO_DROPOUT,
+        dropout: DropoutConfig = NO_DROPOUT,
         *,
         kernel: str = "math",
         seed: int = 0,
@@ -186,39 +204,52 @@ class GPT(nn.Module):
         self.token_embedding = nn.Embedding(vocab_size, config.n_embd)
         if config.position == "learned":
             self.position_embedding = nn.Embedding(config.context_length, config.n_embd)
-        self.drop_embedding = Dropout("embedding", rates["embedding"])
+        site = site_maker(dropout, config.n_layer, config.n_head, kernel)
+        self.drop_token, self.drop_embedding = site("token"), site("embedding")
         layers = range(config.n_layer)
-        self.blocks = nn.ModuleList([Block(config, rates, layer, kernel) for layer in layers])
-        self.norm = make_norm(config)
+        self.blocks = nn.ModuleList([Block(config, site, layer, kernel) for layer in layers])
+        self.norm, self.drop_final = make_norm(config), site("final")
         self.head = nn.Linear(config.n_embd, vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.token_embedding.weight
         init_weights(self, seed)
 
     def forward(
-        self, ids: Tensor, real: Tensor | None = None, cache: KVCache | None = None
+        self,
+        ids: Tensor,
+        real: Tensor | None = None,
+        cache: KVCache | None = None,
+        samples: Tensor | None = None,
     ) -> Tensor:
-        """(B, T) ids → (B, T, V) logits. `real` is False at padding, which changes nothing else."""
-        return self.head(self.features(ids, real, cache))  # (B, T, V)
+        """(B, T) ids → (B, T, V) logits. `real` is False at padding, which changes nothing else.
+
+        `samples` (B,) of `masks.sample_keys` names the masks when training with dropout.
+        """
+        return self.head(self.features(ids, real, cache, samples))  # (B, T, V)
 
     def features(
-        self, ids: Tensor, real: Tensor | None = None, cache: KVCache | None = None
+        self,
+        ids: Tensor,
+        real: Tensor | None = None,
+        cache: KVCache | None = None,
+        samples: Tensor | None = None,
     ) -> Tensor:
         """What the output matrix reads, (B, T, C)."""
         position, visible = place(ids, real, cache)
-        x = self.token_embedding(ids)
+        keys = None if samples is None else mask_keys(samples, position, real)
+        x = self.drop_token(self.token_embedding(ids), keys)
         rotation = None
         if self.config.position == "learned":
             x = x + self.position_embedding(position)
         else:
             rotation = angles(position, self.config.n_embd // self.config.n_head)
-        x = self.drop_embedding(x)
-        scene = Scene(visible, rotation)
+        x = self.drop_embedding(x, keys)
+        scene = Scene(visible, rotation, keys)
         for block in self.blocks:
             x = block(x, scene, cache)
         if cache is not None:
             cache.length += ids.shape[1]
-        return self.norm(x)
+        return self.drop_final(self.norm(x), keys)
 
 
 def place(ids: Tensor, real: Tensor | None, cache: KVCache | None) -> tuple[Tensor, Tensor | None]:
@@ -235,7 +266,7 @@ def place(ids: Tensor, real: Tensor | None, cache: KVCache | None) -> tuple[Tens
         cache.real[:, start : start + T] = seen
         seen = cache.real[:, : start + T]  # (B, S)
     position = (seen.cumsum(1) - 1).clamp(min=0)[:, start:]
-    past = torch.ones(T, start + T, dtype=torch.bool, device=ids.device).tril(start)
+    past = causal(T, start + T, ids.device)
     return position, (past & seen[:, None, :])[:, None]  # (B, 1, T, S)
 
 

@@ -1,11 +1,12 @@
 """What a run would do, without doing it: sizes, cost, memory, choices, and every dropout site."""
 
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from gptlite.audit import site_plan, site_seconds
 from gptlite.auto import (
     BYTES_TO_TRAIN,
     activation_bytes_per_row,
@@ -13,10 +14,10 @@ from gptlite.auto import (
     precision,
     resolve,
 )
-from gptlite.config import SITES, RunConfig
+from gptlite.config import RunConfig
 from gptlite.data import IGNORED, Batch, Layout, TokenFiles, batch_at
-from gptlite.dropout import dropouts
 from gptlite.evaluate import nats_of, tensors
+from gptlite.masks import sample_keys
 from gptlite.metrics import clock, human
 from gptlite.model import GPT
 from gptlite.prepare import prepare
@@ -31,15 +32,28 @@ def flops_per_token(run: RunConfig, vocab_size: int) -> int:
     return 6 * weights + 12 * model.n_layer * model.n_embd * model.context_length
 
 
-def plan_run(run: RunConfig) -> tuple[RunConfig, dict[str, Any]]:
-    """The resolved run and its plan, with the time of an update measured."""
+class Planned(NamedTuple):
+    """A run that is about to be: resolved, with its model, and the plan with what was measured."""
+
+    run: RunConfig
+    model: GPT
+    rows: Layout
+    plan: dict[str, Any]
+
+
+def plan_run(run: RunConfig) -> Planned:
+    """The resolved run and its plan, with the time of an update and of every site measured."""
     files = prepare(run)
     rows = files.rows("train", run.model.context_length)
     vocab_size = files.meta["vocab_size"]
     resolved, reasons = resolve(run, vocab_size=vocab_size, n_rows=rows.n_rows)
-    model = GPT(run.model, vocab_size, run.dropout.rates(), kernel=resolved.attention)
+    model = GPT(run.model, vocab_size, resolved.dropout, kernel=resolved.attention, seed=run.seed)
     plan = make_plan(resolved, model, files, rows, reasons)
-    return resolved, {**plan, "seconds_per_update": seconds_per_update(resolved, model, rows)}
+    seconds = seconds_per_update(resolved, model, rows)
+    for site in plan["dropout"]:
+        cost = site_seconds(resolved, model, site)
+        site |= {"milliseconds_per_update": 1e3 * cost, "share_of_update": cost / seconds}
+    return Planned(resolved, model, rows, {**plan, "seconds_per_update": seconds})
 
 
 def make_plan(
@@ -68,7 +82,8 @@ def make_plan(
         "memory_bytes_estimate": n_parameters * BYTES_TO_TRAIN
         + train.micro_batch_size * activation_bytes_per_row(run, vocab_size),
         "auto": reasons,
-        "dropout": dropout_plan(run, model),
+        "attention": reasons.get("attention", f"{run.attention}: asked for"),
+        "dropout": site_plan(run, model, rows.n_rows),
     }
 
 
@@ -76,26 +91,6 @@ def mean_targets(rows: Layout) -> float:
     """Targets per row, over rows spread through the split."""
     counts = [batch.n_targets / len(batch.inputs) for batch in rows.sweep(64, limit=256)]
     return float(np.mean(counts))
-
-
-def dropout_plan(run: RunConfig, model: GPT) -> list[dict[str, Any]]:
-    """One entry per site: how many modules act there, on what shape, at which rate, by what."""
-    sizes, rows = run.model, run.train.micro_batch_size
-    found = [module.site for module in dropouts(model)]
-    plan = []
-    for site in SITES:
-        width = sizes.mlp_width if site == "mlp_activation" else sizes.n_embd
-        shape = [rows, sizes.context_length, width]
-        if site == "attention_weights":
-            shape = [rows, sizes.n_head, sizes.context_length, sizes.context_length]
-        by = "torch.nn.Dropout"
-        if site == "attention_weights" and run.attention == "sdpa" and run.device != "cpu":
-            by = "inside scaled_dot_product_attention"
-        rate = run.dropout.rates()[site]
-        plan.append(
-            {"site": site, "rate": rate, "modules": found.count(site), "shape": shape, "by": by}
-        )
-    return plan
 
 
 def seconds_per_update(run: RunConfig, model: GPT, rows: Layout) -> float:
@@ -119,8 +114,9 @@ def seconds_per_update(run: RunConfig, model: GPT, rows: Layout) -> float:
 
 def backward(model: GPT, part: Batch, run: RunConfig, device: torch.device) -> None:
     inputs, targets, real = tensors(part, device)
+    samples = sample_keys(run.seed, 0, np.arange(len(inputs))).to(device)
     with precision(run):
-        logits = model(inputs, real)
+        logits = model(inputs, real, samples=samples)
     (nats_of(logits, targets, "sum") / max(1, int((targets != IGNORED).sum()))).backward()
     model.zero_grad(set_to_none=True)
 
@@ -149,14 +145,34 @@ def summary_lines(run: RunConfig, plan: dict[str, Any]) -> list[str]:
 
 def plan_table(run: RunConfig, plan: dict[str, Any]) -> list[str]:
     """summary_lines, the dropout sites as a table, and the time."""
-    lines = summary_lines(run, plan)[:-1]
-    lines.append(f"{'dropout site':20} {'rate':>5}  {'modules':>7}  {'shape':22} by")
-    for site in plan["dropout"]:
-        shape = " x ".join(map(str, site["shape"]))
-        by = site["by"] if site["rate"] else "-"
-        lines.append(f"{site['site']:20} {site['rate']:5g}  {site['modules']:7}  {shape:22} {by}")
+    lines = [*summary_lines(run, plan)[:-1], "", *site_table(plan["dropout"])]
+    if any(site["rate"] for site in plan["dropout"]):
+        lines.append("cost: forward and backward of the site alone, measured here, per update")
+    lines.append(f"attention: {plan['attention']}")
     total = plan["seconds_per_update"] * plan["steps"]
     lines.append(
         f"time: {clock(total)} at {plan['seconds_per_update']:.3g} s per update (measured)"
     )
     return lines
+
+
+def site_table(sites: list[dict[str, Any]]) -> list[str]:
+    """A row per site; of those that never drop only what they are."""
+    rows = [
+        ["site", "module", "tensor", "mask", "start", "middle", "end", "values", "cost", "masks"]
+    ]
+    for site in sites:
+        shape = "x".join(map(str, site["shape"]))
+        row = [site["site"], f"{site['modules']} x {site['module']}", shape]
+        if not site["rate"]:
+            rows.append([*row, "-", "0", "0", "0", "-", "-", "-"])
+            continue
+        cost = f"{site['milliseconds_per_update']:.2f} ms {site['share_of_update']:.1%}"
+        notes = [site["profile"]] if site["profile"] != "constant" else []
+        notes += ["unscaled"] if site["scale"] == "none" else []
+        rates = [f"{rate:.4g}" for rate in site["rates"].values()]
+        mask = "x".join(map(str, site["mask"]))
+        by = ", ".join(map(str, [site["masks"], *notes]))
+        rows.append([*row, mask, *rates, human(site["elements_per_update"]), cost, by])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(f"{c:{w}}" for c, w in zip(r, widths, strict=True)).rstrip() for r in rows]

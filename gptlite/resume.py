@@ -36,8 +36,13 @@ def adopt(run: RunConfig, stored: RunConfig) -> RunConfig:
     def as_before(new: BaseModel, old: BaseModel) -> dict[str, Any]:
         return {name: getattr(old, name) for name, value in new if value == "auto"}
 
-    train = run.train.model_copy(update=as_before(run.train, stored.train))
-    return run.model_copy(update={**as_before(run, stored), "train": train})
+    sections = {
+        name: getattr(run, name).model_copy(
+            update=as_before(getattr(run, name), getattr(stored, name))
+        )
+        for name in ("train", "dropout")
+    }
+    return run.model_copy(update={**as_before(run, stored), **sections})
 
 
 def start_point(

@@ -79,7 +79,6 @@ class Session:
         self.verified = False
 
     def row(self, update: Update) -> dict[str, Any]:
-        rates = {f"dropout/{s}": r for s, r in self.run.dropout.rates().items() if r > 0}
         return {
             "step": update.step,
             "tokens": self.meter.tokens,
@@ -89,7 +88,7 @@ class Session:
             "lr": update.lr,
             "grad_norm": update.grad_norm,
             "tokens_per_second": self.meter.rate(),
-            **rates,
+            **{f"dropout/{site}": rate for site, rate in update.dropout_rates.items()},
         }
 
     def introduce(self, plan: dict[str, Any], problems: Sequence[str]) -> None:

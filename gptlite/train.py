@@ -9,16 +9,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from gptlite import auto, checkpoint
 from gptlite.checkpoint import load_weights, model_tensors
 from gptlite.config import RunConfig
 from gptlite.data import Batch, TokenFiles, batch_at
-from gptlite.dropout import live_sites, planned_sites
+from gptlite.dropout import live_sites, planned_sites, set_strength, strength_at
 from gptlite.errors import CheckpointError, DivergedError
 from gptlite.evaluate import nats_of, tensors
 from gptlite.keys import key
+from gptlite.masks import sample_keys
 from gptlite.model import GPT
 from gptlite.optim import Optimizer, lr_at
 
@@ -33,6 +35,8 @@ class Update(NamedTuple):
     lr: float
     grad_norm: float
     targets: int
+    dropout_rates: dict[str, float]
+    """Of every site that ever drops, in this update."""
 
 
 class Trainer:
@@ -43,21 +47,22 @@ class Trainer:
         self.device = torch.device(run.device)
         self.rows = files.rows("train", run.model.context_length)
         self.max_steps = auto.planned_steps(run, self.rows.n_rows)
-        rates = run.dropout.rates()
         vocab_size = files.meta["vocab_size"]
-        self.model = GPT(run.model, vocab_size, rates, kernel=run.attention, seed=run.seed)
+        self.model = GPT(run.model, vocab_size, run.dropout, kernel=run.attention, seed=run.seed)
         self.model.to(self.device).train()
-        self.planned = planned_sites(self.model, rates)
+        self.rates = {site: rate for site, rate in run.dropout.rates().items() if rate > 0}
+        self.planned = planned_sites(self.model, self.rates)
+        self.native = bool(run.dropout.native_sites(run.attention))
         if run.compile is True:
             self.model.compile()
         self.optimizer = Optimizer(self.model, run.optim)
-        self.step = 0
+        self.step, self.strength = 0, 1.0
 
     def updates(self, until: int) -> Iterator[Update]:
         """Make updates up to step `until`; the caller logs, evaluates and saves in between."""
         run = self.run
         while self.step < until:
-            assert live_sites(self.model) == self.planned, "live dropout sites are not the planned"
+            strength = self.schedule_dropout()
             batch = batch_at(
                 self.rows, seed=run.seed, step=self.step, batch_size=run.train.batch_size
             )
@@ -75,7 +80,18 @@ class Trainer:
             self.optimizer.step(lr)
             self.optimizer.zero_grad()
             self.step += 1
-            yield Update(self.step, loss_nats, lr, grad_norm, batch.n_targets)
+            rates = {site: rate * strength for site, rate in self.rates.items()}
+            yield Update(self.step, loss_nats, lr, grad_norm, batch.n_targets, rates)
+
+    def schedule_dropout(self) -> float:
+        """Set the rates of the coming update; returns their share of the full rates."""
+        strength = strength_at(self.step, self.max_steps, self.run.dropout.schedule)
+        if strength != self.strength:
+            set_strength(self.model, strength)
+            self.planned = planned_sites(self.model, self.rates, strength)
+            self.strength = strength
+        assert live_sites(self.model) == self.planned, "live dropout sites are not the planned"
+        return strength
 
     def accumulate(self, batch: Batch) -> torch.Tensor:
         """Gradients of the mean nats per target of a whole update, part by part."""
@@ -84,9 +100,11 @@ class Trainer:
         total = torch.zeros((), device=self.device)
         for start in range(0, len(batch.inputs), size):
             inputs, targets, real = tensors(batch.part(start, start + size), self.device)
-            torch.manual_seed(key(self.run.seed, "dropout", self.step, start) >> 1)
+            samples = sample_keys(self.run.seed, self.step, np.arange(start, start + len(inputs)))
+            if self.native:
+                torch.manual_seed(key(self.run.seed, "dropout", self.step, start) >> 1)
             with auto.precision(self.run):
-                logits = self.model(inputs, real)
+                logits = self.model(inputs, real, samples=samples.to(self.device))
             loss = nats_of(logits, targets, "sum") / n_targets
             loss.backward()
             total += loss.detach()

@@ -8,8 +8,8 @@ from typing import Any
 from typer.main import get_command
 
 from gptlite.cli import app
-from gptlite.config import PRESETS
 from gptlite.config_words import all_keys, describe, resolve, run_schema, schema_at
+from gptlite.dropout_config import PRESETS
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 

@@ -10,6 +10,7 @@ import torch
 from gptlite.config import RunConfig
 from gptlite.config_reader import validate
 from gptlite.data import TokenFiles
+from gptlite.dropout_config import SITES, DropoutConfig
 from gptlite.prepare import prepare
 from gptlite.strict_yaml import Document
 
@@ -38,6 +39,16 @@ def prose(n_words: int = 3000, seed: int = 0) -> str:
     words = rng.choice(WORDS.split(), n_words).tolist()
     lines = [" ".join(words[i : i + 12]).capitalize() + "." for i in range(0, n_words, 12)]
     return "\n".join(lines) + "\n"
+
+
+def only(*sites: str, rate: float = 0.5, **more: Any) -> DropoutConfig:
+    """Dropout at these sites alone; `more` are further keys of each site, or of the section."""
+    of_section = {key: more.pop(key) for key in ("masks", "schedule") if key in more}
+    chosen = {site: {"rate": rate, **more} for site in sites}
+    return DropoutConfig.model_validate({"preset": "none", "sites": chosen, **of_section})
+
+
+EVERYWHERE = only(*SITES, rate=0.3)
 
 
 def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

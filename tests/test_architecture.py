@@ -15,7 +15,9 @@ FILES = sorted(PACKAGE.glob("*.py"))
 MAY_IMPORT = {
     "errors": "",
     "keys": "",
-    "config": "",
+    "section": "",
+    "dropout_config": "section",
+    "config": "dropout_config section",
     "strict_yaml": "errors",
     "config_words": "config strict_yaml",
     "config_reader": "config config_words errors strict_yaml",
@@ -23,25 +25,27 @@ MAY_IMPORT = {
     "sources": "config errors",
     "data": "errors keys sources tokenizer",
     "prepare": "config data errors sources tokenizer",
-    "dropout": "errors",
-    "model": "config dropout keys",
+    "masks": "dropout_config keys",
+    "dropout": "dropout_config errors keys masks",
+    "model": "config dropout dropout_config keys masks",
     "optim": "config",
     "run_directory": "errors",
     "metrics": "errors run_directory",
     "checkpoint": "auto config config_reader errors model run_directory sources tokenizer",
-    "auto": "config errors",
-    "evaluate": "auto checkpoint config data dropout errors keys model sources tokenizer",
+    "auto": "config errors masks",
+    "evaluate": "auto checkpoint config data dropout errors keys masks model sources tokenizer",
     "generate": "config dropout errors keys model tokenizer",
-    "plan": "auto config data dropout evaluate metrics model prepare",
-    "train": "auto checkpoint config data dropout errors evaluate keys model optim",
+    "audit": "auto config data dropout dropout_config evaluate masks model",
+    "plan": "audit auto config data evaluate masks metrics model prepare",
+    "train": "auto checkpoint config data dropout errors evaluate keys masks model optim",
     "resume": "checkpoint config data errors run_directory",
     "session": (
         "auto checkpoint config config_reader errors evaluate generate keys metrics plan prepare "
         "resume run_directory tokenizer train"
     ),
     "cli": (
-        "checkpoint config config_reader errors evaluate generate plan prepare run_directory "
-        "session"
+        "audit checkpoint config config_reader errors evaluate generate plan prepare "
+        "run_directory session"
     ),
     "__main__": "cli",
     "__init__": "",
@@ -49,7 +53,8 @@ MAY_IMPORT = {
 """An arrow that is not listed is an error; importing the package for its version is not."""
 
 TORCH_FREE = (
-    "errors keys config strict_yaml config_words config_reader tokenizer sources data prepare"
+    "errors keys section dropout_config config strict_yaml config_words config_reader tokenizer "
+    "sources data prepare"
 )
 FORBIDDEN = {"pickle", "torch.load", "yaml.load", "eval", "exec", "extractall", "torch.hub"}
 MAX_LINES = 400

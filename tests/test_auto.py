@@ -14,23 +14,28 @@ def resolve(run: RunConfig, n_rows: int = 100) -> tuple[RunConfig, dict[str, str
 
 
 def test_every_auto_is_replaced_and_explained(workshop: Workshop) -> None:
-    run = workshop.run(device="auto", dtype="auto", train={"threads": "auto"})
-    resolved, reasons = resolve(run)
+    run = workshop.run(
+        device="auto", dtype="auto", train={"threads": "auto"}, dropout={"rate": "auto"}
+    )
+    resolved, reasons = resolve(run, n_rows=20)
     assert set(reasons) == {
-        *("device", "dtype", "compile", "attention"),
+        *("device", "dtype", "compile", "attention", "dropout.rate", "dropout.masks"),
         *("train.threads", "train.micro_batch_size", "train.early_stop"),
     }
     values = [resolved.device, resolved.dtype, resolved.compile, resolved.attention]
     values += [getattr(resolved.train, k) for k in ("threads", "micro_batch_size", "early_stop")]
     assert "auto" not in values
-    again, nothing = resolve(resolved)
+    assert resolved.dropout.rate == 0.05  # 8 updates of 8 rows are 3.2 epochs of 20
+    again, nothing = resolve(resolved, n_rows=20)
     assert again == resolved
-    assert nothing == {}
+    assert set(nothing) == {"dropout.masks"}  # says how, which is no choice that is stored
 
 
 def test_what_is_named_is_kept(workshop: Workshop) -> None:
     named = {"micro_batch_size": 2, "early_stop": 3, "threads": 1}
-    run = workshop.run(attention="math", compile=False, dtype="bfloat16", train=named)
+    run = workshop.run(
+        attention="math", compile=False, dtype="bfloat16", train=named, dropout={"masks": "keyed"}
+    )
     resolved, reasons = resolve(run)
     assert resolved == run
     assert reasons == {}
@@ -98,19 +103,54 @@ def test_a_device_that_is_not_there_is_said(workshop: Workshop, device: str) -> 
     assert (usable.device, usable.dtype) != (device, "bfloat16")
 
 
-def test_compiled_dropout_is_refused_where_it_is_wrong(
-    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_compiled_dropout_is_refused_where_it_is_wrong(workshop: Workshop) -> None:
     """pytorch issue 198333: on CUDA compiled torch dropout can repeat a mask across channels."""
-    cuda = torch.device("cuda")
-    drops = workshop.run(dropout={"preset": "gpt2"}, compile=True)
-    with pytest.raises(ConfigError, match="compile: true with dropout on CUDA is refused"):
-        auto.pick_compile(drops, cuda, 10_000)
-    plain = workshop.run(dropout={"preset": "none"})
-    assert auto.pick_compile(plain, cuda, 10_000)[0]
-    assert not auto.pick_compile(plain, cuda, 10)[0]
-    assert not auto.pick_compile(workshop.run(dropout={"preset": "gpt2"}), cuda, 10_000)[0]
-    assert not auto.pick_compile(plain, torch.device("cpu"), 10_000)[0]
+    cuda, native = torch.device("cuda"), {"preset": "gpt2", "masks": "native"}
+    with pytest.raises(ConfigError, match="compile: true with native dropout on CUDA is refused"):
+        auto.pick_compile(workshop.run(dropout=native, compile=True), cuda, 10_000)
+    assert not auto.pick_compile(workshop.run(dropout=native), cuda, 10_000)[0]
+    for keyed in ({"preset": "none"}, {"preset": "gpt2", "masks": "keyed"}):
+        run = workshop.run(dropout=keyed)
+        assert auto.pick_compile(run, cuda, 10_000)[0]
+        assert not auto.pick_compile(run, cuda, 10)[0]
+        assert not auto.pick_compile(run, torch.device("cpu"), 10_000)[0]
+
+
+@pytest.mark.parametrize(
+    ("epochs", "rate"), [(0.5, 0.0), (1.0, 0.0), (2.0, 0.05), (8.0, 0.1), (17.0, 0.2), (80.0, 0.2)]
+)
+def test_an_automatic_rate_follows_the_planned_epochs(
+    workshop: Workshop, epochs: float, rate: float
+) -> None:
+    run = workshop.run(dropout={"rate": "auto"}, train={"max_steps": None, "epochs": epochs})
+    resolved, reasons = resolve(run, n_rows=800)
+    assert resolved.dropout.rates()["embedding"] == rate
+    assert reasons["dropout.rate"].startswith(f"{rate:g}: {epochs:.1f} epochs planned; ")
+
+
+def test_attention_is_what_the_rates_allow(workshop: Workshop) -> None:
+    """No fused kernel takes keyed masks, and none on a CPU drops weights at all."""
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    drops, none = workshop.run(dropout={"preset": "gpt2"}), workshop.run(dropout={"preset": "none"})
+    keyed = workshop.run(dropout={"preset": "gpt2", "masks": "keyed"})
+    kernels = [
+        auto.pick_attention(run, device)[0]
+        for run in (drops, keyed, none)
+        for device in (cpu, cuda)
+    ]
+    assert kernels == ["math", "sdpa", "math", "math", "sdpa", "sdpa"]
+    assert drops.dropout.native_sites("sdpa") == ("attention_weights",)
+    assert drops.dropout.native_sites("math") == ()
+
+
+def test_a_fused_kernel_that_cannot_drop_is_refused_when_the_device_is_known(
+    workshop: Workshop,
+) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    run = workshop.run(device="auto", attention="sdpa", dropout={"masks": "native"})
+    with pytest.raises(ConfigError, match="attention: sdpa: no fused kernel has dropout on cpu"):
+        resolve(run)
 
 
 def test_compiling_for_the_cpu_needs_a_compiler(

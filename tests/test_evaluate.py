@@ -4,30 +4,24 @@ import math
 
 import pytest
 import torch
-from conftest import Workshop
+from conftest import EVERYWHERE, Workshop
 
-from gptlite.config import SITES
 from gptlite.dropout import evaluating
 from gptlite.errors import ConfigError, DataError
 from gptlite.evaluate import byte_lengths, evaluate, measure
 from gptlite.model import GPT
 
 
-@pytest.fixture
-def rates() -> dict[str, float]:
-    return dict.fromkeys(SITES, 0.3)
-
-
 @pytest.mark.parametrize("layout", ["stream", "documents"])
 @pytest.mark.parametrize("kind", ["char", "byte", "bpe"])
 def test_losses_are_what_one_token_at_a_time_gives(
-    workshop: Workshop, layout: str, kind: str, rates: dict[str, float]
+    workshop: Workshop, layout: str, kind: str
 ) -> None:
     text = workshop.text.read_text()
     workshop.text.write_text(text[:4000].replace("the", "thé"), encoding="utf-8")
     run = workshop.run(data={"layout": layout}, tokenizer={"kind": kind, "vocab_size": 300})
     files = workshop.files(data={"layout": layout}, tokenizer={"kind": kind, "vocab_size": 300})
-    model = GPT(run.model, files.meta["vocab_size"], rates)
+    model = GPT(run.model, files.meta["vocab_size"], EVERYWHERE)
     rows = files.rows("val", 16)
     nats, text_nats, correct, n = 0.0, 0.0, 0, 0
     with evaluating(model), torch.no_grad():
@@ -72,11 +66,11 @@ def test_losses_do_not_depend_on_the_batch_size(workshop: Workshop, size: int) -
     assert other.nats == pytest.approx(whole.nats, rel=1e-6)
 
 
-def test_dropout_left_on_costs_and_is_gone_afterwards(
-    workshop: Workshop, rates: dict[str, float]
-) -> None:
+@pytest.mark.parametrize("masks", ["keyed", "native"])
+def test_dropout_left_on_costs_and_is_gone_afterwards(workshop: Workshop, masks: str) -> None:
     run, files = workshop.run(), workshop.files()
-    model = GPT(run.model, files.meta["vocab_size"], rates).train()
+    dropout = EVERYWHERE.model_copy(update={"masks": masks})
+    model = GPT(run.model, files.meta["vocab_size"], dropout).train()
     lengths, rows = byte_lengths(files.tokenizer), files.rows("val", 16)
     off = measure(model, rows.sweep(16), run, lengths)
     on = measure(model, rows.sweep(16), run, lengths, dropout_active=True)

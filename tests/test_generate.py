@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import only
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_model import loud
@@ -24,7 +25,7 @@ from gptlite.generate import (
     penalise,
     probabilities,
 )
-from gptlite.model import GPT, NO_DROPOUT
+from gptlite.model import GPT
 from gptlite.tokenizer import ByteTokenizer, CharTokenizer, decode
 
 LOGITS = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
@@ -157,7 +158,7 @@ def test_generation_ends_at_the_end_of_text_token() -> None:
 
 
 def test_generation_leaves_the_mode_and_the_generators_as_they_were() -> None:
-    gpt = GPT(model().config, LETTERS.vocab_size, {**NO_DROPOUT, "mlp_output": 0.5}).train()
+    gpt = GPT(model().config, LETTERS.vocab_size, only("mlp_output")).train()
     state = torch.get_rng_state()
     for _ in continuations(gpt, [[1, 2]], [0], options()):
         assert live_sites(gpt) == {"mlp_output": 2}

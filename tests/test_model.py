@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from gptlite.config import SITES, ModelConfig
+from gptlite.config import ModelConfig
+from gptlite.dropout_config import SITES, DropoutConfig
 from gptlite.model import GPT, KVCache, angles, attention_weights, rotate
 
 V = 61
@@ -212,7 +213,7 @@ def test_weights_begin_like_gpt2s() -> None:
 
 
 def test_rates_reach_the_modules_of_their_sites() -> None:
-    rates = {site: 0.1 * (i + 1) for i, site in enumerate(SITES)}
-    model = GPT(config(), V, rates)
+    rates = {site: 0.05 * (i + 1) for i, site in enumerate(SITES)}
+    model = GPT(config(), V, DropoutConfig.model_validate({"preset": "none", "sites": rates}))
     found = {m.site: m.p for m in model.modules() if hasattr(m, "site")}
     assert found == rates

@@ -44,7 +44,7 @@ def test_a_run_that_stops_learning_stops(workshop: Workshop, monkeypatch: Any) -
 
 def test_losses_fall_and_three_of_them_are_logged(workshop: Workshop) -> None:
     run = workshop.run(
-        optim=LEARN, dropout={"preset": "gpt2", "rate": 0.3}, train={"max_steps": 60}
+        optim=LEARN, dropout={"preset": "gpt2", "rate": 0.3}, train={"max_steps": 100}
     )
     train(run, workshop.folder / "run")
     rows = [row for row in rows_of(workshop.folder / "run") if "val/loss" in row]

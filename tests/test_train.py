@@ -106,8 +106,8 @@ def test_masks_differ_between_steps_and_parts(workshop: Workshop) -> None:
     seen = []
     original = one.model.forward
 
-    def spy(*args: Any) -> torch.Tensor:
-        logits = original(*args)
+    def spy(*args: Any, **more: Any) -> torch.Tensor:
+        logits = original(*args, **more)
         seen.append(logits.detach().clone())
         return logits
 
@@ -189,12 +189,14 @@ def test_a_loss_that_is_not_finite_never_reaches_the_weights(workshop: Workshop)
     assert all(torch.equal(before[n], after[n]) for n in before if n != "norm.weight")
 
 
-def test_an_update_leaves_numpys_and_pythons_generators_alone(workshop: Workshop) -> None:
+def test_an_update_leaves_every_generator_alone(workshop: Workshop) -> None:
     one = trainer(workshop.run(dropout=DROPS))
     updates = one.updates(4)
     next(updates)
     numpy_state, python_state = np.random.get_state()[1].copy(), random.getstate()
+    torch_state = torch.get_rng_state()
     next(updates)
+    assert torch.equal(torch.get_rng_state(), torch_state)
     assert np.array_equal(np.random.get_state()[1], numpy_state)
     assert random.getstate() == python_state
 
