@@ -47,7 +47,7 @@ def site_plan(run: RunConfig, model: GPT, n_rows: int) -> list[dict[str, Any]]:
         names = [n for n, m in model.named_modules() if isinstance(m, Dropout) and m.site == site]
         shape = sizes(run, SITES[site].tensor, part)
         by = ("native" if site in native else "keyed") if planned.rate else "-"
-        fused = by == "native" and site == "attention_weights" and run.attention == "sdpa"
+        fused = site in run.dropout.fused_sites(run.attention)
         entries.append(
             {
                 "site": site,
@@ -201,8 +201,11 @@ def audit(run: RunConfig, model: GPT, rows: Layout) -> dict[str, Any]:
     off = logits()
     zero["dropout_off"] = zero_gradients(model, off, targets)
     distance = (off.detach() - quiet).norm() / quiet.norm()
-    fused = [s for s in run.dropout.native_sites(run.attention) if run.attention == "sdpa"]
-    sites = [verdict(site, training[site], evaluation[site], rates, fused) for site in SITES]
+    fused = run.dropout.fused_sites(run.attention)
+    sites = [
+        verdict(site, training[site], evaluation[site], rates[site], site in fused)
+        for site in SITES
+    ]
     problems = [f"dropout.sites.{s['site']}: {s['problem']}" for s in sites if s["problem"]]
     if not torch.equal(quiet, again):
         problems.append("dropout: two passes of evaluation differ; something drops there")
@@ -221,19 +224,18 @@ def zero_gradients(model: GPT, logits: Tensor, targets: Tensor) -> float:
 
 
 def verdict(
-    site: str, training: Seen, evaluation: Seen, rates: dict[str, float], fused: list[str]
+    site: str, training: Seen, evaluation: Seen, rate: float, inside: bool
 ) -> dict[str, Any]:
     """What was found at a site, and what is wrong with it, if anything."""
     problem = ""
-    inside = site == "attention_weights" and bool(fused)
-    if rates[site] and not inside:
+    if rate and not inside:
         if not training.units:
-            problem = f"dead: rate {rates[site]:g} reaches nothing"
+            problem = f"dead: rate {rate:g} reaches nothing"
         elif not training.dropped and training.errors_off < -STANDARD_ERRORS:
-            problem = f"dead: none of {training.units:,} dropped at rate {rates[site]:g}"
+            problem = f"dead: none of {training.units:,} dropped at rate {rate:g}"
         elif abs(training.errors_off) > STANDARD_ERRORS:
             problem = (
-                f"off: dropped {training.rate:.5f} of {training.units:,} at rate {rates[site]:g}, "
+                f"off: dropped {training.rate:.5f} of {training.units:,} at rate {rate:g}, "
                 f"{training.errors_off:+.1f} standard errors"
             )
     elif training.dropped:
@@ -242,7 +244,7 @@ def verdict(
         problem = f"leaks: drops {evaluation.rate:.5f} in evaluation"
     return {
         "site": site,
-        "rate": rates[site],
+        "rate": rate,
         "training": None if inside else training.rate,
         "units": training.units,
         "standard_errors_off": training.errors_off if training.variance else 0.0,

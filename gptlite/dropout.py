@@ -45,6 +45,8 @@ class Dropout(nn.Dropout):
         self.site, self.kind, self.plan, self.rate = site, SITES[site], plan, self.p
         self.native = native
         """Whether torch's generator draws the masks."""
+        self.by_feature = self.kind.by_feature
+        self.by_position = "T" in self.kind.mask and not plan.locked
         heads = range(n_head if "H" in self.kind.mask else 1)
         salts = torch.tensor([signed(key("site", site, layer, head)) for head in heads])
         self.register_buffer("salts", salts, persistent=False)
@@ -85,10 +87,11 @@ class Dropout(nn.Dropout):
         if self.native:
             return self.native_drop(x)
         assert keys is not None, f"{self.site}: training with dropout needs sample keys"
-        shared = self.plan.locked or "T" not in self.kind.mask
-        cut = self.cut if torch.compiler.is_compiling() else cut_of(self.p)
-        mask = Mask(keys.sample if shared else keys.token, self.salts, cut)
-        if not self.kind.by_feature:
+        cut = self.cut if torch.compiler.is_compiling() else cut_of(self._p)
+        mask = Mask(keys.token if self.by_position else keys.sample, self.salts, cut)
+        if self.by_feature and keys.real is None:
+            return drop(x, mask, dtype)
+        if not self.by_feature:
             sizes = (n if s in "BHT" else 1 for n, s in zip(x.shape, self.kind.mask, strict=True))
             y = self.scaled(x, drop(torch.ones(*sizes, device=x.device), mask))
         elif self.kind.mask == "BHTS" and keys.position is not None:
@@ -142,18 +145,17 @@ def live_sites(model: nn.Module) -> dict[str, int]:
     return dict(Counter(module.site for module in dropouts(model) if module.live))
 
 
-def planned_sites(
-    model: nn.Module, rates: Mapping[str, float], strength: float = 1.0
-) -> dict[str, int]:
-    """Number of modules per site that should drop at this strength of the schedule.
+def planned_sites(model: nn.Module, strength: float = 1.0) -> dict[str, int]:
+    """Number of modules per site that should drop at this strength of the schedule."""
+    return dict(Counter(m.site for m in dropouts(model) if cut_of(m.rate * strength) > 0))
 
-    Raises ConfigError for a rate that reaches no module: it would be a silent no-op.
-    """
-    found = Counter(module.site for module in dropouts(model) if cut_of(module.rate * strength) > 0)
-    dead = [site for site, rate in rates.items() if cut_of(rate * strength) and not found[site]]
+
+def check_every_rate_acts(model: nn.Module, rates: Mapping[str, float]) -> None:
+    """Raises ConfigError for a rate that reaches no module: it would be a silent no-op."""
+    found = planned_sites(model)
+    dead = [site for site, rate in rates.items() if rate > 0 and site not in found]
     if dead:
         raise ConfigError(*(f"dropout.sites.{s}: rate {rates[s]} reaches no module" for s in dead))
-    return dict(found)
 
 
 def strength_at(step: int, max_steps: int, schedule: DropoutSchedule) -> float:

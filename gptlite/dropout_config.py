@@ -195,12 +195,16 @@ class DropoutConfig(Section):
         """The full rate of every site."""
         return {name: plan.rate for name, plan in self.plan().items()}
 
+    def fused_sites(self, kernel: str) -> tuple[str, ...]:
+        """Sites that drop inside a fused kernel, by its own masks."""
+        fused = kernel == "sdpa" and self.rates()["attention_weights"] > 0
+        return ("attention_weights",) if fused else ()
+
     def native_sites(self, kernel: str) -> tuple[str, ...]:
-        """Sites whose masks torch draws: all, or attention weights inside a fused kernel."""
-        live = [site for site, rate in self.rates().items() if rate > 0]
+        """Sites whose masks torch draws."""
         if self.masks == "native":
-            return tuple(live)
-        return tuple(site for site in live if site == "attention_weights" and kernel == "sdpa")
+            return tuple(site for site, rate in self.rates().items() if rate > 0)
+        return self.fused_sites(kernel)
 
 
 def dropout_contradictions(dropout: DropoutConfig, n_layer: int) -> Iterator[tuple[str, str]]:
@@ -213,7 +217,7 @@ def dropout_contradictions(dropout: DropoutConfig, n_layer: int) -> Iterator[tup
         if site.granularity is not None and not kind.by_feature:
             yield f"sites.{name}.granularity", f"means nothing here: {whole}"
         if site.scale is not None and name != "layer":
-            yield f"sites.{name}.scale", "only layer has it; the others always keep the mean"
+            yield f"sites.{name}.scale", "only layer has it"
         if site.profile is not None and not kind.per_layer:
             yield f"sites.{name}.profile", f"means nothing here: {name} is in no layer"
         elif isinstance(site.profile, tuple) and len(site.profile) != n_layer:
@@ -225,6 +229,8 @@ def dropout_contradictions(dropout: DropoutConfig, n_layer: int) -> Iterator[tup
     schedule = dropout.schedule
     if schedule.mode == "late" and schedule.until == 1:
         yield "schedule.until", "mode late until 1.0 would never drop; give a smaller fraction"
+    if schedule.mode == "early" and schedule.shape == "constant" and schedule.until == 1:
+        yield "schedule.until", "mode early until 1.0 would never end; give a smaller fraction"
     if schedule.mode == "standard" and schedule.shape == "constant" and schedule.until != 1:
         why = f"{schedule.until} has no effect in mode standard with shape constant"
         yield "schedule.until", why

@@ -22,34 +22,47 @@ static inline float from_bfloat16(uint16_t bits) {
     return u.value;
 }
 
-static inline uint16_t to_bfloat16(float value) { /* to nearest, ties to even, as torch rounds */
+static inline uint16_t rounded(float value) { /* to nearest, ties to even, as torch rounds */
     union { float value; uint32_t bits; } u = {value};
-    uint32_t rounded = (u.bits + 0x7FFF + ((u.bits >> 16) & 1)) >> 16;
-    return value == value ? (uint16_t)rounded : 0x7FC0;
+    return (uint16_t)((u.bits + 0x7FFF + ((u.bits >> 16) & 1)) >> 16);
 }
 
+static inline uint16_t to_bfloat16(float value) { /* rounding up must not turn NaN into a number */
+    return value == value ? rounded(value) : 0x7FC0;
+}
+
+#define BLOCK(NAME, FROM, READ, TO, WRITE)                                                        \
+    static inline void NAME##_block(const FROM *restrict x, TO *restrict y, uint64_t key,         \
+                                    int32_t threshold, float scale, int64_t n) {                  \
+        union { uint64_t words[WORDS]; int16_t draws[4 * WORDS]; } random;                        \
+        for (int64_t i = 0; i < (n + 3) / 4; i++)                                                 \
+            random.words[i] = mix(key + (uint64_t)i * GAMMA);                                     \
+        for (int64_t i = 0; i < n; i++)                                                           \
+            y[i] = WRITE(READ(x[i]) * (random.draws[i] >= threshold ? scale : 0.0f));             \
+    }
+
 #define DROP(NAME, FROM, READ, TO, WRITE)                                                         \
+    BLOCK(NAME, FROM, READ, TO, WRITE)                                                            \
     void NAME(const FROM *restrict x, TO *restrict y, const int64_t *restrict keys,               \
-              int64_t stride_b, int64_t stride_t, const int64_t *restrict salts, int64_t n_rows,  \
+              int64_t stride_b, int64_t stride_t, const int64_t *restrict salts, int64_t B,       \
               int64_t H, int64_t T, int64_t W, int32_t threshold, float scale) {                  \
-        _Pragma("omp parallel for schedule(static) if (n_rows * W > 16384)")                      \
-        for (int64_t row = 0; row < n_rows; row++) {                                              \
-            int64_t b = row / (H * T), h = row / T % H, t = row % T;                              \
-            uint64_t key = (uint64_t)keys[b * stride_b + t * stride_t] + (uint64_t)salts[h];      \
-            for (int64_t start = 0; start < W; start += 4 * WORDS, key += WORDS * GAMMA) {        \
-                union { uint64_t words[WORDS]; int16_t draws[4 * WORDS]; } random;                \
-                int64_t n = W - start < 4 * WORDS ? W - start : 4 * WORDS;                        \
-                const FROM *from = x + row * W + start;                                           \
-                TO *to = y + row * W + start;                                                     \
-                for (int64_t i = 0; i < (n + 3) / 4; i++)                                         \
-                    random.words[i] = mix(key + (uint64_t)i * GAMMA);                             \
-                for (int64_t i = 0; i < n; i++)                                                   \
-                    to[i] = WRITE(READ(from[i]) * (random.draws[i] >= threshold ? scale : 0.0f)); \
-            }                                                                                     \
-        }                                                                                         \
+        _Pragma("omp parallel for collapse(3) schedule(static) if (B * H * T * W > 16384)")       \
+        for (int64_t b = 0; b < B; b++)                                                           \
+            for (int64_t h = 0; h < H; h++)                                                       \
+                for (int64_t t = 0; t < T; t++) {                                                 \
+                    uint64_t key = (uint64_t)keys[b * stride_b + t * stride_t] +                  \
+                                   (uint64_t)salts[h];                                            \
+                    int64_t row = ((b * H + h) * T + t) * W;                                      \
+                    for (int64_t start = 0; start < W; start += 4 * WORDS) {                      \
+                        NAME##_block(x + row + start, y + row + start, key, threshold, scale,     \
+                                     W - start < 4 * WORDS ? W - start : 4 * WORDS);              \
+                        key += WORDS * GAMMA;                                                     \
+                    }                                                                             \
+                }                                                                                 \
     }
 
 DROP(float32_to_float32, float, float32, float, float32)
 DROP(float32_to_bfloat16, float, float32, uint16_t, to_bfloat16)
 DROP(bfloat16_to_float32, uint16_t, from_bfloat16, float, float32)
-DROP(bfloat16_to_bfloat16, uint16_t, from_bfloat16, uint16_t, to_bfloat16)
+/* A NaN that was bfloat16 before has no low bits that could be rounded up. */
+DROP(bfloat16_to_bfloat16, uint16_t, from_bfloat16, uint16_t, rounded)

@@ -214,7 +214,7 @@ def compiled(x: Tensor, mask: Mask, dtype: torch.dtype) -> Tensor:
     run(
         *(x.data_ptr(), y.data_ptr(), keys.data_ptr()),
         *(keys.stride(0), 0 if shared else keys.stride(1), salts.data_ptr()),
-        *(x.numel() // W, len(salts), T, W),
+        *(B, len(salts), T, W),
         *(cut - (RATES >> 1), RATES / (RATES - cut)),
     )
     return y

@@ -16,7 +16,13 @@ from gptlite import auto, checkpoint
 from gptlite.checkpoint import load_weights, model_tensors
 from gptlite.config import RunConfig
 from gptlite.data import Batch, TokenFiles, batch_at
-from gptlite.dropout import live_sites, planned_sites, set_strength, strength_at
+from gptlite.dropout import (
+    check_every_rate_acts,
+    live_sites,
+    planned_sites,
+    set_strength,
+    strength_at,
+)
 from gptlite.errors import CheckpointError, DivergedError
 from gptlite.evaluate import nats_of, tensors
 from gptlite.keys import key
@@ -51,7 +57,8 @@ class Trainer:
         self.model = GPT(run.model, vocab_size, run.dropout, kernel=run.attention, seed=run.seed)
         self.model.to(self.device).train()
         self.rates = {site: rate for site, rate in run.dropout.rates().items() if rate > 0}
-        self.planned = planned_sites(self.model, self.rates)
+        check_every_rate_acts(self.model, self.rates)
+        self.planned = planned_sites(self.model)
         self.native = bool(run.dropout.native_sites(run.attention))
         if run.compile is True:
             self.model.compile()
@@ -88,7 +95,7 @@ class Trainer:
         strength = strength_at(self.step, self.max_steps, self.run.dropout.schedule)
         if strength != self.strength:
             set_strength(self.model, strength)
-            self.planned = planned_sites(self.model, self.rates, strength)
+            self.planned = planned_sites(self.model, strength)
             self.strength = strength
         assert live_sites(self.model) == self.planned, "live dropout sites are not the planned"
         return strength

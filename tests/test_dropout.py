@@ -19,9 +19,11 @@ from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 
 from gptlite import auto
+from gptlite import model as network
 from gptlite.config import ModelConfig
 from gptlite.dropout import (
     Dropout,
+    check_every_rate_acts,
     dropouts,
     evaluating,
     live_sites,
@@ -32,7 +34,7 @@ from gptlite.dropout import (
 from gptlite.dropout_config import PRESETS, RATES, SITES, DropoutConfig, DropoutSchedule, SitePlan
 from gptlite.errors import ConfigError
 from gptlite.masks import cut_of, mask_keys, sample_keys
-from gptlite.model import GPT, Block
+from gptlite.model import GPT, Block, Scene
 
 SMALL = ModelConfig(n_layer=2, n_head=2, n_embd=16, context_length=8)
 IDS = torch.arange(16).view(2, 8)
@@ -137,20 +139,30 @@ def test_dropout_can_be_left_on_to_see_what_that_costs() -> None:
 
 def test_a_rate_that_reaches_no_module_is_an_error() -> None:
     model, rates = GPT(SMALL, 20, only("embedding")), only("embedding").rates()
+    check_every_rate_acts(model, rates)
     model.drop_embedding = nn.Identity()
     with pytest.raises(
         ConfigError, match=r"dropout\.sites\.embedding: rate 0\.5 reaches no module"
     ):
-        planned_sites(model, rates)
+        check_every_rate_acts(model, rates)
     with pytest.raises(ConfigError, match="reaches no module"):
-        planned_sites(GPT(SMALL, 20), only("mlp_output").rates())
+        check_every_rate_acts(GPT(SMALL, 20), only("mlp_output").rates())
 
 
 def test_planned_sites_count_their_modules() -> None:
-    dropout = DropoutConfig(preset="gpt2")
-    planned = planned_sites(GPT(SMALL, 20, dropout), dropout.rates())
+    planned = planned_sites(GPT(SMALL, 20, DropoutConfig(preset="gpt2")))
     per_layer = ("attention_weights", "attention_output", "mlp_output")
     assert planned == {"embedding": 1, **dict.fromkeys(per_layer, 2)}
+
+
+@pytest.mark.parametrize("strength", [0.0, 1e-6, 1e-4, 0.3, 1.0])
+def test_live_sites_are_the_planned_ones_at_any_strength(strength: float) -> None:
+    """Rates that round to never, in some layers or in all, are no error while a rate rises."""
+    dropout = only("mlp_output", "head", rate=0.1, profile=[0.4, 0.01])
+    model = GPT(SMALL, 20, dropout).train()
+    check_every_rate_acts(model, dropout.rates())
+    set_strength(model, strength)
+    assert live_sites(model) == planned_sites(model, strength)
 
 
 def test_tools_that_look_for_torchs_dropout_find_ours() -> None:
@@ -424,11 +436,9 @@ def test_layers_keep_their_scale_where_the_plan_says_so() -> None:
 
 def test_a_dropped_layer_is_skipped_whole() -> None:
     model = GPT(SMALL, 20, only("layer", rate=0.5)).train()
-    block, dropped = model.blocks[0], []
+    block = model.blocks[0]
     keys = mask_keys(samples(64), torch.arange(8)[None], None)
     x = torch.randn(64, 8, 16)
-    from gptlite.model import Scene
-
     with torch.no_grad():
         y = block(x, Scene(None, None, keys), None)
     dropped = [torch.equal(y[i], x[i]) for i in range(64)]
@@ -438,8 +448,6 @@ def test_a_dropped_layer_is_skipped_whole() -> None:
 def test_a_hidden_key_leaves_rows_that_sum_to_one_and_no_query_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from gptlite import model as network
-
     seen: list[Tensor] = []
     original = network.attention_weights
 
@@ -487,7 +495,7 @@ def test_profiles_give_every_layer_its_rate(site: str, profile: Any, rates: list
     model = GPT(config, 20, only(site, rate=0.4, profile=profile))
     assert [m.p for m in dropouts(model) if m.site == site] == pytest.approx(rates)
     live = sum(rate > 0 for rate in rates)
-    assert planned_sites(model, only(site, rate=0.4, profile=profile).rates()) == {site: live}
+    assert planned_sites(model) == {site: live}
 
 
 # What a config means.
@@ -565,7 +573,7 @@ def test_moving_the_rates_moves_what_drops() -> None:
     assert 0.1 < fallen(model, wide, samples())["drop_embedding"].float().mean() < 0.35
     set_strength(model, 0.0)
     assert live_sites(model) == {}
-    assert planned_sites(model, only("embedding", rate=0.8).rates(), 0.0) == {}
+    assert planned_sites(model, 0.0) == {}
 
 
 def test_copies_of_a_model_move_apart() -> None:
