@@ -66,6 +66,18 @@ def site_plan(run: RunConfig, model: GPT, n_rows: int) -> list[dict[str, Any]]:
     return entries
 
 
+def advice(run: RunConfig, epochs: float) -> Iterator[str]:
+    """What the literature would say to these rates; docs/dropout.md has the sources."""
+    live = {site: rate for site, rate in run.dropout.rates().items() if rate > 0}
+    if live and epochs <= 1:
+        yield f"dropout in {epochs:.2f} epochs: text seen once is learned best without (rate 0)"
+    if not live and epochs > 4:
+        yield f"no dropout in {epochs:.1f} epochs: the text will be learned by heart (rate: auto)"
+    high = [f"{site} {rate:g}" for site, rate in live.items() if rate >= 0.5]
+    if high:
+        yield f"half and more is much to drop: {', '.join(high)}"
+
+
 def mask_letters(site: str, locked: bool) -> str:
     return SITES[site].locked if locked else SITES[site].mask
 

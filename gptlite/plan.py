@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from gptlite.audit import site_plan, site_seconds
+from gptlite.audit import advice, site_plan, site_seconds
 from gptlite.auto import (
     BYTES_TO_TRAIN,
     activation_bytes_per_row,
@@ -140,12 +140,14 @@ def summary_lines(run: RunConfig, plan: dict[str, Any]) -> list[str]:
     lines += [f"auto: {name} = {why}" for name, why in plan["auto"].items()]
     sites = [f"{site['site']} {site['rate']:g}" for site in plan["dropout"] if site["rate"]]
     lines.append(f"dropout: {', '.join(sites) or 'none'}")
+    lines += [f"note: {line}" for line in advice(run, plan["epochs"])]
     return lines
 
 
 def plan_table(run: RunConfig, plan: dict[str, Any]) -> list[str]:
     """summary_lines, the dropout sites as a table, and the time."""
-    lines = [*summary_lines(run, plan)[:-1], "", *site_table(plan["dropout"])]
+    lines = [line for line in summary_lines(run, plan) if not line.startswith("dropout:")]
+    lines += ["", *site_table(plan["dropout"])]
     if any(site["rate"] for site in plan["dropout"]):
         lines.append("cost: forward and backward of the site alone, measured here, per update")
     lines.append(f"attention: {plan['attention']}")

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """What dropout costs: one site, a whole update, and the generators a mask could be drawn with.
 
-Everything is timed interleaved in one run; figures are medians, ratios medians of the ratios within a
-repeat. Prints Markdown: .venv/bin/python scripts/bench_dropout.py [--repeats N]
+Everything is timed interleaved in one run; figures are medians, ratios medians of the ratios within
+a repeat. Prints Markdown: .venv/bin/python scripts/bench_dropout.py [--repeats N]
 """
 
 import argparse
@@ -10,11 +10,10 @@ import ctypes
 import datetime
 import platform
 import statistics
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +30,10 @@ from gptlite.strict_yaml import Document
 from gptlite.train import Trainer
 
 SITE = (64, 1024, 384)  # 25.2 M values
-SIX = ("embedding", "attention_weights", "attention_context", "attention_output")
-SIX = (*SIX, "mlp_activation", "mlp_output")
+SIX = (
+    *("embedding", "attention_weights", "attention_context"),
+    *("attention_output", "mlp_activation", "mlp_output"),
+)
 SHAPES: dict[str, dict[str, Any]] = {
     "cpu: 4 layers, 4 heads, 128 wide, context 64, batch 12": {
         "model": {"n_layer": 4, "n_head": 4, "n_embd": 128, "context_length": 64, "bias": False},
@@ -45,7 +46,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-def interleaved(todo: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+def interleaved(todo: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
     """Seconds of every repeat, each after one that does not count."""
     times: dict[str, list[float]] = {name: [] for name in todo}
     for repeat in range(repeats + 1):
@@ -61,14 +62,18 @@ def ratio(times: dict[str, list[float]], above: str, below: str) -> float:
     return statistics.median(a / b for a, b in zip(times[above], times[below], strict=True))
 
 
-@contextmanager
-def without_compiler() -> Iterator[None]:
-    built = masks.built
-    masks.built = lambda x, dtype: False
-    try:
-        yield
-    finally:
-        masks.built = built
+def without_compiler(run: Callable[[], Any]) -> Callable[[], None]:
+    """The same as if the machine had no C compiler."""
+
+    def slow() -> None:
+        built = masks.built
+        masks.built = lambda x, dtype: False
+        try:
+            run()
+        finally:
+            masks.built = built
+
+    return slow
 
 
 def keep_freed_memory() -> bool:
@@ -79,36 +84,44 @@ def keep_freed_memory() -> bool:
         return False
 
 
+def there_and_back(drop: Callable[[Tensor], Tensor], x: Tensor, gradient: Tensor) -> None:
+    torch.autograd.grad(drop(x), x, gradient)
+
+
 def bench_site(repeats: int, memory: str) -> Iterator[str]:
     """Forward and backward of one site at p = 0.1 against torch's."""
     keys = torch.randint(-(2**62), 2**62, SITE[:2])
     mask = Mask(keys, torch.zeros(1, dtype=torch.int64), masks.cut_of(0.1))
-    fused = torch.compile(masks.drop, dynamic=False) if auto.has_cpp_compiler() else None
+    keyed = partial(masks.drop, mask=mask)
     for dtype in (torch.float32, torch.bfloat16):
         x = torch.randn(SITE).to(dtype).requires_grad_()
-        gradient = torch.randn(SITE).to(dtype)
-
-        def both(drop: Callable[[Tensor], Tensor], x: Tensor = x, g: Tensor = gradient) -> None:
-            torch.autograd.grad(drop(x), x, g)
-
-        def tiled(x: Tensor = x) -> None:
-            with without_compiler():
-                both(lambda x: masks.drop(x, mask))
-
-        todo = {"F.dropout": lambda: both(lambda x: F.dropout(x, 0.1)), "no compiler": tiled}
+        run = partial(there_and_back, x=x, gradient=torch.randn(SITE).to(dtype))
+        todo: dict[str, Callable[[], Any]] = {
+            "F.dropout": partial(run, partial(F.dropout, p=0.1)),
+            "keyed, no compiler": without_compiler(partial(run, keyed)),
+        }
         if masks.library():
-            todo["C loop"] = lambda: both(lambda x: masks.drop(x, mask))
-        if fused is not None:
+            todo["keyed, C loop"] = partial(run, keyed)
+        if auto.has_cpp_compiler():
             in_graph = mask._replace(cut=torch.tensor(mask.cut))
-            todo["torch.compile"] = lambda m=in_graph: both(lambda x: fused(x, m))
-            todo["torch.compile"]()
+            todo["keyed, torch.compile"] = partial(
+                run, partial(torch.compile(masks.drop, dynamic=False), mask=in_graph)
+            )
+            todo["keyed, torch.compile"]()
             time.sleep(3)  # until the compiler's helpers have gone
         times = interleaved(todo, repeats)
-        name = str(dtype).removeprefix("torch.")
         for way, seconds in times.items():
             faster = f"{ratio(times, 'F.dropout', way):.1f}x"
-            milliseconds = f"{1e3 * statistics.median(seconds):.1f}"
-            yield f"| {memory} | {name} | {way} | {milliseconds} | {faster} |"
+            cells = (memory, str(dtype).removeprefix("torch."), way, milliseconds(seconds), faster)
+            yield row(cells)
+
+
+def milliseconds(seconds: list[float]) -> str:
+    return f"{1e3 * statistics.median(seconds):.1f}"
+
+
+def row(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def trainer(shape: dict[str, Any], folder: Path, **top: Any) -> Trainer:
@@ -135,39 +148,28 @@ def trainer(shape: dict[str, Any], folder: Path, **top: Any) -> Trainer:
 
 def bench_update(repeats: int, folder: Path) -> Iterator[str]:
     """A whole update: batch, forward, backward, clipping, AdamW."""
-    sites = {"preset": "none", "sites": dict.fromkeys(SIX, 0.2)}
+    none, six = {"preset": "none"}, {"preset": "none", "sites": dict.fromkeys(SIX, 0.2)}
+    runs: dict[str, dict[str, Any]] = {
+        "rate 0, math attention": {"dropout": none, "attention": "math"},
+        "rate 0, sdpa attention": {"dropout": none, "attention": "sdpa"},
+        "six sites at 0.2": {"dropout": six},
+        "six sites, no compiler": {"dropout": six},
+        "six sites, native (torch's)": {"dropout": {**six, "masks": "native"}},
+    }
     for shape, sections in SHAPES.items():
         n = 8 * repeats if shape.startswith("cpu") else repeats
         for dtype in ("float32", "bfloat16"):
-            none = {"dtype": dtype, "dropout": {"preset": "none"}}
-            runs = {
-                "rate 0, math": {**none, "attention": "math"},
-                "rate 0, sdpa": {**none, "attention": "sdpa"},
-                "six sites at 0.2": {"dtype": dtype, "dropout": sites},
-                "six sites, no compiler": {"dtype": dtype, "dropout": sites},
-                "six sites, native (torch's)": {
-                    "dtype": dtype,
-                    "dropout": {**sites, "masks": "native"},
-                },
-            }
-            updates = {
-                name: trainer(sections, folder, **top).updates(10_000) for name, top in runs.items()
-            }
-
-            def slow(updates: Any = updates) -> None:
-                with without_compiler():
-                    next(updates["six sites, no compiler"])
-
-            todo: dict[str, Callable[[], Any]] = {
-                name: lambda u=update: next(u) for name, update in updates.items()
-            }
-            todo["six sites, no compiler"] = slow
+            todo: dict[str, Callable[[], Any]] = {}
+            for name, top in runs.items():
+                made = trainer(sections, folder, dtype=dtype, **top)
+                todo[name] = partial(next, made.updates(made.max_steps))
+            slow = "six sites, no compiler"
+            todo[slow] = without_compiler(todo[slow])
             times = interleaved(todo, n)
             base = min(list(runs)[:2], key=lambda name: statistics.median(times[name]))
             for name, seconds in times.items():
                 more = f"{100 * (ratio(times, name, base) - 1):+.1f} %" if name != base else "base"
-                milliseconds = f"{1e3 * statistics.median(seconds):.1f}"
-                yield f"| {shape.split(':')[0]} | {dtype} | {name} | {milliseconds} | {more} |"
+                yield row((shape.partition(":")[0], dtype, name, milliseconds(seconds), more))
 
 
 def fmix32(x: Tensor) -> Tensor:
@@ -177,7 +179,7 @@ def fmix32(x: Tensor) -> Tensor:
     return x ^ (x >> 16 & 0xFFFF)
 
 
-def philox(x: Tensor) -> Tensor:
+def philox(x: Tensor) -> tuple[Tensor, Tensor]:
     """Philox4x32-10 (Salmon et al. 2011), eight draws a block, a 32-bit number per int64."""
     low, a, b = 0xFFFFFFFF, x & 0xFFFFFFFF, x >> 32 & 0xFFFFFFFF
     c, d, k, m = torch.zeros_like(x), torch.zeros_like(x), 0x1234567, 0x89ABCDE
@@ -185,7 +187,7 @@ def philox(x: Tensor) -> Tensor:
         p, q = a * 0xD2511F53, c * 0xCD9E8D57
         a, b, c, d = (q >> 32 & low) ^ b ^ k, q & low, (p >> 32 & low) ^ d ^ m, p & low
         k, m = (k + 0x9E3779B9) & low, (m + 0xBB67AE85) & low
-    return a << 32 | b, c << 32 | d  # type: ignore[return-value]
+    return a << 32 | b, c << 32 | d
 
 
 def bench_generators(repeats: int) -> Iterator[str]:
@@ -195,22 +197,36 @@ def bench_generators(repeats: int) -> Iterator[str]:
     halves, blocks = torch.arange(tile // 2, dtype=torch.int32), torch.arange(tile // 8)
     out, source = torch.empty(tile // 4, dtype=torch.int64), np.random.Philox(0)
     generators: dict[str, tuple[Callable[[], Any], str]] = {
-        "splitmix64, 4 draws a word": (lambda: mix(words), "BigCrush passed (Steele et al. 2014)"),
-        "murmur3 fmix32, 2 draws a word": (lambda: fmix32(halves), "32 bits of key: rows collide"),
-        "Philox4x32-10, in torch": (lambda: philox(blocks), "BigCrush passed"),
-        "numpy's Philox, 1 thread": (lambda: source.random_raw(tile // 4), "CPU only"),
-        "torch's mt19937, 1 thread": (lambda: out.random_(), "a state, no key"),
+        "splitmix64, 4 draws a word": (partial(mix, words), "BigCrush (Steele 2014)"),
+        "murmur3 fmix32, 2 draws a word": (partial(fmix32, halves), "only 32 bits of key"),
+        "Philox4x32-10, 8 draws a block": (
+            partial(philox, blocks),
+            "BigCrush (Salmon 2011)",
+        ),
+        "numpy's Philox, 1 thread": (
+            partial(source.random_raw, tile // 4),
+            "not in a torch graph",
+        ),
+        "torch's mt19937, 1 thread": (out.random_, "has a state instead of a key"),
     }
 
     def all_tiles(make: Callable[[], Any]) -> None:
         for _ in range(draws // tile):
             make()
 
-    todo = {name: lambda make=make: all_tiles(make) for name, (make, _) in generators.items()}
-    times = interleaved(todo, repeats)
-    for name, seconds in times.items():
-        rate = draws / statistics.median(seconds) / 1e9
-        yield f"| {name} | {rate:.2f} | {generators[name][1]} |"
+    todo = {name: partial(all_tiles, make) for name, (make, _) in generators.items()}
+    for name, seconds in interleaved(todo, repeats).items():
+        rate = f"{draws / statistics.median(seconds) / 1e9:.2f}"
+        yield row((name, rate, generators[name][1]))
+
+
+def machine() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next(line.partition(":")[2].strip() for line in lines if "model name" in line)
+    except (OSError, StopIteration):
+        cpu = platform.processor()
+    return f"{cpu}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 def main() -> None:
@@ -219,29 +235,28 @@ def main() -> None:
     repeats = parser.parse_args().repeats
     torch.set_num_threads(2)
     torch.manual_seed(0)
-    say = lambda line="": print(line, flush=True)  # noqa: E731
-    cpu = next(
-        (line.partition(":")[2].strip() for line in open("/proc/cpuinfo") if "model name" in line),
-        platform.processor(),
+    print(f"`scripts/bench_dropout.py --repeats {repeats}`, {datetime.date.today()}, {machine()}\n")
+    head = (
+        "memory",
+        "values",
+        "one site, 25.2 M values, p = 0.1",
+        "forward + backward, ms",
+        "faster",
     )
-    say(
-        f"{datetime.date.today()}, {cpu}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    )
-    say(f"`{Path(sys.argv[0]).name} --repeats {repeats}`\n")
-    say("| memory | values | one site, 25.2 M values, p = 0.1 | forward + backward, ms | faster |")
-    say("|---|---|---|---:|---:|")
-    for line in bench_site(repeats, "fresh from the system"):
-        say(line)
+    print(row(head) + "\n|---|---|---|---:|---:|")
+    show(bench_site(repeats, "fresh from the system"))
     if keep_freed_memory():
-        for line in bench_site(repeats, "kept by the allocator"):
-            say(line)
-    say("\n| shape | dtype | whole update | ms | more than rate 0 |\n|---|---|---|---:|---:|")
+        show(bench_site(repeats, "kept by the allocator"))
+    print("\n| shape | dtype | whole update | ms | more than rate 0 |\n|---|---|---|---:|---:|")
     with tempfile.TemporaryDirectory() as folder:
-        for line in bench_update(repeats, Path(folder)):
-            say(line)
-    say("\n| generator | G draws/s | |\n|---|---:|---|")
-    for line in bench_generators(repeats):
-        say(line)
+        show(bench_update(repeats, Path(folder)))
+    print("\n| generator | G draws/s | |\n|---|---:|---|")
+    show(bench_generators(repeats))
+
+
+def show(lines: Iterable[str]) -> None:
+    for line in lines:
+        print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -229,3 +229,52 @@ def test_compiling_keeps_the_losses(workshop: Workshop) -> None:
 
 def test_prose_is_the_same_at_every_call() -> None:
     assert prose(50) == prose(50)
+
+
+def test_parts_of_a_batch_drop_what_the_whole_would(workshop: Workshop) -> None:
+    """One pass over eight rows and eight over one: the same masks, so the same losses."""
+    whole, parts = (
+        trainer(workshop.run(dropout=DROPS, train={"micro_batch_size": size})) for size in (8, 1)
+    )
+    for a, b in zip(whole.updates(4), parts.updates(4), strict=True):
+        assert b.loss == pytest.approx(a.loss, rel=1e-5)
+        assert b.grad_norm == pytest.approx(a.grad_norm, rel=1e-4)
+
+
+@pytest.mark.parametrize("preset", ["raschka", "megatron", "nanogpt"])
+def test_presets_of_equal_placement_train_to_the_same_bits(workshop: Workshop, preset: str) -> None:
+    rate = 0.1 if preset == "nanogpt" else None
+    ours = trainer(workshop.run(dropout={"preset": preset, "rate": rate}))
+    gpt2 = trainer(workshop.run(dropout={"preset": "gpt2"}))
+    assert [u.loss for u in ours.updates(4)] == [u.loss for u in gpt2.updates(4)]
+    assert equal(ours, gpt2)
+
+
+def test_scheduled_rates_are_set_logged_and_checked(workshop: Workshop) -> None:
+    schedule = {"mode": "early", "shape": "linear", "until": 0.5}
+    one = trainer(workshop.run(dropout={**DROPS, "schedule": schedule}))
+    rates = [update.dropout_rates for update in one.updates(8)]
+    assert [rate["embedding"] for rate in rates] == pytest.approx(
+        [0.2, 0.15, 0.1, 0.05, 0, 0, 0, 0]
+    )
+    assert set(rates[0]) == {site for site, rate in one.run.dropout.rates().items() if rate}
+    again = trainer(workshop.run(dropout={**DROPS, "schedule": schedule}))
+    updates = again.updates(8)
+    next(updates)
+    again.model.drop_embedding.p = 0.0  # as tools do that switch dropout off
+    next(updates)  # the schedule sets it anew
+    again.model.drop_embedding.eval()
+    with pytest.raises(AssertionError, match="live dropout sites are not the planned"):
+        next(updates)
+
+
+def test_a_schedule_repeats_itself_after_a_resume(workshop: Workshop, tmp_path: Path) -> None:
+    schedule = {"mode": "late", "shape": "cosine", "until": 0.25}
+    run = workshop.run(dropout={**DROPS, "schedule": schedule}, train={"micro_batch_size": 4})
+    straight, first, second = trainer(run), trainer(run), trainer(run)
+    losses = [u.loss for u in straight.updates(8)]
+    again = [u.loss for u in first.updates(5)]
+    (tmp_path / "checkpoints").mkdir()
+    second.restore(checkpoint.save(tmp_path, 5, first.tensors(), {}), 5)
+    assert again + [u.loss for u in second.updates(8)] == losses
+    assert equal(second, straight)
