@@ -565,6 +565,13 @@ def test_schedules_have_their_values_at_every_fraction(
     assert all(0 <= value <= 1 for value in every)
 
 
+def test_what_falls_at_a_rate_falls_at_every_higher_one() -> None:
+    """So that runs at two rates are a pair, and a rising rate adds to a mask."""
+    for site in SITES:
+        low, high = (module_of(site, rate)(ones_for(site), keys_for()) == 0 for rate in (0.2, 0.5))
+        assert not (low & ~high).any(), site
+
+
 def test_moving_the_rates_moves_what_drops() -> None:
     model = GPT(SMALL, 20, only("embedding", rate=0.8)).train()
     wide = torch.zeros(2, 8, dtype=torch.long)
