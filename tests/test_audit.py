@@ -54,6 +54,8 @@ def test_an_honest_network_has_no_problem(workshop: Workshop, masks: str, layout
         assert site["training"] == pytest.approx(0.3, abs=0.15)
         assert site["evaluation"] == 0
         assert site["units"] * 0.3 >= 20
+    units = {site["site"]: site["units"] for site in found["sites"]}
+    assert units["head"] == 2 * units["layer"], "a layer's one mask is counted once"
 
 
 @pytest.mark.parametrize("site", [site for site in SITES if SITES[site].by_feature])

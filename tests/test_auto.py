@@ -117,7 +117,8 @@ def test_compiled_dropout_is_refused_where_it_is_wrong(workshop: Workshop) -> No
 
 
 @pytest.mark.parametrize(
-    ("epochs", "rate"), [(0.5, 0.0), (1.0, 0.0), (2.0, 0.05), (8.0, 0.1), (17.0, 0.2), (80.0, 0.2)]
+    ("epochs", "rate"),
+    [(0.5, 0.0), (1.0, 0.0), (2.0, 0.05), (4.0, 0.05), (8.0, 0.1), (17.0, 0.2), (80.0, 0.2)],
 )
 def test_an_automatic_rate_follows_the_planned_epochs(
     workshop: Workshop, epochs: float, rate: float
