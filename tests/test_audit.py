@@ -54,8 +54,12 @@ def test_an_honest_network_has_no_problem(workshop: Workshop, masks: str, layout
         assert site["training"] == pytest.approx(0.3, abs=0.15)
         assert site["evaluation"] == 0
         assert site["units"] * 0.3 >= 20
+
+
+def test_a_layers_one_mask_is_counted_once(workshop: Workshop) -> None:
+    found = audited(workshop, only("layer", rate=0.5))
     units = {site["site"]: site["units"] for site in found["sites"]}
-    assert units["head"] == 2 * units["layer"], "a layer's one mask is counted once"
+    assert units["layer"] == 3 * 8 * 2  # passes until 20 are expected to drop, rows, layers
 
 
 @pytest.mark.parametrize("site", [site for site in SITES if SITES[site].by_feature])
