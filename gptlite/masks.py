@@ -11,6 +11,7 @@ row, and it passes BigCrush; `tests/test_masks.py` tests its use here. `plain` s
 
 import ctypes
 import os
+import shlex
 import subprocess
 import tempfile
 from collections.abc import Callable
@@ -170,11 +171,11 @@ def tiled(x: Tensor, mask: Mask, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def library() -> ctypes.CDLL | None:
     """masks.c as this machine's compiler builds it, in a third of a second; None without one."""
     source = Path(__file__).with_name("masks.c")
-    compiler = os.environ.get("CC", "cc")
+    compiler = shlex.split(os.environ.get("CC", "cc"))
     for flags in (["-march=native", "-fopenmp"], ["-fopenmp"], []):
         with tempfile.TemporaryDirectory() as folder:
             built = Path(folder) / "masks.so"
-            command = [compiler, "-O3", *flags, "-shared", "-fPIC", str(source), "-o", str(built)]
+            command = [*compiler, "-O3", *flags, "-shared", "-fPIC", str(source), "-o", str(built)]
             try:
                 subprocess.run(command, check=True, capture_output=True, timeout=60)
                 return ctypes.CDLL(str(built))
