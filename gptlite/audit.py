@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from gptlite.auto import planned_steps, precision
 from gptlite.config import RunConfig
-from gptlite.data import IGNORED, Layout, batch_at
+from gptlite.data import Layout, batch_at
 from gptlite.dropout import Dropout, dropouts, evaluating, set_strength, strength_at
 from gptlite.dropout_config import RATES, SITES
-from gptlite.evaluate import nats_of, tensors
+from gptlite.evaluate import mean_nats, tensors
 from gptlite.masks import cut_of, mask_keys, sample_keys
 from gptlite.model import GPT
 
@@ -229,7 +229,7 @@ def audit(run: RunConfig, model: GPT, rows: Layout) -> dict[str, Any]:
 def zero_gradients(model: GPT, logits: Tensor, targets: Tensor) -> float:
     """Share of the parameters whose gradient is exactly zero."""
     model.zero_grad(set_to_none=True)
-    (nats_of(logits, targets, "sum") / max(1, int((targets != IGNORED).sum()))).backward()
+    mean_nats(logits, targets).backward()
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     zeros = sum(int((gradient == 0).sum()) for gradient in gradients)
     return zeros / sum(gradient.numel() for gradient in gradients)

@@ -45,7 +45,6 @@ class Dropout(nn.Dropout):
         self.site, self.kind, self.plan, self.rate = site, SITES[site], plan, self.p
         self.native = native
         """Whether torch's generator draws the masks."""
-        self.by_feature = self.kind.by_feature
         self.by_position = "T" in self.kind.mask and not plan.locked
         heads = range(n_head if "H" in self.kind.mask else 1)
         salts = torch.tensor([signed(key("site", site, layer, head)) for head in heads])
@@ -89,9 +88,9 @@ class Dropout(nn.Dropout):
         assert keys is not None, f"{self.site}: training with dropout needs sample keys"
         cut = self.cut if torch.compiler.is_compiling() else cut_of(self._p)
         mask = Mask(keys.token if self.by_position else keys.sample, self.salts, cut)
-        if self.by_feature and keys.real is None:
+        if self.kind.by_feature and keys.real is None:
             return drop(x, mask, dtype)
-        if not self.by_feature:
+        if not self.kind.by_feature:
             sizes = (n if s in "BHT" else 1 for n, s in zip(x.shape, self.kind.mask, strict=True))
             y = self.scaled(x, drop(torch.ones(*sizes, device=x.device), mask))
         elif self.kind.mask == "BHTS" and keys.position is not None:

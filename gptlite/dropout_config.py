@@ -223,6 +223,8 @@ def dropout_contradictions(dropout: DropoutConfig, n_layer: int) -> Iterator[tup
         elif isinstance(site.profile, tuple) and len(site.profile) != n_layer:
             why = f"has {len(site.profile)} values for model.n_layer {n_layer}"
             yield f"sites.{name}.profile", why
+        elif isinstance(site.profile, tuple) and not any(site.profile):
+            yield f"sites.{name}.profile", "is 0 in every layer, so that the rate reaches nothing"
         at = f"sites.{name}.rate" if isinstance(getattr(dropout.sites, name), SiteConfig) else None
         yield from inexact(at or f"sites.{name}", site.rate)
     yield from inexact("rate", None if dropout.rate == "auto" else dropout.rate)

@@ -87,6 +87,11 @@ def nats_of(logits: Tensor, targets: Tensor, reduction: str) -> Tensor:
     return F.cross_entropy(flat, targets.flatten(), ignore_index=IGNORED, reduction=reduction)
 
 
+def mean_nats(logits: Tensor, targets: Tensor) -> Tensor:
+    """Nats per target of a batch by itself; 0 if it has none."""
+    return nats_of(logits, targets, "sum") / max(1, int((targets != IGNORED).sum()))
+
+
 @torch.no_grad()
 def measure(
     model: GPT,

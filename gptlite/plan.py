@@ -15,8 +15,8 @@ from gptlite.auto import (
     resolve,
 )
 from gptlite.config import RunConfig
-from gptlite.data import IGNORED, Batch, Layout, TokenFiles, batch_at
-from gptlite.evaluate import nats_of, tensors
+from gptlite.data import Batch, Layout, TokenFiles, batch_at
+from gptlite.evaluate import mean_nats, tensors
 from gptlite.masks import sample_keys
 from gptlite.metrics import clock, human
 from gptlite.model import GPT
@@ -117,7 +117,7 @@ def backward(model: GPT, part: Batch, run: RunConfig, device: torch.device) -> N
     samples = sample_keys(run.seed, 0, np.arange(len(inputs))).to(device)
     with precision(run):
         logits = model(inputs, real, samples=samples)
-    (nats_of(logits, targets, "sum") / max(1, int((targets != IGNORED).sum()))).backward()
+    mean_nats(logits, targets).backward()
     model.zero_grad(set_to_none=True)
 
 

@@ -109,3 +109,16 @@ def test_only_matrices_and_tables_decay() -> None:
     for name, parameter in model.named_parameters():
         shrunk = before[name] * (1 - 0.1 * 0.5) if parameter.ndim == 2 else before[name]
         torch.testing.assert_close(parameter.detach(), shrunk)
+
+
+def test_adamw_moves_a_weight_that_has_no_gradient() -> None:
+    """Why a dropped unit is adjusted all the same: the averages of the updates before go on."""
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.AdamW([weight], lr=1.0, betas=(0.9, 0.99), weight_decay=0.0)
+    places = [0.0]
+    for gradient in (1.0, 0.0, 0.0):
+        weight.grad = torch.tensor([gradient])
+        optimizer.step()
+        places.append(weight.item())
+    moves = [before - after for before, after in zip(places, places[1:], strict=False)]
+    assert moves == pytest.approx([1.0, 0.67, 0.52], abs=0.01)
