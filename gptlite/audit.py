@@ -22,9 +22,10 @@ from gptlite.config import RunConfig
 from gptlite.data import Layout, batch_at
 from gptlite.dropout import Dropout, dropouts, evaluating, set_strength, strength_at
 from gptlite.dropout_config import RATES, SITES
-from gptlite.evaluate import mean_nats, tensors
+from gptlite.evaluate import tensors
+from gptlite.loss import mean_nats
 from gptlite.masks import cut_of, mask_keys, sample_keys
-from gptlite.model import GPT
+from gptlite.model import GPT, Attention
 
 STANDARD_ERRORS = 4
 """Further than this from its rate, a site is off."""
@@ -186,6 +187,9 @@ def audit(run: RunConfig, model: GPT, rows: Layout) -> dict[str, Any]:
     A site has a problem if it is dead, drops in evaluation, or is off its rate by more than
     STANDARD_ERRORS. Changes the model's gradients and rates.
     """
+    for module in model.modules():
+        if isinstance(module, Attention) and module.kernel == "fused":
+            module.kernel = "math"  # draws the same masks where they can be seen
     batch = batch_at(rows, seed=run.seed, step=0, batch_size=run.train.batch_size)
     assert isinstance(run.train.micro_batch_size, int)
     batch, device = batch.part(0, run.train.micro_batch_size), torch.device(run.device)

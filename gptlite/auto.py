@@ -7,21 +7,25 @@ resolved values are saved with the run, so a resumed run never asks again.
 import math
 import os
 import shutil
-import statistics
 import time
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 
-from gptlite import masks
-from gptlite.config import RunConfig, fused_cannot_drop, physical_memory_bytes
+from gptlite import loops, memory
+from gptlite.config import RunConfig, fused_cannot_drop
+from gptlite.dropout import site_maker
 from gptlite.errors import ConfigError
+from gptlite.masks import mask_keys, sample_keys
+from gptlite.model import Block, Scene, angles
 
-BF16_GAIN = 1.3
-"""Matrix products must be this much faster in bfloat16 to pay for the conversions."""
-BYTES_TO_TRAIN = 16
-"""Per parameter in float32: weight, gradient and two moments."""
+BF16_GAIN = 1.1
+"""A block must be this much faster in bfloat16 to be worth its rounding."""
+TIMED_TOKENS = 1024
+TIMED_SECONDS = 0.3
 
 
 def resolve(run: RunConfig, *, vocab_size: int, n_rows: int) -> tuple[RunConfig, dict[str, str]]:
@@ -46,21 +50,26 @@ def resolve(run: RunConfig, *, vocab_size: int, n_rows: int) -> tuple[RunConfig,
         rate, why = pick_dropout_rate(epochs)
         reasons["dropout.rate"] = f"{rate:g}: {why}"
         run = run.model_copy(update={"dropout": run.dropout.model_copy(update={"rate": rate})})
-    if run.attention == "auto":
-        top["attention"], reasons["attention"] = pick_attention(run, device)
+    chosen, why_chosen = pick_kernels(run, device)
+    top |= chosen
+    reasons |= why_chosen
     run = run.model_copy(update=top)
     if problems := [f"{key}: {why}" for key, why in fused_cannot_drop(run)]:
         raise ConfigError(*problems)
     if run.dropout.masks == "auto" and any(run.dropout.rates().values()):
         reasons["dropout.masks"] = describe_masks(run, device)
-    if run.dtype == "auto":
-        top["dtype"], reasons["dtype"] = pick_dtype(run, device)
     top["compile"], why = pick_compile(run, device, n_steps)
     if run.compile == "auto":
         reasons["compile"] = why
+    size, recompute, why = memory.fit(run, vocab_size, device)
     if run.train.micro_batch_size == "auto":
-        size, why = pick_micro_batch(run, vocab_size, device)
         train["micro_batch_size"], reasons["train.micro_batch_size"] = size, f"{size}: {why}"
+    if run.train.recompute == "auto":
+        train["recompute"] = recompute
+        need = (
+            f"true: {size} sequences at a time would not fit else" if recompute else "false: fits"
+        )
+        reasons["train.recompute"] = need
     if run.train.early_stop == "auto":
         train["early_stop"] = 10 if epochs > 2 else "never"
         reasons["train.early_stop"] = f"{train['early_stop']}: {epochs:.1f} epochs planned"
@@ -110,14 +119,90 @@ def pick_dropout_rate(epochs: float) -> tuple[float, str]:
     return 0.2, f"{planned}; a model sees each text so often that it learns it by heart"
 
 
-def pick_attention(run: RunConfig, device: torch.device) -> tuple[str, str]:
-    if run.dropout.rates()["attention_weights"] == 0:
-        return "sdpa", "sdpa: torch's fused kernel"
-    if device.type == "cuda" and run.dropout.masks != "keyed":
-        return "sdpa", "sdpa: torch's fused kernel, which drops attention weights by itself"
-    if run.dropout.masks == "keyed" or device.type != "cpu":
-        return "math", "math: no fused kernel drops attention weights by keyed masks"
-    return "math", "math: no fused CPU kernel drops attention weights"
+def pick_kernels(run: RunConfig, device: torch.device) -> tuple[dict[str, Any], dict[str, str]]:
+    """Attention and dtype, by rule on GPUs, by timing a block on CPUs; with reasons."""
+    if run.attention == "fused" and (device.type != "cpu" or loops.library() is None):
+        raise ConfigError("attention: fused needs a CPU and a C compiler (cc, or CC); set auto")
+    kernels, why_kernel = attentions(run, device)
+    dtypes, why_dtype = precisions(device)
+    kernels = kernels if run.attention == "auto" else [run.attention]
+    dtypes = dtypes if run.dtype == "auto" else [run.dtype]
+    seconds = {(kernel, dtype): 0.0 for kernel in kernels for dtype in dtypes}
+    if len(seconds) > 1:
+        seconds = block_seconds(run, list(seconds))
+        timed = {k: min(s for (one, _), s in seconds.items() if one == k) for k in kernels}
+        why_kernel = "fastest of " + ", ".join(f"{k} {1e3 * s:.3g} ms" for k, s in timed.items())
+        best = [min(s for (_, d), s in seconds.items() if d == one) for one in dtypes]
+        if len(dtypes) == 2:
+            why_dtype = f"a block timed {best[0] / best[1]:.2f}x as fast in bfloat16"
+            dtypes = ["bfloat16" if best[0] / best[1] >= BF16_GAIN else "float32"]
+    dtype = dtypes[0]
+    kernel = min(kernels, key=lambda one: seconds[one, dtype])
+    chosen, reasons = {"attention": kernel, "dtype": dtype}, {}
+    if run.attention == "auto":
+        reasons["attention"] = f"{kernel}: {why_kernel}"
+    if run.dtype == "auto":
+        reasons["dtype"] = f"{dtype}: {why_dtype}"
+    return chosen, reasons
+
+
+def attentions(run: RunConfig, device: torch.device) -> tuple[list[str], str]:
+    """Kernels that can do what the rates ask for."""
+    drops = run.dropout.rates()["attention_weights"] > 0
+    if device.type == "cpu":
+        plain = "math" if loops.library() is None else "fused"
+        return ([plain] if drops else [plain, "sdpa"]), "drops attention weights by keyed masks"
+    if device.type == "cuda" and drops and run.dropout.masks != "keyed":
+        return ["sdpa"], "torch's fused kernel, which drops attention weights by itself"
+    if drops:
+        return ["math"], "no fused kernel drops attention weights by keyed masks"
+    return ["sdpa"], "torch's fused kernel"
+
+
+def precisions(device: torch.device) -> tuple[list[str], str]:
+    """Precisions that the device has hardware for; float32 first."""
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported():
+            return ["bfloat16"], "this GPU has it"
+        return ["float32"], "this GPU has no bfloat16"
+    if device.type == "mps":
+        return ["float32"], "not measured on MPS"
+    if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return ["float32"], "this CPU has no bfloat16 products"
+    return ["float32", "bfloat16"], ""
+
+
+def block_seconds(run: RunConfig, ways: list[tuple[str, str]]) -> dict[tuple[str, str], float]:
+    """Forward and backward of one block for each (attention, dtype), interleaved: the shortest."""
+    model, dropout = run.model, run.dropout
+    rows = max(1, min(run.train.batch_size, TIMED_TOKENS // model.context_length))
+    position = torch.arange(model.context_length)[None]
+    keys = mask_keys(sample_keys(0, 0, np.arange(rows)), position, None)
+    rotation = angles(position, model.n_embd // model.n_head) if model.position == "rope" else None
+    steps = {}
+    with torch.random.fork_rng(devices=[]):
+        x = torch.randn(rows, model.context_length, model.n_embd, requires_grad=True)
+        for way in ways:
+            site = site_maker(dropout, model.n_layer, model.n_head, way[0])
+            block = Block(model, site, 0, way[0]).train()
+            steps[way] = partial(there_and_back, block, x, Scene(None, rotation, keys), way[1])
+        shortest = dict.fromkeys(ways, math.inf)
+        began = time.perf_counter()
+        for turn in range(10):
+            for way, step in steps.items():
+                start = time.perf_counter()
+                step()
+                if turn:
+                    shortest[way] = min(shortest[way], time.perf_counter() - start)
+            if turn > 1 and time.perf_counter() - began > TIMED_SECONDS:
+                break
+    return shortest
+
+
+def there_and_back(block: Block, x: torch.Tensor, scene: Scene, dtype: str) -> None:
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+        y = block(x, scene, None)
+    y.backward(x.detach())
 
 
 def describe_masks(run: RunConfig, device: torch.device) -> str:
@@ -125,44 +210,9 @@ def describe_masks(run: RunConfig, device: torch.device) -> str:
     if native:
         return f"keyed, except {', '.join(native)}: native, inside the fused kernel"
     if device.type == "cpu":
-        way = "by the C compiler's loop" if masks.library() else "by torch; a C compiler is faster"
+        way = "by the C compiler's loop" if loops.library() else "by torch; a C compiler is faster"
         return f"keyed, {way}"
     return "keyed"
-
-
-def pick_dtype(run: RunConfig, device: torch.device) -> tuple[str, str]:
-    if device.type == "cuda":
-        if torch.cuda.is_bf16_supported():
-            return "bfloat16", "bfloat16: this GPU has it"
-        return "float32", "float32: this GPU has no bfloat16"
-    if device.type == "mps":
-        return "float32", "float32: not measured on MPS"
-    if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return "float32", "float32: this CPU has no bfloat16 products"
-    gain = bfloat16_gain(run)
-    choice = "bfloat16" if gain >= BF16_GAIN else "float32"
-    return choice, f"{choice}: matrix products timed {gain:.2f}x as fast in bfloat16"
-
-
-def bfloat16_gain(run: RunConfig) -> float:
-    """Time of the MLP's product in float32 over bfloat16, interleaved, about 0.1 s."""
-    rows = min(4096, run.train.batch_size * run.model.context_length)
-    times: dict[torch.dtype, list[float]] = {torch.float32: [], torch.bfloat16: []}
-    with torch.random.fork_rng(devices=[]):
-        x, w = (
-            torch.randn(rows, run.model.n_embd),
-            torch.randn(run.model.mlp_width, run.model.n_embd),
-        )
-    sets = {dtype: (x.to(dtype), w.to(dtype)) for dtype in times}
-    began = time.perf_counter()
-    while len(times[torch.float32]) < 5 or (
-        time.perf_counter() - began < 0.1 and len(times[torch.float32]) < 100
-    ):
-        for dtype, (a, b) in sets.items():
-            start = time.perf_counter()
-            torch.nn.functional.linear(a, b)
-            times[dtype].append(time.perf_counter() - start)
-    return statistics.median(times[torch.float32]) / statistics.median(times[torch.bfloat16])
 
 
 def pick_compile(run: RunConfig, device: torch.device, n_steps: int) -> tuple[bool, str]:
@@ -187,42 +237,6 @@ def pick_compile(run: RunConfig, device: torch.device, n_steps: int) -> tuple[bo
 
 def has_cpp_compiler() -> bool:
     return any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++")))
-
-
-def activation_bytes_per_row(run: RunConfig, vocab_size: int) -> int:
-    """Estimate of what one sequence keeps for the backward pass, in float32."""
-    model = run.model
-    rates = run.dropout.rates()
-    per_layer = 12 * model.n_embd + 3 * model.mlp_width
-    if rates["attention_weights"] > 0 or run.attention == "math":
-        per_layer += 4 * model.n_head * model.context_length
-    if run.dropout.masks == "native":  # keyed masks are drawn again, not kept
-        per_layer += sum(2 * model.n_embd for rate in rates.values() if rate > 0)
-    per_token = model.n_layer * per_layer + 4 * model.n_embd + 4 * vocab_size
-    return 4 * per_token * model.context_length
-
-
-def memory_bytes(device: torch.device) -> int:
-    """All memory of the device, not what is free now: choices must not depend on the moment."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return physical_memory_bytes()
-
-
-def pick_micro_batch(run: RunConfig, vocab_size: int, device: torch.device) -> tuple[int, str]:
-    """The largest part of a batch that fits half of the memory; at least one sequence."""
-    weights = run.model.n_parameters(vocab_size) * BYTES_TO_TRAIN
-    total, per_row = memory_bytes(device), activation_bytes_per_row(run, vocab_size)
-    if weights + per_row > total:
-        need = (weights + per_row) / 2**30
-        raise ConfigError(
-            f"model: needs about {need:.1f} GiB to train one sequence, {device} has "
-            f"{total / 2**30:.1f}; lower n_layer, n_embd or context_length"
-        )
-    rows = max(1, int((total / 2 - weights) // per_row))
-    batch = run.train.batch_size
-    size = max(part for part in range(1, min(rows, batch) + 1) if batch % part == 0)
-    return size, f"about {per_row / 2**20:.0f} MiB per sequence, {total / 2**30:.0f} GiB of memory"
 
 
 def precision(run: RunConfig) -> AbstractContextManager[Any]:

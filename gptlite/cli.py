@@ -112,16 +112,19 @@ def train(
     with user_errors(verbose):
         if not config and resume in (None, "auto"):
             raise ConfigError("--config: missing option; give a file or a shipped config")
-        values = list(overrides or [])
-        if out_dir is not None:
-            values.append(f"out_dir={json.dumps(out_dir, ensure_ascii=False)}")
+        named_dir = (
+            [] if out_dir is None else [f"out_dir={json.dumps(out_dir, ensure_ascii=False)}"]
+        )
+        values = [*(overrides or []), *named_dir]
         named = None if resume in (None, "auto") else resumed_directory(str(resume))
         files = list(config or [])
         if named is not None and not files:
             files = [str(named / "config.yaml")]
         run = load_run(files, values)
         directory, resumes = (named, True) if named else where(run.out_dir, files, resume)
-        # After the check, so that a config error shows before torch loads.
+        from gptlite import loops
+
+        loops.building()  # while torch loads; an error above shows before either
         from gptlite.session import train
 
         train(run, directory, resume=resumes)
@@ -201,6 +204,7 @@ def generate(
     with user_errors(verbose):
         from gptlite.config_reader import sample_options
         from gptlite.run_directory import existing_run
+        from gptlite.sources import read_prompt
 
         directory = existing_run(run)
         options = sample_options(directory, given)
@@ -225,17 +229,6 @@ def generate(
             print_json({"run": str(directory), "results": generation.results()})
         else:
             show(generation)
-
-
-def read_prompt(path: Path) -> str:
-    try:
-        if os.path.exists(path) and not os.path.isfile(path):
-            raise ConfigError(f"--prompt-file {path}: not a regular file")
-        return path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"--prompt-file {path}: not valid UTF-8 at byte {error.start}") from None
-    except OSError as error:
-        raise ConfigError(f"--prompt-file {path}: {error.strerror}") from None
 
 
 def show(generation: Any) -> None:

@@ -136,6 +136,11 @@ class TrainConfig(Section):
     """Sequences per update."""
     micro_batch_size: Count | Auto = "auto"
     """Sequences per forward pass; auto: as many as memory allows, at most batch_size."""
+    memory_gib: Annotated[float, Field(gt=0)] | Auto = "auto"
+    """What training may take of the device's memory, in GiB; auto: half of it."""
+    recompute: bool | Auto = "auto"
+    """Keep only each block's input and run the block again going back: a fraction of the memory,
+    a third more work. auto: where the budget asks for it."""
     log_interval: Count = 10
     """Updates between lines of metrics."""
     eval_interval: Count = 250
@@ -190,8 +195,9 @@ class RunConfig(Section):
     """Precision of matrix products; weights and sums stay float32."""
     compile: bool | Auto = "auto"
     """Compile the model with torch.compile."""
-    attention: Literal["auto", "math", "sdpa"] = "auto"
-    """math: plain matrix products; sdpa: torch's fused kernels."""
+    attention: Literal["auto", "math", "fused", "sdpa"] = "auto"
+    """math: plain matrix products; fused: the same with softmax and dropout in one compiled loop
+    (CPU); sdpa: torch's fused kernels."""
     data: DataConfig = DataConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
     model: ModelConfig = ModelConfig()

@@ -10,6 +10,7 @@ else. B rows, T positions; `row` is a sequence's index in the update's batch.
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -24,6 +25,7 @@ from gptlite.tokenizer import Tokenizer
 
 IGNORED = -1
 """Target of a position that is not scored."""
+ORDER_BLOCK = 4096
 Ids = NDArray[np.int64]
 
 
@@ -136,11 +138,19 @@ class Layout(Protocol):
 def batch_at(layout: Layout, *, seed: int, step: int, batch_size: int) -> Batch:
     """The batch of an update. An epoch takes every row once, in an order of its own."""
     number = step * batch_size + np.arange(batch_size, dtype=np.int64)
-    epoch, index = np.divmod(number, layout.n_rows)
-    for one in np.unique(epoch):
-        inside = epoch == one
-        index[inside] = permuted(index[inside], layout.n_rows, key(seed, "order", int(one)))
+    epoch, place = np.divmod(number, layout.n_rows)
+    block, index = place // ORDER_BLOCK, np.empty_like(place)
+    for one, part in set(zip(epoch.tolist(), block.tolist(), strict=True)):
+        inside = (epoch == one) & (block == part)
+        index[inside] = order(layout.n_rows, seed, one, part)[place[inside] % ORDER_BLOCK]
     return layout.cut(index, epoch, seed)
+
+
+@lru_cache(maxsize=8)
+def order(n_rows: int, seed: int, epoch: int, block: int) -> Ids:
+    """Which rows an epoch takes, ORDER_BLOCK at a time: one batch costs 0.4 ms, 4096 rows 3."""
+    places = np.arange(block * ORDER_BLOCK, min(n_rows, (block + 1) * ORDER_BLOCK), dtype=np.int64)
+    return permuted(places, n_rows, key(seed, "order", epoch))
 
 
 def spread(n_rows: int, limit: int | None) -> Ids:

@@ -85,9 +85,8 @@ class Dropout(nn.Dropout):
             return x
         if self.native:
             return self.native_drop(x)
-        assert keys is not None, f"{self.site}: training with dropout needs sample keys"
-        cut = self.cut if torch.compiler.is_compiling() else cut_of(self._p)
-        mask = Mask(keys.token if self.by_position else keys.sample, self.salts, cut)
+        mask = self.mask(keys)
+        assert keys is not None
         if self.kind.by_feature and keys.real is None:
             return drop(x, mask, dtype)
         if not self.kind.by_feature:
@@ -102,6 +101,12 @@ class Dropout(nn.Dropout):
         if keys.real is not None and self.kind.mask.startswith("BT"):
             y = torch.where(keys.real[..., None], y, x)  # padding is left as it is
         return y
+
+    def mask(self, keys: MaskKeys | None) -> Mask:
+        """What decides which values drop now."""
+        assert keys is not None, f"{self.site}: training with dropout needs sample keys"
+        cut = self.cut if torch.compiler.is_compiling() else cut_of(self._p)
+        return Mask(keys.token if self.by_position else keys.sample, self.salts, cut)
 
     def native_drop(self, x: Tensor) -> Tensor:
         """The same site with torch's own generator."""

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from gptlite import sources, tokenizer
@@ -23,6 +22,7 @@ from gptlite.data import IGNORED, Batch, Documents, Layout, Stream, TokenFiles
 from gptlite.dropout import evaluating
 from gptlite.errors import ConfigError, DataError
 from gptlite.keys import key
+from gptlite.loss import nats_of
 from gptlite.masks import sample_keys
 from gptlite.model import GPT
 from gptlite.tokenizer import Tokenizer
@@ -79,17 +79,6 @@ def tensors(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor 
     real = None if batch.real is None or batch.real.all() else torch.from_numpy(batch.real)
     inputs, targets = torch.from_numpy(batch.inputs), torch.from_numpy(batch.targets)
     return inputs.to(device), targets.to(device), None if real is None else real.to(device)
-
-
-def nats_of(logits: Tensor, targets: Tensor, reduction: str) -> Tensor:
-    """Cross-entropy in float32 whatever the logits' precision; 0 where there is no target."""
-    flat = logits.float().flatten(0, 1)
-    return F.cross_entropy(flat, targets.flatten(), ignore_index=IGNORED, reduction=reduction)
-
-
-def mean_nats(logits: Tensor, targets: Tensor) -> Tensor:
-    """Nats per target of a batch by itself; 0 if it has none."""
-    return nats_of(logits, targets, "sum") / max(1, int((targets != IGNORED).sum()))
 
 
 @torch.no_grad()

@@ -9,14 +9,6 @@ the generators timed by `scripts/bench_dropout.py` splitmix64 is the fastest wit
 row, and it passes BigCrush; `tests/test_masks.py` tests its use here. `plain` says what comes out.
 """
 
-import ctypes
-import os
-import shlex
-import subprocess
-import tempfile
-from collections.abc import Callable
-from functools import cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from gptlite import loops
 from gptlite.dropout_config import RATES
 from gptlite.keys import key, numbered
 
@@ -87,6 +80,19 @@ class Mask(NamedTuple):
         """The key of each row of x."""
         rows = self.keys[:, None] + self.salts[:, None] if x.ndim == 4 else self.keys + self.salts
         return rows.expand(x.shape[:-1])
+
+    def layout(self, x: Tensor) -> loops.Rows:
+        """The same for loops.c; it holds addresses, not the keys themselves."""
+        B, *H, T, W = x.shape
+        shared = self.keys.shape[1] == 1
+        assert self.keys.shape == (B, 1 if shared else T)
+        assert len(self.salts) == (H[0] if H else 1)
+        strides = (self.keys.stride(0), 0 if shared else self.keys.stride(1))
+        return loops.Rows(
+            *(self.keys.data_ptr(), self.salts.data_ptr(), *strides),
+            *(B, len(self.salts), T, W),
+            *(self.cut - (RATES >> 1), RATES / (RATES - self.cut)),
+        )
 
 
 def cut_of(rate: float) -> int:
@@ -167,55 +173,20 @@ def tiled(x: Tensor, mask: Mask, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return y.to(dtype), kept[..., :width]
 
 
-@cache
-def library() -> ctypes.CDLL | None:
-    """masks.c as this machine's compiler builds it, in a third of a second; None without one."""
-    source = Path(__file__).with_name("masks.c")
-    compiler = shlex.split(os.environ.get("CC", "cc"))
-    for flags in (["-march=native", "-fopenmp"], ["-fopenmp"], []):
-        with tempfile.TemporaryDirectory() as folder:
-            built = Path(folder) / "masks.so"
-            command = [*compiler, "-O3", *flags, "-shared", "-fPIC", str(source), "-o", str(built)]
-            try:
-                subprocess.run(command, check=True, capture_output=True, timeout=60)
-                return ctypes.CDLL(str(built))
-            except (OSError, subprocess.SubprocessError):
-                continue
-    return None
-
-
-@cache
-def loop(from_: torch.dtype, to: torch.dtype) -> Callable[..., None] | None:
-    """The compiled loop between two types of values, if there is one."""
-    names = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
-    built = library()
-    if from_ not in names or to not in names or built is None:
-        return None
-    function = built[f"{names[from_]}_to_{names[to]}"]
-    address, number = ctypes.c_void_p, ctypes.c_int64
-    function.argtypes = (*[address] * 3, *[number] * 2, address, *[number] * 4, ctypes.c_int32)
-    function.argtypes += (ctypes.c_float,)
-    function.restype = None
-    return function
+NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+"""Types of values that loops.c knows."""
 
 
 def built(x: Tensor, dtype: torch.dtype) -> bool:
-    return x.device.type == "cpu" and loop(x.dtype, dtype) is not None
+    """Whether there is a loop from x to this type."""
+    known = x.device.type == "cpu" and {x.dtype, dtype} <= NAMES.keys()
+    return known and loops.library() is not None
 
 
 def compiled(x: Tensor, mask: Mask, dtype: torch.dtype) -> Tensor:
-    """The product by masks.c."""
-    x, (keys, salts, cut) = x.contiguous(), mask
+    """The product by loops.c."""
+    x = x.contiguous()
     y = torch.empty_like(x, dtype=dtype)
-    B, *H, T, W = x.shape
-    run, shared = loop(x.dtype, dtype), keys.shape[1] == 1
-    assert run is not None
-    assert keys.shape == (B, 1 if shared else T)
-    assert len(salts) == (H[0] if H else 1)
-    run(
-        *(x.data_ptr(), y.data_ptr(), keys.data_ptr()),
-        *(keys.stride(0), 0 if shared else keys.stride(1), salts.data_ptr()),
-        *(B, len(salts), T, W),
-        *(cut - (RATES >> 1), RATES / (RATES - cut)),
-    )
+    run = loops.function(f"drop_{NAMES[x.dtype]}_to_{NAMES[dtype]}")
+    run(mask.layout(x), x.data_ptr(), y.data_ptr())
     return y

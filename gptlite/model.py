@@ -13,11 +13,14 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from gptlite.config import ModelConfig
-from gptlite.dropout import SiteMaker, site_maker
+from gptlite.dropout import Dropout, SiteMaker, site_maker
 from gptlite.dropout_config import DropoutConfig
+from gptlite.kernels import causal_attention, fits, gelu
 from gptlite.keys import key
+from gptlite.loss import total_nats
 from gptlite.masks import MaskKeys, mask_keys
 
 ROPE_BASE = 10_000.0
@@ -74,9 +77,10 @@ class Attention(nn.Module):
         width = (config.n_head + 2 * config.kv_heads) * self.head_width
         self.qkv = nn.Linear(config.n_embd, width, bias=config.bias)
         self.output = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-        norms = config.qk_norm
-        self.q_norm = nn.RMSNorm(self.head_width, eps=1e-5) if norms else nn.Identity()
-        self.k_norm = nn.RMSNorm(self.head_width, eps=1e-5) if norms else nn.Identity()
+        self.qk_norm = config.qk_norm
+        if self.qk_norm:
+            self.q_norm = nn.RMSNorm(self.head_width, eps=1e-5)
+            self.k_norm = nn.RMSNorm(self.head_width, eps=1e-5)
         self.drop_key = site("key", layer)
         self.drop_weights = site("attention_weights", layer)
         self.drop_head = site("head", layer)
@@ -88,7 +92,8 @@ class Attention(nn.Module):
         H, G, D = self.n_head, self.n_kv_head, self.head_width
         qkv = self.qkv(x).view(B, T, H + 2 * G, D).transpose(1, 2)  # (B, H + 2G, T, D)
         q, k, v = qkv.split((H, G, G), dim=1)
-        q, k = self.q_norm(q), self.k_norm(k)
+        if self.qk_norm:
+            q, k = self.q_norm(q.float()), self.k_norm(k.float())
         if scene.rotation is not None:
             q, k = rotate(q, *scene.rotation), rotate(k, *scene.rotation)
         if cache is not None:
@@ -105,6 +110,9 @@ class Attention(nn.Module):
         if self.kernel == "sdpa":
             rate, plain = self.drop_weights.rate_now, visible is None and q.shape[2] > 1
             return F.scaled_dot_product_attention(q, k, v, visible, rate, is_causal=plain)
+        if self.kernel == "fused" and visible is None and not self.drop_weights.native and fits(v):
+            mask = self.drop_weights.mask(scene.keys) if self.drop_weights.live else None
+            return causal_attention(q, k, v, mask)
         return self.drop_weights(attention_weights(q, k, visible), scene.keys, v.dtype) @ v
 
     def hide_keys(self, q: Tensor, k: Tensor, scene: Scene) -> Tensor:
@@ -156,7 +164,7 @@ class MLP(nn.Module):
 
     def activate(self, h: Tensor) -> Tensor:
         if self.activation == "gelu":
-            return F.gelu(h, approximate="tanh")  # the GPT-2 papers' approximation
+            return gelu(h)
         if self.activation == "relu2":
             return F.relu(h).square()
         gate, value = h.chunk(2, dim=-1)
@@ -212,6 +220,8 @@ class GPT(nn.Module):
         self.head = nn.Linear(config.n_embd, vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.token_embedding.weight
+        self.recompute = False
+        """Whether the backward pass makes what it needs again instead of keeping it."""
         init_weights(self, seed)
 
     def forward(
@@ -220,12 +230,15 @@ class GPT(nn.Module):
         real: Tensor | None = None,
         cache: KVCache | None = None,
         samples: Tensor | None = None,
+        targets: Tensor | None = None,
     ) -> Tensor:
-        """(B, T) ids → (B, T, V) logits. `real` is False at padding, which changes nothing else.
+        """(B, T) ids → (B, T, V) logits, or with targets (B, T) the sum of their nats.
 
-        `samples` (B,) of `masks.sample_keys` names the masks when training with dropout.
+        `real` is False at padding, which changes nothing else. `samples` (B,) of
+        `masks.sample_keys` names the masks when training with dropout.
         """
-        return self.head(self.features(ids, real, cache, samples))  # (B, T, V)
+        x = self.features(ids, real, cache, samples)
+        return self.head(x) if targets is None else total_nats(x, self.head.weight, targets)
 
     def features(
         self,
@@ -246,10 +259,19 @@ class GPT(nn.Module):
         x = self.drop_embedding(x, keys)
         scene = Scene(visible, rotation, keys)
         for block in self.blocks:
-            x = block(x, scene, cache)
+            again = self.recompute and self.training
+            x = self.run_again(block, x, scene) if again else block(x, scene, cache)
         if cache is not None:
             cache.length += ids.shape[1]
         return self.drop_final(self.norm(x), keys)
+
+    def run_again(self, block: nn.Module, x: Tensor, scene: Scene) -> Tensor:
+        """Keeps nothing of a block but its input; going back runs it again, with equal masks."""
+        generator = any(module.native for module in self.modules() if isinstance(module, Dropout))
+        out: Tensor = checkpoint(
+            block, x, scene, None, use_reentrant=False, preserve_rng_state=generator
+        )
+        return out
 
 
 def place(ids: Tensor, real: Tensor | None, cache: KVCache | None) -> tuple[Tensor, Tensor | None]:

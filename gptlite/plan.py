@@ -7,17 +7,12 @@ import numpy as np
 import torch
 
 from gptlite.audit import advice, site_plan, site_seconds
-from gptlite.auto import (
-    BYTES_TO_TRAIN,
-    activation_bytes_per_row,
-    planned_steps,
-    precision,
-    resolve,
-)
+from gptlite.auto import planned_steps, precision, resolve
 from gptlite.config import RunConfig
 from gptlite.data import Batch, Layout, TokenFiles, batch_at
-from gptlite.evaluate import mean_nats, tensors
+from gptlite.evaluate import tensors
 from gptlite.masks import sample_keys
+from gptlite.memory import training_bytes
 from gptlite.metrics import clock, human
 from gptlite.model import GPT
 from gptlite.prepare import prepare
@@ -79,8 +74,9 @@ def make_plan(
         "tokens_per_update": tokens_per_update,
         "flops_per_token": flops,
         "flops": flops * tokens_per_update * n_steps,
-        "memory_bytes_estimate": n_parameters * BYTES_TO_TRAIN
-        + train.micro_batch_size * activation_bytes_per_row(run, vocab_size),
+        "memory_bytes_estimate": training_bytes(
+            run, vocab_size, train.micro_batch_size, train.recompute is True
+        ),
         "auto": reasons,
         "attention": reasons.get("attention", f"{run.attention}: asked for"),
         "dropout": site_plan(run, model, rows.n_rows),
@@ -116,8 +112,8 @@ def backward(model: GPT, part: Batch, run: RunConfig, device: torch.device) -> N
     inputs, targets, real = tensors(part, device)
     samples = sample_keys(run.seed, 0, np.arange(len(inputs))).to(device)
     with precision(run):
-        logits = model(inputs, real, samples=samples)
-    mean_nats(logits, targets).backward()
+        nats = model(inputs, real, samples=samples, targets=targets)
+    (nats / max(1, part.n_targets)).backward()
     model.zero_grad(set_to_none=True)
 
 

@@ -20,6 +20,7 @@ from gptlite.errors import ConfigError, Stopped
 from gptlite.evaluate import byte_lengths, eval_rows, measure
 from gptlite.generate import Generation, encode_prompt
 from gptlite.keys import key
+from gptlite.memory import keep_freed
 from gptlite.metrics import Console, Meter, MetricsFile, clock
 from gptlite.prepare import prepare
 from gptlite.resume import adopt, initial_weights, start_point
@@ -271,6 +272,7 @@ def train(run: RunConfig, directory: Path, *, resume: bool = False) -> dict[str,
     weights = None if run.init_from is None or resume else initial_weights(run.init_from)
     asked = run if stored is None else adopt(run, stored)
     resolved, reasons = auto.resolve(asked, vocab_size=files.meta["vocab_size"], n_rows=n_rows)
+    keep_freed()
     run_directory.create(directory)
     with run_directory.locked(directory), Interrupts().noticed() as interrupts:
         if stored is None and run_directory.has_run(directory):

@@ -25,7 +25,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from gptlite.config import DataConfig, RunConfig
-from gptlite.errors import DataError, StorageError
+from gptlite.errors import ConfigError, DataError, StorageError
 
 SUFFIXES = (".txt", ".md", ".jsonl", ".csv")
 CHUNK = 1 << 20
@@ -187,6 +187,18 @@ def records(path: Path, lines: Iterator[str]) -> Iterator[str]:
         for _ in decoded(path):  # the slow reader knows the place
             pass
         raise
+
+
+def read_prompt(path: Path) -> str:
+    """The whole text of `--prompt-file`."""
+    try:
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise ConfigError(f"--prompt-file {path}: not a regular file")
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--prompt-file {path}: not valid UTF-8 at byte {error.start}") from None
+    except OSError as error:
+        raise ConfigError(f"--prompt-file {path}: {error.strerror}") from None
 
 
 def download(url: str, sha256: str, cache_dir: Path) -> Path:

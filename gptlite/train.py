@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from gptlite import auto, checkpoint
 from gptlite.checkpoint import load_weights, model_tensors
@@ -24,7 +25,7 @@ from gptlite.dropout import (
     strength_at,
 )
 from gptlite.errors import CheckpointError, DivergedError
-from gptlite.evaluate import nats_of, tensors
+from gptlite.evaluate import tensors
 from gptlite.keys import key
 from gptlite.masks import sample_keys
 from gptlite.model import GPT
@@ -55,6 +56,7 @@ class Trainer:
         self.max_steps = auto.planned_steps(run, self.rows.n_rows)
         vocab_size = files.meta["vocab_size"]
         self.model = GPT(run.model, vocab_size, run.dropout, kernel=run.attention, seed=run.seed)
+        self.model.recompute = run.train.recompute is True
         self.model.to(self.device).train()
         self.rates = {site: rate for site, rate in run.dropout.rates().items() if rate > 0}
         check_every_rate_acts(self.model, self.rates)
@@ -63,6 +65,7 @@ class Trainer:
         if run.compile is True:
             self.model.compile()
         self.optimizer = Optimizer(self.model, run.optim)
+        self.parameters = list(self.model.parameters())
         self.step, self.strength = 0, 1.0
 
     def updates(self, until: int) -> Iterator[Update]:
@@ -74,8 +77,7 @@ class Trainer:
                 self.rows, seed=run.seed, step=self.step, batch_size=run.train.batch_size
             )
             loss = self.accumulate(batch)
-            clip = run.optim.grad_clip or math.inf
-            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip)
+            norm = get_total_norm([p.grad for p in self.parameters if p.grad is not None])
             loss_nats, grad_norm = loss.item(), norm.item()
             lr = lr_at(self.step, self.max_steps, run.optim)
             if not (math.isfinite(loss_nats) and math.isfinite(grad_norm)):
@@ -84,6 +86,8 @@ class Trainer:
                     f"learning rate {lr:.3g}; the weights are those of step {self.step}. "
                     "Try a lower optim.lr, more optim.warmup_steps or dtype float32"
                 )
+            if run.optim.grad_clip and grad_norm > run.optim.grad_clip:
+                clip_grads_with_norm_(self.parameters, run.optim.grad_clip, norm)
             self.optimizer.step(lr)
             self.optimizer.zero_grad()
             self.step += 1
@@ -111,8 +115,8 @@ class Trainer:
             if self.native:
                 torch.manual_seed(key(self.run.seed, "dropout", self.step, start) >> 1)
             with auto.precision(self.run):
-                logits = self.model(inputs, real, samples=samples.to(self.device))
-            loss = nats_of(logits, targets, "sum") / n_targets
+                nats = self.model(inputs, real, samples=samples.to(self.device), targets=targets)
+            loss = nats / n_targets
             loss.backward()
             total += loss.detach()
         return total

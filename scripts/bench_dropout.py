@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gptlite import auto, masks
+from gptlite import auto, loops, masks
 from gptlite.config_reader import validate
 from gptlite.masks import GAMMA, Mask, mix
 from gptlite.prepare import prepare
@@ -111,7 +111,7 @@ def bench_site(repeats: int, memory: str) -> Iterator[str]:
             "F.dropout": partial(run, partial(F.dropout, p=0.1)),
             "keyed, no compiler": without_compiler(partial(run, keyed)),
         }
-        if masks.library():
+        if loops.library():
             todo["keyed, C loop"] = partial(run, keyed)
         if auto.has_cpp_compiler():
             in_graph = mask._replace(cut=torch.tensor(mask.cut))

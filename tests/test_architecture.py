@@ -25,27 +25,33 @@ MAY_IMPORT = {
     "sources": "config errors",
     "data": "errors keys sources tokenizer",
     "prepare": "config data errors sources tokenizer",
-    "masks": "dropout_config keys",
+    "loops": "",
+    "masks": "dropout_config keys loops",
     "dropout": "dropout_config errors keys masks",
-    "model": "config dropout dropout_config keys masks",
+    "kernels": "loops masks",
+    "loss": "data",
+    "model": "config dropout dropout_config kernels keys loss masks",
     "optim": "config",
     "run_directory": "errors",
     "metrics": "errors run_directory",
     "checkpoint": "auto config config_reader errors model run_directory sources tokenizer",
-    "auto": "config errors masks",
-    "evaluate": "auto checkpoint config data dropout errors keys masks model sources tokenizer",
+    "memory": "config errors loss",
+    "auto": "config dropout errors loops masks memory model",
+    "evaluate": (
+        "auto checkpoint config data dropout errors keys loss masks model sources tokenizer"
+    ),
     "generate": "config dropout errors keys model tokenizer",
-    "audit": "auto config data dropout dropout_config evaluate masks model",
-    "plan": "audit auto config data evaluate masks metrics model prepare",
+    "audit": "auto config data dropout dropout_config evaluate loss masks model",
+    "plan": "audit auto config data evaluate masks memory metrics model prepare",
     "train": "auto checkpoint config data dropout errors evaluate keys masks model optim",
     "resume": "checkpoint config data errors run_directory",
     "session": (
-        "auto checkpoint config config_reader errors evaluate generate keys metrics plan prepare "
-        "resume run_directory tokenizer train"
+        "auto checkpoint config config_reader errors evaluate generate keys memory metrics plan "
+        "prepare resume run_directory tokenizer train"
     ),
     "cli": (
-        "audit checkpoint config config_reader errors evaluate generate plan prepare "
-        "run_directory session"
+        "audit checkpoint config config_reader errors evaluate generate loops plan prepare "
+        "run_directory session sources"
     ),
     "__main__": "cli",
     "__init__": "",
@@ -54,7 +60,7 @@ MAY_IMPORT = {
 
 TORCH_FREE = (
     "errors keys section dropout_config config strict_yaml config_words config_reader tokenizer "
-    "sources data prepare"
+    "sources data prepare loops"
 )
 FORBIDDEN = {"pickle", "torch.load", "yaml.load", "eval", "exec", "extractall", "torch.hub"}
 MAX_LINES = 400

@@ -244,7 +244,7 @@ def test_the_command_shows_costs_and_passes_an_honest_network(workshop: Workshop
     row = next(line for line in result.stdout.splitlines() if line.startswith("attention_weights "))
     assert "blocks.*.attention.drop_weights" in row
     assert " ms " in row
-    assert "attention: math: no fused CPU kernel drops attention weights" in result.stdout
+    assert "drops attention weights by keyed masks" in result.stdout
     assert "parameters with a gradient of exactly 0" in result.stdout
     document = json.loads(
         CliRunner().invoke(app, ["plan", "--config", file, "--audit", "--json"]).stdout

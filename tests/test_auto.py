@@ -4,8 +4,9 @@ import pytest
 import torch
 from conftest import Workshop
 
-from gptlite import auto
+from gptlite import auto, loops
 from gptlite.config import RunConfig
+from gptlite.dropout_config import DropoutConfig
 from gptlite.errors import ConfigError
 
 
@@ -20,7 +21,7 @@ def test_every_auto_is_replaced_and_explained(workshop: Workshop) -> None:
     resolved, reasons = resolve(run, n_rows=20)
     assert set(reasons) == {
         *("device", "dtype", "compile", "attention", "dropout.rate", "dropout.masks"),
-        *("train.threads", "train.micro_batch_size", "train.early_stop"),
+        *("train.threads", "train.micro_batch_size", "train.early_stop", "train.recompute"),
     }
     values = [resolved.device, resolved.dtype, resolved.compile, resolved.attention]
     values += [getattr(resolved.train, k) for k in ("threads", "micro_batch_size", "early_stop")]
@@ -32,7 +33,7 @@ def test_every_auto_is_replaced_and_explained(workshop: Workshop) -> None:
 
 
 def test_what_is_named_is_kept(workshop: Workshop) -> None:
-    named = {"micro_batch_size": 2, "early_stop": 3, "threads": 1}
+    named = {"micro_batch_size": 2, "early_stop": 3, "threads": 1, "recompute": False}
     run = workshop.run(
         attention="math", compile=False, dtype="bfloat16", train=named, dropout={"masks": "keyed"}
     )
@@ -41,42 +42,79 @@ def test_what_is_named_is_kept(workshop: Workshop) -> None:
     assert reasons == {}
 
 
-@pytest.mark.parametrize(("gain", "dtype"), [(2.0, "bfloat16"), (1.0, "float32")])
-def test_bfloat16_is_taken_where_it_is_faster(
-    workshop: Workshop, monkeypatch: pytest.MonkeyPatch, gain: float, dtype: str
-) -> None:
-    monkeypatch.setattr(auto, "bfloat16_gain", lambda run: gain)
+Times = dict[tuple[str, str], float]
+
+
+def timed(monkeypatch: pytest.MonkeyPatch, times: Times) -> list[tuple[str, str]]:
+    """A machine that needs this long for a block; returns what it was asked to time."""
+    asked: list[tuple[str, str]] = []
+
+    def seconds(run: RunConfig, ways: list[tuple[str, str]]) -> Times:
+        asked.extend(ways)
+        return {way: times[way] for way in ways}
+
+    monkeypatch.setattr(auto, "block_seconds", seconds)
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
-    resolved, reasons = resolve(workshop.run(dtype="auto"))
-    assert resolved.dtype == dtype
-    assert f"{gain:.2f}x as fast in bfloat16" in reasons["dtype"]
+    monkeypatch.setattr(loops, "library", lambda: object())
+    return asked
 
 
-def test_timing_the_products_touches_no_generator(workshop: Workshop) -> None:
+@pytest.mark.parametrize(
+    ("sdpa", "gain", "chosen"),
+    [
+        (2.0, 2.0, ("fused", "bfloat16")),
+        (2.0, 1.05, ("fused", "float32")),
+        (0.5, 3.0, ("sdpa", "bfloat16")),
+        (0.5, 0.4, ("sdpa", "float32")),
+    ],
+)
+def test_the_fastest_attention_and_precision_are_taken(
+    workshop: Workshop,
+    monkeypatch: pytest.MonkeyPatch,
+    sdpa: float,
+    gain: float,
+    chosen: tuple[str, str],
+) -> None:
+    times = {("fused", "float32"): 1.0, ("sdpa", "float32"): sdpa}
+    times |= {(kernel, "bfloat16"): time / gain for (kernel, _), time in times.items()}
+    asked = timed(monkeypatch, times)
+    resolved, reasons = resolve(workshop.run(dtype="auto", dropout={"preset": "none"}))
+    assert (resolved.attention, resolved.dtype) == chosen
+    assert set(asked) == set(times)
+    assert f"a block timed {gain:.2f}x as fast in bfloat16" in reasons["dtype"]
+    assert reasons["attention"].startswith(f"{chosen[0]}: fastest of fused ")
+
+
+def test_only_what_is_open_is_timed(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    times = {("math", "float32"): 1.0, ("math", "bfloat16"): 0.1}
+    asked = timed(monkeypatch, times)
+    assert resolve(workshop.run(attention="math", dtype="auto"))[0].dtype == "bfloat16"
+    assert set(asked) == set(times)
+    asked.clear()
+    drops = workshop.run(dtype="float32", dropout={"preset": "gpt2", "rate": 0.1})
+    assert resolve(drops)[0].attention == "fused"
+    assert resolve(workshop.run(attention="sdpa", dtype="float32"))[1].get("attention") is None
+    assert not asked
+
+
+def test_timing_a_block_touches_no_generator(workshop: Workshop) -> None:
     state = torch.get_rng_state()
-    assert auto.bfloat16_gain(workshop.run()) > 0
+    run = workshop.run(dropout={"preset": "gpt2"}, model={"position": "rope", "n_kv_head": 1})
+    ways = [(kernel, dtype) for kernel in ("math", "sdpa") for dtype in ("float32", "bfloat16")]
+    run = run.model_copy(update={"dropout": DropoutConfig(preset="none")})
+    seconds = auto.block_seconds(run, ways)
+    assert list(seconds) == ways
+    assert all(0 < s < 10 for s in seconds.values())
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_parts_of_a_batch_divide_it_and_fit(
+def test_fused_attention_needs_a_compiler_and_a_cpu(
     workshop: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = workshop.run(train={"batch_size": 12})
-    per_row = auto.activation_bytes_per_row(run, 50)
-    weights = run.model.n_parameters(50) * auto.BYTES_TO_TRAIN
-    for rows, size in ((100, 12), (5, 4), (1, 1)):
-        monkeypatch.setattr(
-            auto, "memory_bytes", lambda device, rows=rows: 2 * (weights + rows * per_row) + 10
-        )
-        assert resolve(run)[0].train.micro_batch_size == size
-
-
-def test_a_model_that_cannot_fit_is_refused_before_it_is_built(
-    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(auto, "memory_bytes", lambda device: 1 << 10)
-    with pytest.raises(ConfigError, match=r"needs about .* GiB to train one sequence"):
-        resolve(workshop.run())
+    monkeypatch.setattr(loops, "library", lambda: None)
+    with pytest.raises(ConfigError, match="attention: fused needs a CPU and a C compiler"):
+        resolve(workshop.run(attention="fused"))
+    assert resolve(workshop.run())[0].attention in ("math", "sdpa")
 
 
 def test_early_stopping_is_for_runs_over_the_same_text(workshop: Workshop) -> None:
@@ -129,19 +167,22 @@ def test_an_automatic_rate_follows_the_planned_epochs(
     assert reasons["dropout.rate"].startswith(f"{rate:g}: {epochs:.1f} epochs planned; ")
 
 
-def test_attention_is_what_the_rates_allow(workshop: Workshop) -> None:
-    """No fused kernel takes keyed masks, and none on a CPU drops weights at all."""
+@pytest.mark.parametrize("compiler", [True, False])
+def test_attention_is_what_the_rates_allow(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch, compiler: bool
+) -> None:
+    """No kernel of torch's takes keyed masks, and none on a CPU drops weights at all."""
+    monkeypatch.setattr(loops, "library", lambda: object() if compiler else None)
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     drops, none = workshop.run(dropout={"preset": "gpt2"}), workshop.run(dropout={"preset": "none"})
     keyed = workshop.run(dropout={"preset": "gpt2", "masks": "keyed"})
     kernels = [
-        auto.pick_attention(run, device)[0]
-        for run in (drops, keyed, none)
-        for device in (cpu, cuda)
+        auto.attentions(run, device)[0] for run in (drops, keyed, none) for device in (cpu, cuda)
     ]
-    assert kernels == ["math", "sdpa", "math", "math", "sdpa", "sdpa"]
+    own = "fused" if compiler else "math"
+    assert kernels == [[own], ["sdpa"], [own], ["math"], [own, "sdpa"], ["sdpa"]]
     assert drops.dropout.native_sites("sdpa") == ("attention_weights",)
-    assert drops.dropout.native_sites("math") == ()
+    assert drops.dropout.native_sites("math") == drops.dropout.native_sites("fused") == ()
 
 
 def test_a_fused_kernel_that_cannot_drop_is_refused_when_the_device_is_known(

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from gptlite import masks
+from gptlite import loops, masks
 from gptlite.dropout import Dropout
 from gptlite.dropout_config import RATES, SitePlan
 from gptlite.masks import Mask, mask_keys, mix, plain, sample_keys
 
-needs_compiler = pytest.mark.skipif(masks.library() is None, reason="no C compiler here")
+needs_compiler = pytest.mark.skipif(loops.library() is None, reason="no C compiler here")
 PATHS = {
     "loop": pytest.param(masks.compiled, marks=needs_compiler),
     "tiled": lambda x, mask, dtype: masks.tiled(x, mask, dtype)[0],
@@ -230,12 +230,10 @@ def test_the_gradient_has_the_mask_of_the_forward_pass(
 
 def test_without_a_compiler_there_is_no_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CC", "no-such-compiler")
-    masks.library.cache_clear()
-    masks.loop.cache_clear()
+    loops.building.cache_clear()
     try:
-        assert masks.library() is None
+        assert loops.library() is None
         x, mask = torch.ones(2, 3, 8), some_mask((2, 3, 8), 32768)
         assert torch.equal(masks.drop(x, mask), plain(x, mask, torch.float32))
     finally:
-        masks.library.cache_clear()
-        masks.loop.cache_clear()
+        loops.building.cache_clear()

@@ -1,0 +1,96 @@
+"""Parts of the model that loops.c does faster than torch on a CPU; the rest of the code asks here.
+
+Each equals, to rounding, what it stands for: `F.gelu` and `model.attention_weights` with dropout.
+Their judges run wherever there is no compiler, on other devices and inside compiled graphs.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from gptlite import loops
+from gptlite.masks import NAMES, Mask, built
+
+
+def fits(v: Tensor) -> bool:
+    """Whether causal_attention takes values (B, H, S, D) now."""
+    known = not torch.compiler.is_compiling() and v.shape[2] <= loops.LONGEST_ROW
+    return known and built(v, v.dtype)
+
+
+def gelu(x: Tensor) -> Tensor:
+    """GPT-2's approximation of the Gaussian error linear unit (arXiv:1606.08415)."""
+    if torch.compiler.is_compiling() or not built(x, x.dtype):
+        return F.gelu(x, approximate="tanh")
+    y: Tensor = _GELU.apply(x)
+    return y
+
+
+class _GELU(torch.autograd.Function):
+    """Keeps the slope instead of x: going back is one product."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        x = x.contiguous()
+        y, slope = torch.empty_like(x), torch.empty_like(x)
+        run = loops.function(f"gelu_{NAMES[x.dtype]}")
+        run(x.data_ptr(), y.data_ptr(), slope.data_ptr(), x.numel())
+        ctx.save_for_backward(slope)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient * ctx.saved_tensors[0]
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None) -> Tensor:
+    """(B, H, T, D), (B, H, S, D) twice → (B, H, T, D): what the last T of S tokens read.
+
+    The causal mask, softmax and dropout of the weights are one pass; only the weights are kept.
+    """
+    z: Tensor = _CausalAttention.apply(q.to(v.dtype), k.to(v.dtype), v, mask)
+    return z
+
+
+class _CausalAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Mask | None) -> Tensor:
+        B, H, T, D = q.shape
+        q, k, v = (x.reshape(B * H, -1, x.shape[-1]) for x in (q, k, v))
+        weights = q @ k.mT  # (BH, T, S), scores until `run`
+        dropped = torch.empty_like(weights) if mask else None
+        ctx.shape, ctx.mask = (B, H, T, D), mask
+        run = loops.function(f"softmax_{NAMES[weights.dtype]}")
+        run(*layout(ctx, weights), weights.data_ptr(), address(dropped))
+        ctx.save_for_backward(q, k, v, weights)
+        return ((weights if dropped is None else dropped) @ v).view(B, H, T, -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, weights = ctx.saved_tensors
+        gradient = gradient.reshape(*q.shape[:2], -1)
+        scores = gradient @ v.mT  # (BH, T, S), of the dropped weights until `run`
+        dropped = torch.empty_like(weights) if ctx.mask else None
+        run = loops.function(f"softmax_back_{NAMES[weights.dtype]}")
+        args = (weights.data_ptr(), scores.data_ptr(), address(dropped))
+        run(*layout(ctx, weights), *args)
+        read = weights if dropped is None else dropped
+        gradients = (scores @ k, scores.mT @ q, read.mT @ gradient)
+        return (*(x.view(*ctx.shape[:2], *x.shape[1:]) for x in gradients), None)
+
+
+def layout(ctx: Any, weights: Tensor) -> tuple[loops.Rows, float]:
+    """Of weights (BH, T, S), and what scores are multiplied by."""
+    B, H, T, D = ctx.shape
+    if ctx.mask:
+        return ctx.mask.layout(weights.view(B, H, T, -1)), D**-0.5
+    return loops.Rows(B=B, H=H, T=T, W=weights.shape[-1]), D**-0.5
+
+
+def address(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()

@@ -1,0 +1,113 @@
+"""The loss in parts is the loss, in value and gradient; recomputing changes nothing at all."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import Workshop
+from torch import Tensor
+
+from gptlite import loss
+from gptlite.config import ModelConfig
+from gptlite.data import IGNORED
+from gptlite.loss import total_nats
+from gptlite.masks import sample_keys
+from gptlite.model import GPT
+from tests.conftest import EVERYWHERE, only
+
+SIZES = {"n_layer": 2, "n_head": 2, "n_embd": 16, "context_length": 12}
+
+
+def example(V: int = 40) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 11, 16, generator=generator).requires_grad_()
+    weight = torch.randn(V, 16, generator=generator).requires_grad_()
+    targets = torch.randint(0, V, (3, 11), generator=generator)
+    targets[0, :4] = targets[2, -1] = IGNORED
+    return x, weight, targets
+
+
+@pytest.mark.parametrize("rows", [1, 4, 33])
+@pytest.mark.parametrize("half", [False, True])
+def test_parts_sum_to_the_whole(monkeypatch: pytest.MonkeyPatch, rows: int, half: bool) -> None:
+    results = []
+    for part_bytes in (1 << 30, 4 * 40 * rows):
+        monkeypatch.setattr(loss, "PART_BYTES", part_bytes)
+        x, weight, targets = example()
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            total = total_nats(x, weight, targets)
+        results.append((total, *torch.autograd.grad(total / 7, (x, weight))))
+    for whole, parts in zip(*results, strict=True):
+        assert parts.dtype == torch.float32
+        tolerance = 0.02 if half else 1e-5
+        torch.testing.assert_close(parts, whole, rtol=tolerance, atol=tolerance)
+
+
+def test_the_logits_are_never_all_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss, "PART_BYTES", 4 * 40 * 5)
+    shapes: list[int] = []
+    whole = torch.Tensor.log_softmax
+
+    def seen(logits: Tensor, dim: int) -> Tensor:
+        shapes.append(len(logits))
+        return whole(logits, dim)
+
+    monkeypatch.setattr(torch.Tensor, "log_softmax", seen)
+    total_nats(*example())
+    assert shapes == [5] * 6 + [3]
+
+
+def test_without_gradients_none_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss, "PART_BYTES", 1)
+    x, weight, targets = example()
+    with torch.no_grad():
+        total = total_nats(x, weight, targets)
+    expected = F.cross_entropy((x @ weight.T).flatten(0, 1), targets.flatten(), ignore_index=-1)
+    assert float(total) == pytest.approx(float(expected.detach()) * 28, rel=1e-5)
+
+
+def test_a_batch_without_targets_costs_nothing_and_teaches_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(loss, "PART_BYTES", 1)
+    x, weight, targets = example()
+    total = total_nats(x, weight, torch.full_like(targets, IGNORED))
+    assert float(total.detach()) == 0
+    assert all(not g.any() for g in torch.autograd.grad(total, (x, weight)))
+
+
+@pytest.mark.parametrize("kernel", ["math", "fused"])
+@pytest.mark.parametrize(
+    "dropout",
+    [EVERYWHERE, only("embedding", "mlp_output", masks="native")],
+    ids=["keyed", "native"],
+)
+def test_recomputing_gives_the_same_gradients_bit_for_bit(kernel: str, dropout: object) -> None:
+    """With masks drawn from a shared generator it would not (OLMo-core PR 828)."""
+    ids = torch.randint(0, 30, (3, 12), generator=torch.Generator().manual_seed(0))
+    samples, gradients = sample_keys(0, 3, torch.arange(3).numpy()), []
+    for recompute in (False, True):
+        model = GPT(ModelConfig(**SIZES), 30, dropout, kernel=kernel, seed=1).train()
+        model.recompute = recompute
+        with torch.random.fork_rng():
+            torch.manual_seed(5)
+            model(ids, samples=samples, targets=ids).backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for kept, again in zip(*gradients, strict=True):
+        assert torch.equal(kept, again)
+
+
+def test_recomputing_keeps_less(workshop: Workshop) -> None:
+    kept: list[int] = []
+
+    def count(x: Tensor) -> Tensor:
+        kept[-1] += x.numel()
+        return x
+
+    for recompute in (False, True):
+        model = GPT(ModelConfig(**SIZES), 30, only("mlp_output"), seed=1).train()
+        model.recompute = recompute
+        kept.append(0)
+        ids = torch.zeros(4, 12, dtype=torch.long)
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
+            model(ids, samples=sample_keys(0, 0, torch.arange(4).numpy()), targets=ids)
+    assert kept[1] < kept[0] / 3

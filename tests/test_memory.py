@@ -1,0 +1,79 @@
+"""What a run takes of memory, and how it is split to fit."""
+
+import pytest
+import torch
+from conftest import Workshop
+
+from gptlite import memory
+from gptlite.config import RunConfig
+from gptlite.errors import ConfigError
+from gptlite.memory import GIB, fit, training_bytes
+
+CPU = torch.device("cpu")
+V = 50
+
+
+def budget(run: RunConfig, need: int) -> RunConfig:
+    train = run.train.model_copy(update={"memory_gib": (need + 10) / GIB})
+    return run.model_copy(update={"train": train})
+
+
+def test_parts_of_a_batch_divide_it_and_fit(workshop: Workshop) -> None:
+    run = workshop.run(train={"batch_size": 12}, attention="math")
+    for most, size in ((100, 12), (12, 12), (11, 6), (5, 4), (1, 1)):
+        fitted = fit(budget(run, training_bytes(run, V, most, recompute=False)), V, CPU)
+        assert fitted[:2] == (size, False)
+
+
+def test_recomputing_is_for_what_does_not_fit_otherwise(workshop: Workshop) -> None:
+    model = {"n_layer": 16, "context_length": 64}
+    run = workshop.run(train={"batch_size": 4}, model=model, attention="math")
+    once, whole = training_bytes(run, V, 1, recompute=False), training_bytes(run, V, 4, True)
+    assert fit(budget(run, once), V, CPU)[:2] == (1, False)
+    assert fit(budget(run, training_bytes(run, V, 1, recompute=True)), V, CPU)[:2] == (1, True)
+    asked = workshop.run(
+        train={"batch_size": 4, "micro_batch_size": 4}, model=model, attention="math"
+    )
+    assert fit(budget(asked, whole), V, CPU)[:2] == (4, True)
+    asked = workshop.run(train={"batch_size": 4, "recompute": True}, model=model)
+    assert fit(budget(asked, 100 * whole), V, CPU)[:2] == (4, True)
+
+
+def test_without_a_budget_half_the_memory_is_used_and_all_of_it_in_need(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = workshop.run()
+    need = training_bytes(run, V, 8, recompute=False)
+    monkeypatch.setattr(memory, "memory_bytes", lambda device: 2 * need + 10)
+    assert fit(run, V, CPU)[:2] == (8, False)
+    least = training_bytes(run, V, 1, recompute=True)
+    monkeypatch.setattr(memory, "memory_bytes", lambda device: least + 10)
+    assert fit(run, V, CPU)[:2] == (1, True)
+    monkeypatch.setattr(memory, "memory_bytes", lambda device: least - 10)
+    with pytest.raises(ConfigError, match=r"needs about .* GiB to train one sequence, cpu has"):
+        fit(run, V, CPU)
+
+
+def test_a_budget_too_small_is_said(workshop: Workshop) -> None:
+    with pytest.raises(ConfigError, match=r"one sequence, train.memory_gib has 1e-05; lower"):
+        fit(workshop.run(train={"memory_gib": 1e-5}), V, CPU)
+
+
+def test_what_is_kept_grows_as_theory_says(workshop: Workshop) -> None:
+    """Linear in rows and width; squares of the context only in attention that keeps weights."""
+
+    def activations(kernel: str, rows: int = 8, **model: int) -> int:
+        run = workshop.run(attention=kernel, model=model)
+        return training_bytes(run, V, rows, False) - training_bytes(run, V, 0, False)
+
+    for kernel in ("math", "fused", "sdpa"):
+        assert activations(kernel, 16) == 2 * activations(kernel, 8)
+    assert activations("sdpa", context_length=64) == 4 * activations("sdpa", context_length=16)
+    assert activations("fused", context_length=64) > 4 * activations("fused", context_length=16)
+    assert activations("math") > activations("fused") > activations("sdpa")
+
+
+def test_all_logits_of_a_large_vocabulary_are_never_counted(workshop: Workshop) -> None:
+    run = workshop.run()
+    few, many = (training_bytes(run, 100_000, rows, recompute=True) for rows in (1000, 2000))
+    assert many - few < 1000 * run.model.context_length * 100_000
