@@ -63,7 +63,7 @@ def test_what_is_kept_grows_as_theory_says(workshop: Workshop) -> None:
     """Linear in rows and width; squares of the context only in attention that keeps weights."""
 
     def activations(kernel: str, rows: int = 8, **model: int) -> int:
-        run = workshop.run(attention=kernel, model=model)
+        run = workshop.run(attention=kernel, model=model, dropout={"preset": "none"})
         return training_bytes(run, V, rows, False) - training_bytes(run, V, 0, False)
 
     for kernel in ("math", "fused", "sdpa"):
