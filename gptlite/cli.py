@@ -212,9 +212,11 @@ def generate(
         if any(not text for text in stop or []):
             raise ConfigError("--stop: an empty text would stop at once")
         from gptlite.checkpoint import load_trained
-        from gptlite.generate import Generation
+        from gptlite.generate import Generation, halve
 
         trained = load_trained(directory, checkpoint)
+        if trained.run.dtype == "bfloat16":
+            halve(trained.model)
         generation = Generation(
             trained.model,
             trained.tokenizer,

@@ -8,19 +8,23 @@ import codecs
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gptlite.config import SampleConfig
-from gptlite.dropout import evaluating
+from gptlite.dropout import dropouts, evaluating
 from gptlite.errors import ConfigError
 from gptlite.keys import key, uniform
 from gptlite.model import GPT, KVCache
 from gptlite.tokenizer import Tokenizer
+
+CHANCES = 256
+"""Steps for which draws are made together."""
 
 
 def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
@@ -82,6 +86,13 @@ def padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor,
     return ids, real.to(device)
 
 
+def halve(model: GPT) -> None:
+    """Matrices in bfloat16, as a run in bfloat16 multiplied by them; the pace is that of memory."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.weight.data = module.weight.data.bfloat16()
+
+
 @torch.no_grad()
 def continuations(
     model: GPT, prompts: Sequence[Sequence[int]], names: Sequence[int], options: SampleConfig
@@ -98,8 +109,11 @@ def continuations(
         seen[i, row] = True
     begins = [max(0, len(row) - context) for row in rows]
     cache: KVCache | None = None
+    sites = dropouts(model)
     for step in range(options.max_new_tokens):
-        with evaluating(model):  # not around `yield`: the caller may do anything in between
+        quiet = not any(site.training for site in sites)
+        # Not around `yield`: the caller may do anything in between.
+        with nullcontext() if quiet else evaluating(model):
             full = [i for i, row in enumerate(rows) if len(row) - begins[i] > context]
             if cache is None or full:
                 for i in full:
@@ -107,10 +121,13 @@ def continuations(
                 ids, real = padded([row[at:] for row, at in zip(rows, begins, strict=True)], device)
                 cache = KVCache(model, len(rows))
             logits = model.head(model.features(ids, real, cache)[:, -1]).float()
-        chances = [uniform(name, np.array([step]))[0] for name in names]
-        chance = torch.tensor(chances, dtype=torch.float64, device=device)
-        tokens = draw(probabilities(logits, seen, options), chance)
-        seen[torch.arange(len(rows)), tokens] = True
+        if step % CHANCES == 0:
+            steps = np.arange(step, step + CHANCES)
+            drawn = np.stack([uniform(name, steps) for name in names], axis=1)  # (CHANCES, B)
+            chances = torch.from_numpy(drawn).to(device)
+        tokens = draw(probabilities(logits, seen, options), chances[step % CHANCES])
+        if options.repetition_penalty != 1:
+            seen[torch.arange(len(rows)), tokens] = True
         ids, real = tokens[:, None], None
         for row, token in zip(rows, tokens.tolist(), strict=True):
             row.append(token)

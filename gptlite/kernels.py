@@ -8,11 +8,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from gptlite import loops
 from gptlite.masks import NAMES, Mask, built
+
+FEW_ROWS = 16
+"""Up to here the weights are what takes time; above, torch's products are faster."""
 
 
 def fits(v: Tensor) -> bool:
@@ -25,8 +28,18 @@ def gelu(x: Tensor) -> Tensor:
     """GPT-2's approximation of the Gaussian error linear unit (arXiv:1606.08415)."""
     if torch.compiler.is_compiling() or not built(x, x.dtype):
         return F.gelu(x, approximate="tanh")
-    y: Tensor = _GELU.apply(x)
-    return y
+    if torch.is_grad_enabled():
+        y: Tensor = _GELU.apply(x)
+        return y
+    return gelu_and_slope(x)[0]
+
+
+def gelu_and_slope(x: Tensor) -> tuple[Tensor, Tensor]:
+    x = x.contiguous()
+    y, slope = torch.empty_like(x), torch.empty_like(x)
+    run = loops.function(f"gelu_{NAMES[x.dtype]}")
+    run(x.data_ptr(), y.data_ptr(), slope.data_ptr(), x.numel())
+    return y, slope
 
 
 class _GELU(torch.autograd.Function):
@@ -34,10 +47,7 @@ class _GELU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        x = x.contiguous()
-        y, slope = torch.empty_like(x), torch.empty_like(x)
-        run = loops.function(f"gelu_{NAMES[x.dtype]}")
-        run(x.data_ptr(), y.data_ptr(), slope.data_ptr(), x.numel())
+        y, slope = gelu_and_slope(x)
         ctx.save_for_backward(slope)
         return y
 
@@ -94,3 +104,50 @@ def layout(ctx: Any, weights: Tensor) -> tuple[loops.Rows, float]:
 
 def address(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
+
+
+class Linear(nn.Linear):
+    """torch's, except that a few rows at a time, as in generation, go at the pace of the memory.
+
+    Weights may be bfloat16 while all else is float32.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.few(x):
+            return few_rows(x.contiguous(), self.weight, self.bias)
+        if x.dtype == torch.float32 and self.weight.dtype == torch.bfloat16:
+            y = F.linear(x.bfloat16(), self.weight).float()
+            return y if self.bias is None else y + self.bias
+        return F.linear(x, self.weight, self.bias)
+
+    def few(self, x: Tensor) -> bool:
+        if torch.is_grad_enabled() or x.numel() > FEW_ROWS * self.in_features:
+            return False
+        known = x.dtype == torch.float32 and built(self.weight, x.dtype)
+        busy = torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")
+        return known and not busy
+
+
+def few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x (..., K), weight (N, K) → (..., N); a row does not depend on the others."""
+    y = x.new_empty(*x.shape[:-1], len(weight))
+    run = loops.function(f"linear_{NAMES[weight.dtype]}")
+    sizes = x.numel() // x.shape[-1], x.shape[-1], len(weight)
+    run(weight.data_ptr(), x.data_ptr(), address(bias), y.data_ptr(), *sizes)
+    return y
+
+
+def reads_one(q: Tensor, v: Tensor) -> bool:
+    """Whether `read` takes queries (B, H, T, D) now: those of one new token."""
+    one = q.shape[2] == 1 and q.dtype == v.dtype == torch.float32
+    return one and not torch.is_grad_enabled() and fits(v)
+
+
+def read(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
+    """(B, H, 1, D) read (B, G, S, D) of a cache → (B, H, 1, D); `visible` (B, 1, 1, S)."""
+    (B, H, _, D), (G, S) = q.shape, k.shape[1:3]
+    z = torch.empty(B, H, 1, D)
+    seen = None if visible is None else visible.expand(B, 1, 1, S).contiguous()
+    tensors = (q.contiguous(), k, v, seen, z)
+    loops.function("read_one")(*map(address, tensors), k.stride(0), k.stride(1), B, H, G, S, D)
+    return z

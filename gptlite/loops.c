@@ -6,6 +6,7 @@
 #ifndef TYPE /* the first reading; the file includes itself once for each type of values */
 #include <math.h>
 #include <stdint.h>
+#include <string.h>
 
 #define GAMMA 0x9E3779B97F4A7C15u
 #define LANES 64 /* values worked on together: a few vectors, 16 words of draws */
@@ -13,6 +14,7 @@
 #define SMALL 16384 /* values that do not repay a second thread */
 #define EACH(start, end) for (int64_t i = (start); i < (end); i++)
 #define OMP(what) _Pragma(#what)
+#define UNROLL _Pragma("GCC unroll 8")
 
 typedef float float32;
 typedef uint16_t bfloat16;
@@ -98,6 +100,62 @@ static inline void softmax(float *restrict e, int64_t seen, int64_t n, float fac
     EACH(seen, n) e[i] = 0;
 }
 
+/* Vectors of one shape on every machine, so that sums are made in the same order. */
+#define WIDE 16
+typedef float wide __attribute__((vector_size(4 * WIDE)));
+typedef uint16_t wide_bits __attribute__((vector_size(2 * WIDE)));
+typedef uint32_t wide_words __attribute__((vector_size(4 * WIDE)));
+
+static inline wide load_float32(const float *x) {
+    wide v;
+    memcpy(&v, x, sizeof v);
+    return v;
+}
+
+static inline wide load_bfloat16(const uint16_t *x) {
+    wide_bits bits;
+    memcpy(&bits, x, sizeof bits);
+    return (wide)(__builtin_convertvector(bits, wide_words) << 16);
+}
+
+static inline float total(wide v) {
+    typedef float eight __attribute__((vector_size(32)));
+    typedef float four __attribute__((vector_size(16)));
+    union { wide v; eight half[2]; } a = {v};
+    union { eight v; four half[2]; } b = {a.half[0] + a.half[1]};
+    four c = b.half[0] + b.half[1];
+    return (c[0] + c[2]) + (c[1] + c[3]);
+}
+
+/* One new token: queries (B, H, D) read keys and values (B, G, S, D), of which
+ * stride_b and stride_g are the steps from b to b and g to g; `visible` (B, S), or NULL: all. */
+void read_one(const float *q, const float *keys, const float *values, const uint8_t *visible,
+              float *z, int64_t stride_b, int64_t stride_g, int64_t B, int64_t H, int64_t G,
+              int64_t S, int64_t D) {
+    OMP(omp parallel for collapse(2) schedule(static) if (B * H * S * D > SMALL))
+    for (int64_t b = 0; b < B; b++)
+        for (int64_t h = 0; h < H; h++) {
+            float weights[LONGEST];
+            int64_t start = b * stride_b + h * G / H * stride_g;
+            const float *query = q + (b * H + h) * D;
+            float *out = z + (b * H + h) * D, factor = 1.0f / sqrtf((float)D);
+            for (int64_t s = 0; s < S; s++) {
+                const float *key = keys + start + s * D;
+                float sum = 0;
+                OMP(omp simd reduction(+ : sum))
+                EACH(0, D) sum += query[i] * key[i];
+                weights[s] = !visible || visible[b * S + s] ? sum : -INFINITY;
+            }
+            softmax(weights, S, (S + LANES - 1) / LANES * LANES, factor);
+            EACH(0, D) out[i] = 0;
+            for (int64_t s = 0; s < S; s++) {
+                if (weights[s] < 1e-37f) continue; /* hidden */
+                const float *value = values + start + s * D;
+                EACH(0, D) out[i] += weights[s] * value[i];
+            }
+        }
+}
+
 #define DROP(FROM, TO, WRITE)                                                                     \
     void drop_##FROM##_to_##TO(const rows *r, const FROM *restrict x, TO *restrict y) {           \
         EACH_ROW(r) {                                                                             \
@@ -131,7 +189,7 @@ DROP(bfloat16, bfloat16, to_bfloat16)
 
 /* x * sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3), and its slope for the way back. */
 void OF(gelu)(const TYPE *restrict x, TYPE *restrict y, TYPE *restrict slope, int64_t n) {
-    OMP(omp parallel for simd schedule(static) if (n > SMALL))
+    OMP(omp parallel for simd schedule(static) if (parallel : n > SMALL))
     EACH(0, n) {
         float v = OF(from)(x[i]), square = 0.044715f * v * v, twice = 1.5957691f * v;
         float share = 1.0f / (1.0f + exponential(-twice * (1.0f + square)));
@@ -189,6 +247,50 @@ void OF(softmax_back)(const rows *r, float factor, const TYPE *weights, TYPE *gr
         int64_t at = ((b * r->H + h) * r->T + t) * r->W;
         OF(softmax_row_back)(r, dropped ? key_of(r, b, h, t) : 0, r->W - r->T + t + 1, factor,
                              weights + at, gradient + at, dropped ? dropped + at : 0);
+    }
+}
+
+/* R rows of the weight (R, K) times C rows of x (C, K): sums that fit the vector registers. */
+static inline __attribute__((always_inline)) void OF(tile)(int R, int C, const TYPE *restrict weight,
+                                                           const float *restrict x,
+                                                           const float *restrict bias,
+                                                           float *restrict y, int64_t K, int64_t N) {
+    wide sums[3][8] = {0};
+    int64_t whole = K / WIDE * WIDE;
+    for (int64_t k = 0; k < whole; k += WIDE) {
+        wide w[3];
+        UNROLL for (int r = 0; r < R; r++) {
+            w[r] = OF(load)(weight + r * K + k);
+            if (R > 1) __builtin_prefetch(weight + (r + R) * K + k); /* it knows no such order */
+        }
+        UNROLL for (int c = 0; c < C; c++) {
+            wide v = load_float32(x + c * K + k);
+            UNROLL for (int r = 0; r < R; r++) sums[r][c] += w[r] * v;
+        }
+    }
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int c = 0; c < C; c++) {
+            float sum = total(sums[r][c]) + (bias ? bias[r] : 0.0f);
+            EACH(whole, K) sum += OF(from)(weight[r * K + i]) * x[c * K + i];
+            y[c * N + r] = sum;
+        }
+}
+
+/* y (B, N) = x (B, K) weight (N, K) + bias (N), or NULL. One row of x goes at the pace of memory,
+ * which is read in order; 8 share what is read. A row of y does not depend on the others. */
+void OF(linear)(const TYPE *weight, const float *x, const float *bias, float *y, int64_t B,
+                int64_t K, int64_t N) {
+    OMP(omp parallel for schedule(static) if (N * K > SMALL))
+    for (int64_t block = 0; block < (N + 2) / 3; block++) {
+        int64_t n = 3 * block, end = n + 3 < N ? n + 3 : N, b = 0;
+#define TILE(R, C) OF(tile)(R, C, weight + n * K, x + b * K, bias ? bias + n : 0, y + b * N + n, K, N)
+        if (end == n + 3)
+            for (; b + 8 <= B; b += 8) TILE(3, 8);
+        for (int64_t first = b; n < end; n++) {
+            for (b = first; b + 2 <= B; b += 2) TILE(1, 2);
+            if (b < B) TILE(1, 1);
+        }
+#undef TILE
     }
 }
 #endif

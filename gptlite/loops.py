@@ -40,6 +40,7 @@ def building() -> Future[ctypes.CDLL | None]:
     return future
 
 
+@cache
 def library() -> ctypes.CDLL | None:
     """The loops; None without a compiler."""
     return building().result()
@@ -73,7 +74,11 @@ def function(name: str) -> Callable[..., None]:
         found.argtypes = (rows, ctypes.c_float, address, address, address)
     elif name.startswith("softmax"):
         found.argtypes = (rows, ctypes.c_float, address, address)
+    elif name.startswith("gelu"):
+        found.argtypes = (*[address] * 3, ctypes.c_int64)
+    elif name.startswith("linear"):
+        found.argtypes = (*[address] * 4, *[ctypes.c_int64] * 3)
     else:
-        found.argtypes = (address, address, address, ctypes.c_int64)
+        found.argtypes = (*[address] * 5, *[ctypes.c_int64] * 7)
     found.restype = None
     return found

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from gptlite.config import ModelConfig
 from gptlite.dropout import Dropout, SiteMaker, site_maker
 from gptlite.dropout_config import DropoutConfig
-from gptlite.kernels import causal_attention, fits, gelu
+from gptlite.kernels import Linear, causal_attention, fits, gelu, read, reads_one
 from gptlite.keys import key
 from gptlite.loss import total_nats
 from gptlite.masks import MaskKeys, mask_keys
@@ -36,19 +36,20 @@ class KVCache:
     def __init__(self, model: "GPT", batch_size: int) -> None:
         config = model.config
         width = config.n_embd // config.n_head
-        shape = (config.n_layer, batch_size, config.kv_heads, config.context_length, width)
-        weight = model.token_embedding.weight
-        self.keys = torch.zeros(shape, device=weight.device, dtype=weight.dtype)
-        self.values = torch.zeros_like(self.keys)
-        self.real = torch.ones(shape[1], shape[3], dtype=torch.bool, device=weight.device)
+        shape = (batch_size, config.kv_heads, config.context_length, width)
+        device = model.token_embedding.weight.device
+        self.keys = [torch.empty(shape, device=device) for _ in range(config.n_layer)]
+        self.values = [torch.empty(shape, device=device) for _ in range(config.n_layer)]
+        self.real = torch.ones(shape[0], shape[2], dtype=torch.bool, device=device)
         self.length = 0
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store (B, G, T, D) behind what is there and return all of it, (B, G, S, D)."""
-        end = self.length + k.shape[2]
-        self.keys[layer, :, :, self.length : end] = k
-        self.values[layer, :, :, self.length : end] = v
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+        keys, values, T = self.keys[layer], self.values[layer], k.shape[2]
+        keys.narrow(2, self.length, T).copy_(k)
+        values.narrow(2, self.length, T).copy_(v)
+        end = self.length + T
+        return keys.narrow(2, 0, end), values.narrow(2, 0, end)
 
 
 class Scene(NamedTuple):
@@ -75,8 +76,8 @@ class Attention(nn.Module):
         )
         self.head_width = config.n_embd // config.n_head
         width = (config.n_head + 2 * config.kv_heads) * self.head_width
-        self.qkv = nn.Linear(config.n_embd, width, bias=config.bias)
-        self.output = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.qkv = Linear(config.n_embd, width, bias=config.bias)
+        self.output = Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.qk_norm = config.qk_norm
         if self.qk_norm:
             self.q_norm = nn.RMSNorm(self.head_width, eps=1e-5)
@@ -98,14 +99,16 @@ class Attention(nn.Module):
             q, k = rotate(q, *scene.rotation), rotate(k, *scene.rotation)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, G, S, D)
-        if G < H:
-            k, v = (one.repeat_interleave(H // G, dim=1) for one in (k, v))  # (B, H, S, D)
         z = self.drop_head(self.attend(q, k, v, scene), scene.keys)  # (B, H, T, D)
         z = self.drop_context(z.transpose(1, 2).reshape(B, T, C), scene.keys)
         return self.drop_output(self.output(z), scene.keys, x.dtype)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scene: Scene) -> Tensor:
         """Weighted sums of values, (B, H, T, D), by the kernel that the rates allow."""
+        if self.kernel != "math" and reads_one(q, v):
+            return read(q, k, v, scene.visible)
+        if k.shape[1] < self.n_head:
+            k, v = (x.repeat_interleave(self.n_head // x.shape[1], dim=1) for x in (k, v))
         visible = self.hide_keys(q, k, scene) if self.drop_key.acts else scene.visible
         if self.kernel == "sdpa":
             rate, plain = self.drop_weights.rate_now, visible is None and q.shape[2] > 1
@@ -153,8 +156,8 @@ class MLP(nn.Module):
         super().__init__()
         self.activation = config.mlp
         gates = 2 if config.mlp == "swiglu" else 1
-        self.up = nn.Linear(config.n_embd, gates * config.mlp_width, bias=config.bias)
-        self.down = nn.Linear(config.mlp_width, config.n_embd, bias=config.bias)
+        self.up = Linear(config.n_embd, gates * config.mlp_width, bias=config.bias)
+        self.down = Linear(config.mlp_width, config.n_embd, bias=config.bias)
         self.drop_activation = site("mlp_activation", layer)
         self.drop_output = site("mlp_output", layer)
 
@@ -217,7 +220,7 @@ class GPT(nn.Module):
         layers = range(config.n_layer)
         self.blocks = nn.ModuleList([Block(config, site, layer, kernel) for layer in layers])
         self.norm, self.drop_final = make_norm(config), site("final")
-        self.head = nn.Linear(config.n_embd, vocab_size, bias=False)
+        self.head = Linear(config.n_embd, vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.token_embedding.weight
         self.recompute = False
@@ -250,7 +253,7 @@ class GPT(nn.Module):
         """What the output matrix reads, (B, T, C)."""
         position, visible = place(ids, real, cache)
         keys = None if samples is None else mask_keys(samples, position, real)
-        x = self.drop_token(self.token_embedding(ids), keys)
+        x = self.drop_token(self.token_embedding(ids).float(), keys)  # weights may be bfloat16
         rotation = None
         if self.config.position == "learned":
             x = x + self.position_embedding(position)

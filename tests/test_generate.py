@@ -19,6 +19,7 @@ from gptlite.generate import (
     continuations,
     draw,
     encode_prompt,
+    halve,
     keep_min_p,
     keep_top_k,
     keep_top_p,
@@ -219,3 +220,20 @@ def test_draws_are_even() -> None:
     numbers = uniform(5, np.arange(100_000))
     counts = np.histogram(numbers, bins=20, range=(0, 1))[0]
     assert np.abs(counts - 5000).max() < 5 * math.sqrt(5000)
+
+
+def test_halved_matrices_leave_the_rest_alone() -> None:
+    gpt = model()
+    before = {name: parameter.clone() for name, parameter in gpt.named_parameters()}
+    halve(gpt)
+    for name, parameter in gpt.named_parameters():
+        matrix = parameter.ndim == 2 and "position" not in name
+        expected = before[name].bfloat16() if matrix else before[name]
+        assert parameter.dtype == expected.dtype
+        assert torch.equal(parameter, expected)
+    assert gpt.head.weight is gpt.token_embedding.weight
+    prompts = [LETTERS.encode("abc"), LETTERS.encode("a")]
+    together = [*zip(*continuations(gpt, prompts, [1, 2], options()), strict=True)]
+    for prompt, name, tokens in zip(prompts, (1, 2), together, strict=True):
+        alone = [*continuations(gpt, [prompt], [name], options())]
+        assert [token for (token,) in alone] == [*tokens]

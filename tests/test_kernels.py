@@ -10,7 +10,7 @@ from gptlite.config import ModelConfig
 from gptlite.dropout_config import DropoutConfig
 from gptlite.kernels import causal_attention, gelu
 from gptlite.masks import Mask, sample_keys
-from gptlite.model import GPT, attention_weights
+from gptlite.model import GPT, KVCache, attention_weights
 from tests.conftest import only
 
 needs_compiler = pytest.mark.skipif(loops.library() is None, reason="no C compiler here")
@@ -114,7 +114,7 @@ def test_what_a_query_may_not_see_changes_nothing() -> None:
 
 
 def test_a_row_too_long_is_left_to_torch() -> None:
-    longest = torch.empty(1, 1, loops.LONGEST_ROW, 1)
+    longest = torch.zeros(1, 1, loops.LONGEST_ROW, 1)
     assert kernels.fits(longest)
     assert not kernels.fits(torch.empty(1, 1, loops.LONGEST_ROW + 1, 1))
     assert not kernels.fits(longest.double())
@@ -176,3 +176,74 @@ def test_the_number_of_threads_changes_nothing(rows: int) -> None:
     torch.set_num_threads(2)
     both = causal_attention(q, q, q, some_mask(rows, 2, 16, 9999)), gelu(q)
     assert all(torch.equal(a, b) for a, b in zip(alone, both, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("N", "K"), [(1, 1), (7, 5), (65, 48), (384, 131), (50, 256)])
+def test_a_few_rows_are_multiplied_as_many_would_be(dtype: torch.dtype, N: int, K: int) -> None:
+    """And a row comes out to the bit the same whatever else is in the batch."""
+    layer = kernels.Linear(K, N)
+    layer.weight.data = numbers(N, K).to(dtype)
+    x = numbers(kernels.FEW_ROWS, K, seed=1)
+    with torch.no_grad():
+        alone = torch.cat([layer(row) for row in x.split(1)])
+        for rows in (1, 2, 3, 7, 8, 9, 15, 16):
+            y = layer(x[:rows])
+            assert torch.equal(y, alone[:rows])
+            expected = F.linear(x[:rows], layer.weight.float(), layer.bias)
+            torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_weights_in_half_serve_many_rows_too() -> None:
+    layer, rows = kernels.Linear(8, 6), kernels.FEW_ROWS + 1
+    x = numbers(2, rows, 8)
+    expected = layer(x)
+    layer.weight.data = layer.weight.data.bfloat16()
+    y = layer(x)
+    assert y.dtype == torch.float32
+    torch.testing.assert_close(y, expected, rtol=0.02, atol=0.02)
+    layer.bias = None
+    with torch.no_grad():
+        assert layer(x).dtype == layer(x[:1, :1]).dtype == torch.float32
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1, 4), (2, 6, 2, 130, 16), (3, 4, 4, 65, 5)], ids=str)
+@pytest.mark.parametrize("hidden", [False, True])
+def test_one_token_reads_a_cache_as_the_plain_way_does(
+    shape: tuple[int, ...], hidden: bool
+) -> None:
+    B, H, G, S, D = shape
+    q, cache = numbers(B, H, 1, D), numbers(2, B, G, S + 9, D, seed=1)
+    k, v = cache[0, :, :, :S], cache[1, :, :, :S]
+    visible = None
+    if hidden:
+        visible = torch.arange(S).expand(B, 1, 1, S) >= torch.arange(B).view(B, 1, 1, 1).clamp(
+            max=S - 1
+        )
+        cache[1, :, :, S:] = torch.nan
+    wide_k, wide_v = (x.repeat_interleave(H // G, dim=1) for x in (k, v))
+    weights = attention_weights(q, wide_k, visible)
+    with torch.no_grad():
+        assert kernels.reads_one(q, v)
+        z = kernels.read(q, k, v, visible)
+    torch.testing.assert_close(z, weights @ wide_v, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", MODELS, ids=str)
+def test_generation_with_the_loops_is_generation_without(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, object]
+) -> None:
+    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 16, "context_length": 24}
+    config = ModelConfig.model_validate({**sizes, **options})
+    model, logits = GPT(config, 30, kernel="fused", seed=1).eval(), []
+    ids = torch.randint(0, 30, (3, 20), generator=torch.Generator().manual_seed(0))
+    real = torch.ones(3, 20, dtype=torch.bool)
+    real[0, :4] = real[1, :1] = False
+    for library in (loops.library(), None):
+        monkeypatch.setattr(loops, "library", lambda library=library: library)
+        cache = KVCache(model, 3)
+        with torch.no_grad():
+            parts = [model(ids[:, :8], real[:, :8], cache)]
+            parts += [model(ids[:, [at]], None, cache) for at in range(8, 20)]
+        logits.append(torch.cat(parts, 1)[real])
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-5)
