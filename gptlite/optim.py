@@ -55,7 +55,7 @@ def muon(
     groups: dict[str, list[nn.Parameter]], optim: OptimConfig
 ) -> Iterable[torch.optim.Optimizer]:
     """Muon for matrices, scaled so that AdamW's learning rate fits it (Liu et al., 2502.16982)."""
-    matrices = torch.optim.Muon(
+    matrices = Muon(
         groups["matrices"],
         lr=optim.lr,
         weight_decay=optim.weight_decay,
@@ -63,6 +63,50 @@ def muon(
         adjust_lr_fn="match_rms_adamw",
     )
     return [matrices, *adamw({**groups, "matrices": []}, optim)]
+
+
+class Muon(torch.optim.Muon):
+    """torch's, with all matrices of one shape orthogonalised together: half the time if small."""
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            shapes: dict[torch.Size, list[Tensor]] = {}
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    shapes.setdefault(parameter.shape, []).append(parameter)
+            for shape, parameters in shapes.items():
+                update = orthogonal(self.momentum(parameters, group["momentum"])).float()
+                lr = group["lr"]
+                for parameter, direction in zip(parameters, update, strict=True):
+                    parameter.mul_(1 - lr * group["weight_decay"])
+                    parameter.add_(direction, alpha=-lr * 0.2 * math.sqrt(max(shape)))
+
+    def momentum(self, parameters: list[Tensor], momentum: float) -> Tensor:
+        """Nesterov's, (number, rows, columns)."""
+        gradients = [parameter.grad for parameter in parameters]
+        for parameter in parameters:
+            if not self.state[parameter]:
+                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        kept = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
+        for buffer, gradient in zip(kept, gradients, strict=True):
+            buffer.lerp_(gradient, 1 - momentum)
+        return torch.stack(gradients).lerp(torch.stack(kept), momentum)
+
+
+def orthogonal(x: Tensor) -> Tensor:
+    """(n, rows, columns) → the nearest matrices with singular values near 1, in bfloat16.
+
+    Five Newton-Schulz steps of Jordan's quintic (kellerjordan.github.io/posts/muon).
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    tall = x.shape[1] > x.shape[2]
+    x = x.mT.bfloat16() if tall else x.bfloat16()
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
 
 
 OPTIMIZERS: dict[str, Callable[..., Iterable[torch.optim.Optimizer]]] = {
@@ -73,7 +117,7 @@ OPTIMIZERS: dict[str, Callable[..., Iterable[torch.optim.Optimizer]]] = {
 
 STATE_KEYS: dict[type[torch.optim.Optimizer], tuple[str, ...]] = {
     torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"),
-    torch.optim.Muon: ("momentum_buffer",),
+    Muon: ("momentum_buffer",),
 }
 """What each optimizer remembers per parameter."""
 
