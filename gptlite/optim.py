@@ -84,7 +84,7 @@ class Muon(torch.optim.Muon):
 
     def momentum(self, parameters: list[Tensor], momentum: float) -> Tensor:
         """Nesterov's, (number, rows, columns)."""
-        gradients = [parameter.grad for parameter in parameters]
+        gradients = [p.grad for p in parameters if p.grad is not None]
         for parameter in parameters:
             if not self.state[parameter]:
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)

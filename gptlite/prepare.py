@@ -14,8 +14,10 @@ import hashlib
 import json
 import os
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,10 @@ from gptlite.sources import Chunk
 from gptlite.tokenizer import Tokenizer
 
 FORMAT = 1
+WAITING_PIECES = 64
+"""Pieces of text that are encoded ahead of the one that is written."""
+WORTH_A_THREAD = 4096
+"""Characters; less is encoded at once where it is."""
 FOREIGN_MAGIC = {
     b"\x93NUMPY": "a .npy array",
     (20240520).to_bytes(4, "little"): "llm.c's format (GPT-2)",
@@ -260,17 +266,28 @@ def divide(
 
 
 class TokenWriter:
-    """One token file, hashed as it is written."""
+    """One token file, hashed as it is written; pieces are encoded in threads, written in order."""
 
-    def __init__(self, path: Path, built: Tokenizer, *, separate: bool) -> None:
-        self.built, self.separate = built, separate
+    def __init__(
+        self, path: Path, built: Tokenizer, threads: ThreadPoolExecutor, *, separate: bool
+    ) -> None:
+        self.built, self.threads, self.separate = built, threads, separate
         self.file, self.sha256 = path.open("wb"), hashlib.sha256()
         self.dtype = token_dtype(built.vocab_size)
         self.counts = {"tokens": 0, "documents": 0, "bytes": 0}
         self.held = ""
+        self.waiting: deque[Future[np.ndarray] | np.ndarray] = deque()
 
-    def write(self, ids: list[int]) -> None:
-        raw = np.asarray(ids, dtype=self.dtype).tobytes()
+    def write(self, ids: Future[np.ndarray] | np.ndarray) -> None:
+        """Write these when all before are written."""
+        self.waiting.append(ids)
+        while len(self.waiting) > WAITING_PIECES:
+            self.write_first()
+
+    def write_first(self) -> None:
+        ids = self.waiting.popleft()
+        ids = ids.result() if isinstance(ids, Future) else ids
+        raw = ids.astype(self.dtype, copy=False).tobytes()
         self.file.write(raw)
         self.sha256.update(raw)
         self.counts["tokens"] += len(ids)
@@ -278,14 +295,22 @@ class TokenWriter:
     def add(self, text: str, ends: bool) -> None:
         self.counts["bytes"] += len(text.encode("utf-8", errors="replace"))
         pieces, self.held = tokenizer.cut(self.held + text, final=ends)
-        ids = [token for piece in pieces for token in self.built.encode(piece)]
+        encode = self.built.encode_array
+        for piece in pieces:
+            here = len(piece) < WORTH_A_THREAD
+            self.write(encode(piece) if here else self.threads.submit(encode, piece))
         if ends:
             self.counts["documents"] += 1
-            if self.separate and self.built.eot is not None:
-                ids.append(self.built.eot)
-        self.write(ids)
+            if self.separate:
+                self.end_of_text()
+
+    def end_of_text(self) -> None:
+        if self.built.eot is not None:
+            self.write(np.array([self.built.eot]))
 
     def close(self) -> dict[str, Any]:
+        while self.waiting:
+            self.write_first()
         self.file.flush()
         os.fsync(self.file.fileno())
         self.file.close()
@@ -305,16 +330,15 @@ def encode(
     The end-of-text token stands behind each document if there are several; in the documents layout
     also at the beginning, so that every document has something to be predicted from.
     """
-    documents = run.data.layout == "documents"
-    writers = {
-        s: TokenWriter(work / f"{s}.bin", built, separate=separate) for s in ("train", "val")
-    }
-    try:
-        if documents:
-            for writer in writers.values():
-                writer.write([] if built.eot is None else [built.eot])
+    with ThreadPoolExecutor(os.cpu_count()) as threads, ExitStack() as stack:
+        writers = {
+            split: TokenWriter(work / f"{split}.bin", built, threads, separate=separate)
+            for split in ("train", "val")
+        }
+        for writer in writers.values():
+            stack.callback(writer.file.close)
+            if run.data.layout == "documents":
+                writer.end_of_text()
         for split, (text, ends) in parts:
             writers[split].add(text, ends)
-    finally:
-        splits = {split: writer.close() for split, writer in writers.items()}
-    return splits
+        return {split: writer.close() for split, writer in writers.items()}

@@ -13,7 +13,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import Any, Protocol
 
+import numpy as np
 import tiktoken
+from numpy.typing import NDArray
 
 from gptlite.config import TokenizerConfig
 from gptlite.errors import ConfigError, DataError
@@ -40,6 +42,10 @@ class Tokenizer(Protocol):
         ...
 
     def encode(self, text: str) -> list[int]: ...
+
+    def encode_array(self, text: str) -> NDArray[Any]:
+        """The same ids, made without a list; for a piece of `cut`."""
+        ...
 
     def token_bytes(self, token: int) -> bytes:
         """The UTF-8 bytes of one id; none for the end-of-text token."""
@@ -94,7 +100,10 @@ class ByteTokenizer:
         self.vocab_size = 256 + eot
 
     def encode(self, text: str) -> list[int]:
-        return list(text.encode("utf-8", errors="replace"))
+        return self.encode_array(text).tolist()
+
+    def encode_array(self, text: str) -> NDArray[Any]:
+        return np.frombuffer(text.encode("utf-8", errors="replace"), dtype=np.uint8)
 
     def token_bytes(self, token: int) -> bytes:
         return b"" if token == self.eot else bytes([token])
@@ -123,6 +132,19 @@ class CharTokenizer:
             return [self.ids[character] for character in text]
         except KeyError:
             return list(self.encode_around_unknown(text))
+
+    @cached_property
+    def table(self) -> NDArray[np.int64]:
+        """Id by code point; -1 where there is none."""
+        points = [ord(character) for character in self.characters]
+        table = np.full(max(points, default=0) + 2, -1, dtype=np.int64)
+        table[points] = np.arange(len(points))
+        return table
+
+    def encode_array(self, text: str) -> NDArray[Any]:
+        points = np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), dtype="<u4")
+        ids = self.table[np.minimum(points, len(self.table) - 1)]
+        return np.array(self.encode(text)) if (ids < 0).any() else ids
 
     def encode_around_unknown(self, text: str) -> Iterator[int]:
         for at, character in enumerate(text):
@@ -162,15 +184,19 @@ class BPETokenizer:
     def __init__(self, kind: str, name: str, pattern: str, ranks: dict[bytes, int], eot: int):
         self.kind, self.name, self.pattern, self.ranks, self.eot = kind, name, pattern, ranks, eot
         self.vocab_size = max(eot, *ranks.values()) + 1
+        self.of_thread = threading.local()
 
-    @cached_property
+    @property
     def encoding(self) -> tiktoken.Encoding:
-        return tiktoken.Encoding(
-            self.name,
-            pat_str=self.pattern,
-            mergeable_ranks=self.ranks,
-            special_tokens={EOT: self.eot},
-        )
+        """One for each thread: two that share its regular expression can be slower than one."""
+        made: tiktoken.Encoding | None = getattr(self.of_thread, "encoding", None)
+        if made is None:
+            special = {EOT: self.eot}
+            made = tiktoken.Encoding(
+                self.name, pat_str=self.pattern, mergeable_ranks=self.ranks, special_tokens=special
+            )
+            self.of_thread.encoding = made
+        return made
 
     @cached_property
     def tokens(self) -> dict[int, bytes]:
@@ -179,6 +205,12 @@ class BPETokenizer:
     def encode(self, text: str) -> list[int]:
         pieces, _ = cut(text, final=True)
         return [token for piece in pieces for token in self.encoding.encode_ordinary(piece)]
+
+    def encode_array(self, text: str) -> NDArray[Any]:
+        try:
+            return self.encoding.encode_to_numpy(text, disallowed_special=())
+        except UnicodeEncodeError:  # half a surrogate pair; encode_ordinary mends it
+            return np.array(self.encoding.encode_ordinary(text))
 
     def token_bytes(self, token: int) -> bytes:
         return self.tokens.get(token, b"")  # some encodings leave numbers unused

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptlite import sources, tokenizer
+from gptlite import prepare, sources, tokenizer
 from gptlite.data import (
     IGNORED,
     Batch,
@@ -710,6 +710,37 @@ def peak_bytes(workshop, n_bytes: int) -> int:
 
 def test_memory_does_not_grow_with_the_text(workshop, monkeypatch):
     monkeypatch.setattr(sources, "CHUNK", 1 << 18)
+    monkeypatch.setattr(prepare, "WAITING_PIECES", 4)
     small, large = peak_bytes(workshop, 2_000_000), peak_bytes(workshop, 12_000_000)
     assert large < 1.2 * small
     assert large < 12_000_000
+
+
+@pytest.mark.parametrize("kind", ["byte", "char", "bpe"])
+def test_threads_write_what_one_piece_after_the_other_gives(workshop, monkeypatch, kind):
+    monkeypatch.setattr(tokenizer, "PIECE", 64)
+    monkeypatch.setattr(prepare, "WAITING_PIECES", 3)
+    folder = workshop.folder / "texts"
+    folder.mkdir()
+    for number, text in enumerate(["Ä long one. " * 300 + "😀", "short", f"{tokenizer.EOT} " * 40]):
+        (folder / f"{number}.txt").write_text(text, encoding="utf-8")
+    written = []
+    for threads, worth in ((1, 1 << 30), (3, 16)):
+        monkeypatch.setattr("os.cpu_count", lambda threads=threads: threads)
+        monkeypatch.setattr(prepare, "WORTH_A_THREAD", worth)
+        data = {"source": str(folder), "cache_dir": str(workshop.folder / str(threads))}
+        made = workshop.files(data=data, tokenizer={"kind": kind})
+        written.append([made.tokens(split).tolist() for split in ("train", "val")])
+    assert written[0] == written[1]
+
+
+def test_an_error_in_a_thread_is_the_same_one_line_and_leaves_nothing(workshop, monkeypatch):
+    monkeypatch.setattr(prepare, "WORTH_A_THREAD", 1)
+
+    def refuse(self, text: str) -> None:
+        raise DataError("cannot encode this")
+
+    monkeypatch.setattr(tokenizer.ByteTokenizer, "encode_array", refuse)
+    with pytest.raises(DataError, match="^cannot encode this$"):
+        workshop.files(tokenizer=BYTE)
+    assert not [*(workshop.folder / "cache" / "tokens").iterdir()]

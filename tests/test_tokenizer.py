@@ -331,3 +331,22 @@ def test_a_vocabulary_that_cannot_be_fetched_is_one_line(monkeypatch, get_encodi
     with pytest.raises(ConfigError, match="TIKTOKEN_CACHE_DIR") as caught:
         tokenizer.pretrained("gpt2")
     assert len(caught.value.problems) == 1
+
+
+def test_an_array_of_ids_is_the_list(built):
+    for text in ("", "plain", "ä 😀 <|endoftext|>", "half \ud83d a pair", "\x00\n\n  \t"):
+        assert built.encode_array(text).tolist() == built.encode(text)
+
+
+@pytest.mark.parametrize("unknown", ["skip", "replace", "error"])
+def test_an_array_of_characters_is_the_list(unknown: str) -> None:
+    letters = char("abcä😀", unknown=unknown)
+    for text in ("", "cab😀", "äää"):
+        assert letters.encode_array(text).tolist() == letters.encode(text)
+    for odd in ("axb", "\U0010ffff", "\ud83d"):
+        if unknown == "error":
+            with pytest.raises(ConfigError, match="is not in the vocabulary"):
+                letters.encode_array(odd)
+        else:
+            assert letters.encode_array(odd).tolist() == letters.encode(odd)
+    assert char("").encode_array("").tolist() == []
