@@ -16,6 +16,10 @@ from gptlite.loss import PART_BYTES
 GIB = 1 << 30
 BYTES_PER_PARAMETER = 16
 """In float32: weight, gradient and two moments."""
+PROCESS_BYTES = int(0.35 * GIB)
+"""Python, torch and the rest, before anything is trained."""
+SLACK = 1.1
+"""What passes by and is not kept."""
 AUTO_SHARE = 0.5
 """Of the device's memory, unless train.memory_gib says how much."""
 
@@ -52,7 +56,8 @@ def training_bytes(run: RunConfig, vocab_size: int, rows: int, recompute: bool) 
     blocks = model.n_layer * block_bytes(run)
     if recompute:
         blocks = 4 * model.n_layer * model.n_embd + 2 * block_bytes(run)
-    return weights + logits + tokens * (blocks + 16 * model.n_embd)
+    kept = weights + logits + tokens * (blocks + 16 * model.n_embd)
+    return PROCESS_BYTES + int(SLACK * kept)
 
 
 def fit(run: RunConfig, vocab_size: int, device: torch.device) -> tuple[int, bool, str]:

@@ -135,11 +135,12 @@ def row(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def trainer(shape: dict[str, Any], folder: Path, **top: Any) -> Trainer:
+def trainer(shape: dict[str, Any], folder: Path, *, vocab_size: int = 65, **top: Any) -> Trainer:
+    """A trainer on random characters, as many different ones as the vocabulary has."""
     text = folder / "text.txt"
     if not text.exists():
-        letters = np.random.default_rng(0).integers(33, 98, 300_000)
-        text.write_text("".join(map(chr, letters)))
+        letters = np.random.default_rng(0).permutation(np.arange(300_000) % vocab_size)
+        text.write_text("".join(chr(33 + n if n < 5000 else 0x10000 + n) for n in letters))
     run = validate(
         Document(
             {
@@ -154,7 +155,7 @@ def trainer(shape: dict[str, Any], folder: Path, **top: Any) -> Trainer:
     )
     files = prepare(run)
     rows = files.rows("train", run.model.context_length)
-    return Trainer(auto.resolve(run, vocab_size=65, n_rows=rows.n_rows)[0], files)
+    return Trainer(auto.resolve(run, vocab_size=vocab_size, n_rows=rows.n_rows)[0], files)
 
 
 def bench_update(repeats: int, folder: Path) -> Iterator[str]:

@@ -67,8 +67,10 @@ def test_what_is_kept_grows_as_theory_says(workshop: Workshop) -> None:
         return training_bytes(run, V, rows, False) - training_bytes(run, V, 0, False)
 
     for kernel in ("math", "fused", "sdpa"):
-        assert activations(kernel, 16) == 2 * activations(kernel, 8)
-    assert activations("sdpa", context_length=64) == 4 * activations("sdpa", context_length=16)
+        assert activations(kernel, 16) == pytest.approx(2 * activations(kernel, 8), rel=1e-4)
+    assert activations("sdpa", context_length=64) == pytest.approx(
+        4 * activations("sdpa", context_length=16), rel=1e-4
+    )
     assert activations("fused", context_length=64) > 4 * activations("fused", context_length=16)
     assert activations("math") > activations("fused") > activations("sdpa")
 

@@ -1,0 +1,367 @@
+#!/usr/bin/env python
+"""How fast gptlite is, beside Hugging Face's GPT-2 and torch alone, in one run on one machine.
+
+    .venv/bin/python scripts/bench.py [SECTION ...] [--text FILE] [--write]
+
+Everything is interleaved; figures are medians, ratios medians of the ratios within a repeat.
+--write puts the tables into docs/benchmarks.md, between the marks of their sections. `--text` is
+tinyshakespeare: quality and numerics train on it, prepare reads it many times over.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench_dropout import SHAPES, interleaved, machine, ratio, row, trainer
+from bench_growth import bench_growth, bench_memory
+from bench_peers import DROPOUT, GPT2, hugging_face, hugging_face_update, updates, without_loops
+from torch.nn.utils import clip_grad_norm_
+
+from gptlite.config import ModelConfig, SampleConfig
+from gptlite.config_reader import validate
+from gptlite.data import batch_at
+from gptlite.generate import continuations, halve
+from gptlite.memory import keep_freed
+from gptlite.model import GPT
+from gptlite.plan import flops_per_token
+from gptlite.prepare import prepare
+from gptlite.strict_yaml import Document
+from gptlite.tokenizer import train_bpe
+from gptlite.train import Trainer
+
+DOCS = Path(__file__).resolve().parents[1] / "docs" / "benchmarks.md"
+Times = dict[str, list[float]]
+
+
+def bare(made: Trainer) -> Callable[[], None]:
+    """Forward, backward, clipping and optimizer on one batch: an update without its loop."""
+    batch = batch_at(made.rows, seed=0, step=0, batch_size=made.run.train.batch_size)
+
+    def update() -> None:
+        made.accumulate(batch).item()
+        clip_grad_norm_(made.parameters, 1.0).item()
+        made.optimizer.step(1e-3)
+        made.optimizer.zero_grad()
+
+    return update
+
+
+def matmul_flops(dtype: torch.dtype, n: int = 1024) -> Callable[[], Any]:
+    a, b = torch.randn(n, n).to(dtype), torch.randn(n, n).to(dtype)
+    return lambda: [a @ b for _ in range(8)]
+
+
+def bench_train(options: argparse.Namespace) -> Iterator[str]:
+    """A whole update with dropout 0.2 at nanoGPT's four places."""
+    yield row(("shape", "who", "ms", "tokens/s", "x HF float32", "x HF bfloat16", "of bf16 matmul"))
+    yield "|---|---|---:|---:|---:|---:|---:|"
+    with tempfile.TemporaryDirectory() as folder:
+        for name, shape in SHAPES.items():
+            make = partial(trainer, shape, Path(folder), dropout=DROPOUT)
+            fast = make(dtype="auto")
+            native = {**DROPOUT, "masks": "native"}
+            plain = make(dropout=native, dtype="float32", attention="math")
+            todo: dict[str, Callable[[], Any]] = {
+                "HF GPT-2, float32": hugging_face_update(shape, "float32"),
+                "HF GPT-2, bfloat16": hugging_face_update(shape, "bfloat16"),
+                "gptlite on torch alone, float32, torch's dropout": without_loops(updates(plain)),
+                "gptlite, float32": updates(make(dtype="float32")),
+                f"gptlite, auto ({fast.run.dtype}, {fast.run.attention})": updates(fast),
+                "the same without its loop": bare(make(dtype="auto")),
+                "matmul": matmul_flops(torch.bfloat16),
+            }
+            times = interleaved(todo, options.repeats * (4 if name.startswith("cpu") else 1))
+            products = [8 * 2 * 1024**3 / s for s in times.pop("matmul")]
+            tokens = shape["train"]["batch_size"] * shape["model"]["context_length"]
+            flops = tokens * flops_per_token(fast.run, 65)
+            for who, seconds in times.items():
+                ms, typical = 1e3 * statistics.median(seconds), statistics.median(seconds)
+                ratios = [f"{ratio(times, hf, who):.2f}" for hf in list(times)[:2]]
+                share = statistics.median(
+                    flops / s / p for s, p in zip(seconds, products, strict=True)
+                )
+                cells = (f"{ms:.1f}", f"{tokens / typical:,.0f}", *ratios, f"{share:.0%}")
+                yield row((name.partition(":")[0], who, *cells))
+            yield row(
+                (
+                    name.partition(":")[0],
+                    "bf16 matmul, 1024 cubed, GFLOP/s",
+                    f"{statistics.median(products) / 1e9:.0f}",
+                    *[""] * 4,
+                )
+            )
+
+
+def command(*args: str, **sets: Any) -> list[str]:
+    given = [part for key, value in sets.items() for part in ("--set", f"{key}={value}")]
+    return [sys.executable, "-m", "gptlite", *args, *given]
+
+
+def timed_lines(args: list[str]) -> Iterator[tuple[float, str]]:
+    """Lines of a command's stderr with the seconds since its start; an empty one at its end."""
+    began, environment = time.perf_counter(), {**os.environ, "CI": "true"}
+    pipe, null = subprocess.PIPE, subprocess.DEVNULL
+    with subprocess.Popen(args, stderr=pipe, stdout=null, text=True, env=environment) as process:
+        assert process.stderr is not None
+        try:
+            for line in process.stderr:
+                yield time.perf_counter() - began, line
+        finally:
+            process.kill()  # who has read enough need not wait
+    yield time.perf_counter() - began, ""
+
+
+def until(loss: float, args: list[str]) -> tuple[float, float, float]:
+    """(last validation loss, seconds of the whole command, seconds until `loss` was known)."""
+    last, reached, seconds = float("nan"), float("inf"), 0.0
+    for seconds, line in timed_lines(args):  # noqa: B007
+        if match := re.search(r"\bval ([\d.]+)", line):
+            last = float(match[1])
+            reached = min(reached, seconds) if last <= loss else reached
+    return last, seconds, reached
+
+
+def bench_quality(options: argparse.Namespace) -> Iterator[str]:
+    """From the start of the command until a loss of 1.88 on the whole validation split is known."""
+    plain = {"dtype": "float32", "attention": "math"}
+    recipe, fast = "nanoGPT's recipe (lr 1e-3), float32", "`shakespeare_char_fast`"
+    runs: dict[str, tuple[str, dict[str, Any]]] = {
+        recipe: ("shakespeare_char_cpu", {**plain, "optim.lr": 1e-3}),
+        "`shakespeare_char_cpu` (lr 2e-3), float32": ("shakespeare_char_cpu", plain),
+        fast: ("shakespeare_char_fast", {}),
+    }
+    found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in runs}
+    for seed in range(1337, 1337 + options.seeds):
+        for name, (config, sets) in runs.items():
+            with tempfile.TemporaryDirectory() as folder:
+                places = {"data.source": options.text, "data.cache_dir": f"{folder}/cache"}
+                out = ("--out-dir", f"{folder}/run")
+                args = command("train", "--config", config, *out, seed=seed, **places, **sets)
+                found[name].append(until(1.88, args))
+    yield row(("run", "validation loss at the end", "whole command, s", "1.88 known after, s"))
+    yield "|---|---|---|---|"
+    for name, results in found.items():
+        losses, whole, reached = zip(*results, strict=True)
+        known = ", ".join("never" if s == float("inf") else f"{s:.1f}" for s in reached)
+        cells = [", ".join(f"{x:.3f}" for x in losses), ", ".join(f"{x:.1f}" for x in whole)]
+        yield row((name, *cells, known))
+    yield ""
+    shares = []
+    for name in list(runs)[:2]:
+        pairs = zip(found[fast], found[name], strict=True)
+        both = [(ours[2] / whole, ours[2] / reached) for ours, (_, whole, reached) in pairs]
+        shares.append([statistics.median(pair[i] for pair in both) for i in range(2)])
+    yield (
+        f"Time until 1.88 is known, of the recipe's whole command: {shares[0][0]:.2f}; with "
+        f"lr 2e-3 {shares[1][0]:.2f} of the whole command, {shares[1][1]:.2f} of its time to 1.88."
+    )
+
+
+def bench_generate(options: argparse.Namespace) -> Iterator[str]:
+    """New tokens per second after a prompt of 16, sampling at temperature 0.8, with a cache."""
+    small = {**GPT2, "n_layer": 6, "n_head": 6, "n_embd": 384, "context_length": 256}
+    memory = torch.randn(1 << 26)
+    yield row(
+        ("model", "streams", "who", "ms a step", "tokens/s", "x HF", "weights, GB/s", "of a read")
+    )
+    yield "|---|---:|---|---:|---:|---:|---:|---:|"
+    for name, sizes, vocab_size, n in (("10 M", small, 65, 100), ("124 M", GPT2, 50257, 32)):
+        theirs = hugging_face(sizes, vocab_size).eval()
+        config = ModelConfig.model_validate(sizes)
+        ours = {d: GPT(config, vocab_size, kernel="fused").eval() for d in ("float32", "bfloat16")}
+        halve(ours["bfloat16"])
+        wanted = {"max_new_tokens": n, "temperature": 0.8}
+        settings = SampleConfig.model_validate(wanted)
+        for streams in (1, 8):
+            ids = torch.randint(0, vocab_size, (streams, 16))
+            more: dict[str, Any] = {"min_new_tokens": n, "do_sample": True, "top_k": 0}
+            more |= {"attention_mask": torch.ones_like(ids), **wanted}
+            hf = "HF GPT-2, float32"
+            todo: dict[str, Callable[[], Any]] = {hf: partial(theirs.generate, ids, **more)}
+            for dtype, model in ours.items():
+                args = (model, ids.tolist(), list(range(streams)), settings)
+                todo[f"gptlite, {dtype}"] = partial(lambda *a: list(continuations(*a)), *args)
+            todo["read"] = memory.sum
+            times = interleaved(todo, options.repeats)
+            reads = [4 * memory.numel() / s for s in times.pop("read")]
+            for who, seconds in times.items():
+                size = n * config.n_parameters(vocab_size) * (2 if "bfloat16" in who else 4)
+                share = statistics.median(size / s / r for s, r in zip(seconds, reads, strict=True))
+                step = statistics.median(seconds) / n
+                cells = [
+                    f"{1e3 * step:.2f}",
+                    f"{streams / step:,.0f}",
+                    f"{ratio(times, hf, who):.2f}",
+                ]
+                yield row(
+                    (
+                        name,
+                        str(streams),
+                        who,
+                        *cells,
+                        f"{size / step / n / 1e9:.1f}",
+                        f"{share:.0%}",
+                    )
+                )
+
+
+def bench_prepare(options: argparse.Namespace) -> Iterator[str]:
+    """Text to token files with GPT-2's vocabulary, from reading the text to the digests."""
+    import tiktoken
+
+    text = options.text.read_text()
+    encoding = tiktoken.get_encoding("gpt2")
+    pieces = [text[at : at + 65536] for at in range(0, len(text), 65536)]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+
+        def ours(megabytes: int) -> float:
+            source, place = folder / f"{megabytes}.txt", {"data.cache_dir": folder / "cache"}
+            with source.open("w") as file:
+                for _ in range(megabytes * 10**6 // len(text)):
+                    file.write(text)
+            gpt2 = {"tokenizer.kind": "tiktoken", "data.source": source, **place}
+            process = subprocess.Popen(command("prepare", "--config", "debug", **gpt2), stdout=-3)
+            usage = os.wait4(process.pid, 0)[2]
+            return usage.ru_maxrss / 1024
+
+        peaks = {megabytes: ours(megabytes) for megabytes in (100, options.large_mb)}
+        source = {"source": str(folder / "100.txt"), "cache_dir": f"{folder}/again"}
+
+        def whole() -> None:
+            run = {"data": source, "tokenizer": {"kind": "tiktoken"}, "train": {"epochs": 1}}
+            prepare(validate(Document({**run, "optim": {"warmup_steps": 0}})))
+            for file in sorted((folder / "again").rglob("*"), reverse=True):
+                file.unlink() if file.is_file() else file.rmdir()
+
+        def one_thread() -> None:
+            for _ in range(10**8 // len(text)):
+                for piece in pieces:
+                    encoding.encode_ordinary(piece)
+
+        times = interleaved({"tiktoken": one_thread, "prepare": whole}, options.repeats)
+        learn = interleaved({"bpe": lambda: train_bpe([text[: 10**6]], 4096)}, options.repeats)
+    rates = {who: 100 / statistics.median(seconds) for who, seconds in times.items()}
+    yield row(("what", "measured"))
+    yield "|---|---:|"
+    yield row(("tiktoken, one thread, 100 MB", f"{rates['tiktoken']:.1f} MB/s"))
+    yield row(("`prepare`, 100 MB", f"{rates['prepare']:.1f} MB/s"))
+    yield row(("ratio", f"{ratio(times, 'tiktoken', 'prepare'):.2f}"))
+    for megabytes, peak in peaks.items():
+        yield row((f"peak memory, {megabytes:,} MB of text", f"{peak:.0f} MiB"))
+    yield row(("a BPE of 4096 from 1 MB", f"{statistics.median(learn['bpe']):.2f} s"))
+
+
+def bench_numerics(options: argparse.Namespace) -> Iterator[str]:
+    """`shakespeare_char_cpu` to its end: torch alone in float32 against what `auto` chooses."""
+    ways: tuple[dict[str, str], ...] = ({"CC": "none"}, {})
+    plain = {"dtype": "float32", "attention": "math"}
+    yield row(("seed", "float32 on torch alone", "auto", "difference"))
+    yield "|---|---:|---:|---:|"
+    differences = []
+    for seed in (1337, 1, 2)[: options.seeds]:
+        losses = []
+        for way in ways:
+            with tempfile.TemporaryDirectory() as folder:
+                places = {"data.source": options.text, "data.cache_dir": f"{folder}/cache"}
+                sets = {
+                    "seed": seed,
+                    "train.eval_interval": 2000,
+                    **places,
+                    **(plain if way else {}),
+                }
+                out = ("--out-dir", f"{folder}/run")
+                args = command("train", "--config", "shakespeare_char_cpu", *out, **sets)
+                subprocess.run(args, check=True, capture_output=True, env={**os.environ, **way})
+                summary = json.loads(Path(folder, "run", "summary.json").read_text())
+                losses.append(summary["val_loss"])
+        differences.append(losses[1] - losses[0])
+        yield row((str(seed), *(f"{loss:.4f}" for loss in losses), f"{differences[-1]:+.4f}"))
+    yield row(("mean", "", "", f"{statistics.mean(differences):+.4f}"))
+
+
+def bench_start(options: argparse.Namespace) -> Iterator[str]:
+    """Whole processes, from their start to their end, or to the line of their first update."""
+    times: dict[str, list[float]] = {}
+
+    def until_first_update(folder: str, name: str) -> float:
+        sets = {"data.cache_dir": f"{folder}/cache", "train.log_interval": 1}
+        out = ("--out-dir", f"{folder}/{name}")
+        args = command("train", "--config", "debug", "--config", "quickstart", *out, **sets)
+        return next(s for s, line in timed_lines(args) if line.startswith("step "))
+
+    bad = command("config", "check", "--config", "quickstart", **{"optim.lr": -1})
+    for _ in range(options.repeats):
+        for name, args in (("--help", command("--help")), ("a config error", bad)):
+            began = time.perf_counter()
+            subprocess.run(args, capture_output=True)
+            times.setdefault(name, []).append(time.perf_counter() - began)
+        with tempfile.TemporaryDirectory() as folder:
+            for name in ("quickstart's first update, nothing cached", "again, text tokenized"):
+                times.setdefault(name, []).append(until_first_update(folder, name[:5]))
+    yield row(("what", "seconds"))
+    yield "|---|---:|"
+    for name, seconds in times.items():
+        yield row((name, f"{statistics.median(seconds):.2f}"))
+
+
+SECTIONS: dict[str, Callable[[argparse.Namespace], Iterator[str]]] = {
+    "train": bench_train,
+    "quality": bench_quality,
+    "generate": bench_generate,
+    "prepare": bench_prepare,
+    "start": bench_start,
+    "memory": bench_memory,
+    "growth": bench_growth,
+    "numerics": bench_numerics,
+}
+
+
+def write(name: str, lines: list[str]) -> None:
+    """Replace what stands between the marks of a section."""
+    text = DOCS.read_text()
+    marks = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    before, rest = text.split(marks[0])
+    _, after = rest.split(marks[1])
+    DOCS.write_text("\n".join([before + marks[0], *lines, marks[1] + after]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("section", nargs="*", choices=[*SECTIONS, []])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--large-mb", type=int, default=2000, help="of text, for prepare's memory")
+    parser.add_argument("--text", type=Path, default=Path("tinyshakespeare.txt"))
+    parser.add_argument("--write", action="store_true", help="into docs/benchmarks.md")
+    options = parser.parse_args()
+    torch.set_num_threads(2)
+    torch.manual_seed(0)
+    keep_freed()
+    options.text = options.text.resolve()
+    for name in options.section or SECTIONS:
+        asked = f"`scripts/bench.py {name} --repeats {options.repeats} --seeds {options.seeds}`"
+        stamp = f"{asked}, {datetime.date.today()}, {machine()}"
+        print(f"\n{stamp}\n", flush=True)
+        lines = [stamp, ""]
+        for line in SECTIONS[name](options):
+            print(line, flush=True)
+            lines.append(line)
+        if options.write:
+            write(name, lines)
+
+
+if __name__ == "__main__":
+    main()
