@@ -9,6 +9,7 @@
 #include <string.h>
 
 #define GAMMA 0x9E3779B97F4A7C15u
+#define WIDE 16 /* values of a vector */
 #define LANES 64 /* values worked on together: a few vectors, 16 words of draws */
 #define LONGEST 8192 /* row of attention weights; loops.py knows this number too */
 #define SMALL 16384 /* values that do not repay a second thread */
@@ -47,9 +48,11 @@ static inline uint64_t mix(uint64_t x) {
 /* What each of n values from the key's word on is multiplied by; n is rounded up to LANES. */
 static inline void draw(const rows *r, uint64_t key, float *restrict kept, int64_t n) {
     union { uint64_t words[LANES / 4]; int16_t draws[LANES]; } random;
+    int32_t threshold = r->threshold; /* read once: `kept` might lie over *r, for all C knows */
+    float scale = r->scale;
     for (int64_t start = 0; start < n; start += LANES, key += LANES / 4 * GAMMA) {
         EACH(0, LANES / 4) random.words[i] = mix(key + (uint64_t)i * GAMMA);
-        EACH(0, LANES) kept[start + i] = random.draws[i] >= r->threshold ? r->scale : 0.0f;
+        EACH(0, LANES) kept[start + i] = random.draws[i] >= threshold ? scale : 0.0f;
     }
 }
 
@@ -84,7 +87,7 @@ static inline float exponential(float x) {
     return (p * r * r + r + 1.0f) * power.value;
 }
 
-/* Softmax of factor * e over the first `seen`; zeros from there to n, a multiple of LANES. */
+/* Softmax of factor * e over the first `seen`; zeros from there to n, a multiple of WIDE. */
 static inline void softmax(float *restrict e, int64_t seen, int64_t n, float factor) {
     float top = -INFINITY, sum = 0;
     EACH(seen, n) e[i] = -INFINITY;
@@ -101,7 +104,6 @@ static inline void softmax(float *restrict e, int64_t seen, int64_t n, float fac
 }
 
 /* Vectors of one shape on every machine, so that sums are made in the same order. */
-#define WIDE 16
 typedef float wide __attribute__((vector_size(4 * WIDE)));
 typedef uint16_t wide_bits __attribute__((vector_size(2 * WIDE)));
 typedef uint32_t wide_words __attribute__((vector_size(4 * WIDE)));
@@ -146,7 +148,7 @@ void read_one(const float *q, const float *keys, const float *values, const uint
                 EACH(0, D) sum += query[i] * key[i];
                 weights[s] = !visible || visible[b * S + s] ? sum : -INFINITY;
             }
-            softmax(weights, S, (S + LANES - 1) / LANES * LANES, factor);
+            softmax(weights, S, (S + WIDE - 1) / WIDE * WIDE, factor);
             EACH(0, D) out[i] = 0;
             for (int64_t s = 0; s < S; s++) {
                 if (weights[s] < 1e-37f) continue; /* hidden */
@@ -201,7 +203,7 @@ void OF(gelu)(const TYPE *restrict x, TYPE *restrict y, TYPE *restrict slope, in
 static inline void OF(softmax_row)(const rows *r, uint64_t key, int64_t seen, float factor,
                                    TYPE *restrict row, TYPE *restrict dropped) {
     float weights[LONGEST], kept[LONGEST];
-    int64_t n = (seen + LANES - 1) / LANES * LANES, inside = n < r->W ? n : r->W;
+    int64_t n = (seen + WIDE - 1) / WIDE * WIDE, inside = n < r->W ? n : r->W;
     EACH(0, seen) weights[i] = OF(from)(row[i]);
     softmax(weights, seen, n, factor);
     EACH(0, inside) row[i] = OF(to)(weights[i]);
