@@ -21,87 +21,71 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from bench_dropout import SHAPES, interleaved, machine, ratio, row, trainer
+from bench_dropout import SHAPES, interleaved, machine, ratio, row
 from bench_growth import bench_growth, bench_memory
-from bench_peers import DROPOUT, GPT2, hugging_face, hugging_face_update, updates, without_loops
-from torch.nn.utils import clip_grad_norm_
+from bench_peers import (
+    DROPOUT,
+    GPT2,
+    Away,
+    gptlite_update,
+    hugging_face,
+    hugging_face_update,
+    in_turn,
+    matmul,
+)
 
 from gptlite.config import ModelConfig, SampleConfig
 from gptlite.config_reader import validate
-from gptlite.data import batch_at
 from gptlite.generate import continuations, halve
-from gptlite.memory import keep_freed
 from gptlite.model import GPT
 from gptlite.plan import flops_per_token
 from gptlite.prepare import prepare
 from gptlite.strict_yaml import Document
 from gptlite.tokenizer import train_bpe
-from gptlite.train import Trainer
 
+DTYPES = ("float32", "bfloat16")
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "benchmarks.md"
 Times = dict[str, list[float]]
 
 
-def bare(made: Trainer) -> Callable[[], None]:
-    """Forward, backward, clipping and optimizer on one batch: an update without its loop."""
-    batch = batch_at(made.rows, seed=0, step=0, batch_size=made.run.train.batch_size)
-
-    def update() -> None:
-        made.accumulate(batch).item()
-        clip_grad_norm_(made.parameters, 1.0).item()
-        made.optimizer.step(1e-3)
-        made.optimizer.zero_grad()
-
-    return update
-
-
-def matmul_flops(dtype: torch.dtype, n: int = 1024) -> Callable[[], Any]:
-    a, b = torch.randn(n, n).to(dtype), torch.randn(n, n).to(dtype)
-    return lambda: [a @ b for _ in range(8)]
-
-
 def bench_train(options: argparse.Namespace) -> Iterator[str]:
     """A whole update with dropout 0.2 at nanoGPT's four places."""
-    yield row(("shape", "who", "ms", "tokens/s", "x HF float32", "x HF bfloat16", "of bf16 matmul"))
+    yield row(("shape", "who", "ms", "tokens/s", "x HF fp32", "x HF bf16", "of bf16 matmul"))
     yield "|---|---|---:|---:|---:|---:|---:|"
-    with tempfile.TemporaryDirectory() as folder:
-        for name, shape in SHAPES.items():
-            make = partial(trainer, shape, Path(folder), dropout=DROPOUT)
-            fast = make(dtype="auto")
-            native = {**DROPOUT, "masks": "native"}
-            plain = make(dropout=native, dtype="float32", attention="math")
-            todo: dict[str, Callable[[], Any]] = {
-                "HF GPT-2, float32": hugging_face_update(shape, "float32"),
-                "HF GPT-2, bfloat16": hugging_face_update(shape, "bfloat16"),
-                "gptlite on torch alone, float32, torch's dropout": without_loops(updates(plain)),
-                "gptlite, float32": updates(make(dtype="float32")),
-                f"gptlite, auto ({fast.run.dtype}, {fast.run.attention})": updates(fast),
-                "the same without its loop": bare(make(dtype="auto")),
-                "matmul": matmul_flops(torch.bfloat16),
-            }
-            times = interleaved(todo, options.repeats * (4 if name.startswith("cpu") else 1))
-            products = [8 * 2 * 1024**3 / s for s in times.pop("matmul")]
-            tokens = shape["train"]["batch_size"] * shape["model"]["context_length"]
-            flops = tokens * flops_per_token(fast.run, 65)
-            for who, seconds in times.items():
-                ms, typical = 1e3 * statistics.median(seconds), statistics.median(seconds)
-                ratios = [f"{ratio(times, hf, who):.2f}" for hf in list(times)[:2]]
-                share = statistics.median(
-                    flops / s / p for s, p in zip(seconds, products, strict=True)
-                )
-                cells = (f"{ms:.1f}", f"{tokens / typical:,.0f}", *ratios, f"{share:.0%}")
-                yield row((name.partition(":")[0], who, *cells))
-            yield row(
-                (
-                    name.partition(":")[0],
-                    "bf16 matmul, 1024 cubed, GFLOP/s",
-                    f"{statistics.median(products) / 1e9:.0f}",
-                    *[""] * 4,
-                )
-            )
+    plain = {"dtype": "float32", "attention": "math"}
+    ways: dict[str, dict[str, Any]] = {
+        "torch alone, float32, torch's dropout": {**plain, "compiler": False},
+        "float32": {"dtype": "float32"},
+        "auto": {"dtype": "auto"},
+        "auto without its loop": {"dtype": "auto", "loop": False},
+    }
+    for name, shape in SHAPES.items():
+        calls = 10 if name.startswith("cpu") else 1
+        away = partial(Away, calls=calls)
+        todo = {f"HF GPT-2, {d}": away(hugging_face_update, shape, d) for d in DTYPES}
+        for way, top in ways.items():
+            masks = {"masks": "native"} if "torch's" in way else {}
+            more = {"dropout": {**DROPOUT, **masks}, **top}
+            todo[f"gptlite, {way}"] = away(gptlite_update, shape, **more)
+        todo["matmul"] = away(matmul, torch.bfloat16)
+        times = in_turn(todo, options.repeats)
+        products = [8 * 2 * 1024**3 / s for s in times.pop("matmul")]
+        tokens = shape["train"]["batch_size"] * shape["model"]["context_length"]
+        sizes: Any = SimpleNamespace(model=ModelConfig.model_validate(shape["model"]))
+        flops, short = tokens * flops_per_token(sizes, 65), name.partition(":")[0]
+        for who, seconds in times.items():
+            typical = statistics.median(seconds)
+            ratios = [f"{ratio(times, hf, who):.2f}" for hf in list(times)[:2]]
+            pairs = zip(seconds, products, strict=True)
+            share = statistics.median(flops / s / p for s, p in pairs)
+            cells = (f"{1e3 * typical:.1f}", f"{tokens / typical:,.0f}", *ratios, f"{share:.0%}")
+            yield row((short, who, *cells))
+        speed = f"{statistics.median(products) / 1e9:.0f} GFLOP/s"
+        yield row((short, "bf16 matmul, 1024 cubed", speed, *[""] * 4))
 
 
 def command(*args: str, **sets: Any) -> list[str]:
@@ -349,7 +333,6 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(2)
     torch.manual_seed(0)
-    keep_freed()
     options.text = options.text.resolve()
     for name in options.section or SECTIONS:
         asked = f"`scripts/bench.py {name} --repeats {options.repeats} --seeds {options.seeds}`"

@@ -10,13 +10,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from bench_dropout import row, trainer
-from bench_peers import DROPOUT, GPT2, hugging_face_update, updates
+from bench_peers import DROPOUT, GPT2, hugging_face_update
 
 from gptlite.config import ModelConfig
 from gptlite.memory import keep_freed, training_bytes
@@ -32,7 +33,6 @@ def measured(**what: Any) -> dict[str, float]:
 
 def measure(what: dict[str, Any]) -> dict[str, float]:
     """The other side of `measured`."""
-    keep_freed()
     vocab_size, batch, n = what.pop("vocab_size", 65), what.pop("batch_size"), what.pop("n", 2)
     peer, top = what.pop("peer", None), what.pop("top", {})
     shape = {
@@ -42,6 +42,7 @@ def measure(what: dict[str, Any]) -> dict[str, float]:
     if peer is not None:
         update, estimate = hugging_face_update(shape, peer, vocab_size), 0
     else:
+        keep_freed()
         with tempfile.TemporaryDirectory() as folder:
             made = trainer(
                 shape,
@@ -53,7 +54,7 @@ def measure(what: dict[str, Any]) -> dict[str, float]:
         size = made.run.train.micro_batch_size
         assert isinstance(size, int)
         estimate = training_bytes(made.run, vocab_size, size, made.run.train.recompute is True)
-        update = updates(made)
+        update = partial(next, made.updates(made.max_steps))
     empty = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     seconds = []
     for _ in range(n + 1):

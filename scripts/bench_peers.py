@@ -1,15 +1,20 @@
-"""What the benchmarks share: the peer, its update, and gptlite's own with or without its loops."""
+"""What the benchmarks share: the peer, its update and gptlite's, each in a process of its own."""
 
-from collections.abc import Callable
+import multiprocessing
+import os
+import tempfile
+import time
+from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
+from bench_dropout import trainer
 from torch.nn.utils import clip_grad_norm_
 
-from gptlite import loops
-from gptlite.train import Trainer
+from gptlite.data import batch_at
+from gptlite.memory import keep_freed
 
 NANOGPTS = ("embedding", "attention_weights", "attention_output", "mlp_output")
 DROPOUT = {"preset": "none", "sites": dict.fromkeys(NANOGPTS, 0.2)}
@@ -48,15 +53,78 @@ def hugging_face_update(
     return update
 
 
-def updates(made: Trainer) -> Callable[[], Any]:
-    return partial(next, made.updates(made.max_steps))
+def gptlite_update(
+    shape: dict[str, Any], *, loop: bool = True, compiler: bool = True, **top: Any
+) -> Callable[[], Any]:
+    """An update as `gptlite train` makes it; without its loop the same batch again and again."""
+    if not compiler:
+        os.environ["CC"] = "none"
+    keep_freed()
+    with tempfile.TemporaryDirectory() as folder:
+        made = trainer(shape, Path(folder), **top)
+    if loop:
+        return partial(next, made.updates(made.max_steps))
+    batch = batch_at(made.rows, seed=0, step=0, batch_size=made.run.train.batch_size)
+
+    def update() -> None:
+        made.accumulate(batch).item()
+        clip_grad_norm_(made.parameters, 1.0).item()
+        made.optimizer.step(1e-3)
+        made.optimizer.zero_grad()
+
+    return update
 
 
-def without_loops(run: Callable[[], Any]) -> Callable[[], Any]:
-    """The same on torch alone."""
+def matmul(dtype: torch.dtype, n: int = 1024) -> Callable[[], Any]:
+    """Eight products of n cubed."""
+    a, b = torch.randn(n, n).to(dtype), torch.randn(n, n).to(dtype)
+    return lambda: [a @ b for _ in range(8)]
 
-    def plain() -> Any:
-        with mock.patch.object(loops, "library", return_value=None):
-            return run()
 
-    return plain
+class Away:
+    """Something to time in a process of its own, as its users run it: `calls` in a row, as caches
+    and clocks are in a real run. Returns the seconds of one."""
+
+    def __init__(
+        self, make: Callable[..., Callable[[], Any]], *args: Any, calls: int = 1, **more: Any
+    ) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        context.Process(target=serve, args=(theirs, make, args, more, calls), daemon=True).start()
+        self.pipe.recv()  # ready: what `auto` times must have the machine for itself
+
+    def __call__(self) -> float:
+        time.sleep(0.01)  # until the threads of the one before have stopped waiting for work
+        self.pipe.send("again")
+        return float(self.pipe.recv())
+
+    def stop(self) -> None:
+        self.pipe.send("stop")
+
+
+def serve(
+    pipe: Any, make: Callable[..., Callable[[], Any]], args: Any, more: Any, calls: int
+) -> None:
+    torch.set_num_threads(2)
+    torch.manual_seed(0)
+    run = make(*args, **more)
+    run()
+    pipe.send("ready")
+    while pipe.recv() == "again":
+        began = time.perf_counter()
+        for _ in range(calls):
+            run()
+        pipe.send((time.perf_counter() - began) / calls)
+
+
+def in_turn(todo: Mapping[str, Away], repeats: int) -> dict[str, list[float]]:
+    """Seconds of every repeat, interleaved, after two that do not count."""
+    times: dict[str, list[float]] = {name: [] for name in todo}
+    for repeat in range(repeats + 2):
+        for name, run in todo.items():
+            seconds = run()
+            if repeat > 1:
+                times[name].append(seconds)
+    for run in todo.values():
+        run.stop()
+    return times
