@@ -19,6 +19,7 @@ import sysconfig
 import urllib.error
 import urllib.request
 import warnings
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -296,9 +297,22 @@ def docstrings(file: Path) -> Iterator[str]:
     except (SyntaxError, ValueError):
         return
     named = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    for node in ast.walk(tree):
+    for node in statements(tree):
         if not isinstance(node, (ast.Module, *named)):
             continue
         text = ast.get_docstring(node)
         if text and len(text) > 40:
             yield f"{node.name}: {text}" if isinstance(node, named) else text
+
+
+def statements(tree: ast.AST) -> Iterator[ast.AST]:
+    """As ast.walk goes, but past expressions, which are most of a tree and hold no docstrings."""
+    todo = deque([tree])
+    while todo:
+        node = todo.popleft()
+        yield node
+        for field in node._fields:
+            inside = getattr(node, field, None)
+            if isinstance(inside, list) and inside and isinstance(inside[0], ast.AST):
+                if not isinstance(inside[0], ast.expr):
+                    todo.extend(inside)
