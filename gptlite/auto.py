@@ -1,7 +1,7 @@
 """What `auto` means on this machine: each choice with its reason, overridable by name.
 
-Resolving a run twice on one machine gives the same run, except `dtype`, which is timed; the
-resolved values are saved with the run, so a resumed run never asks again.
+Resolving a run twice on one machine gives the same run, except `attention` and `dtype`, which are
+timed on CPUs; the resolved values are saved with the run, so a resumed run never asks again.
 """
 
 import math
@@ -150,6 +150,8 @@ def attentions(run: RunConfig, device: torch.device) -> tuple[list[str], str]:
     """Kernels that can do what the rates ask for."""
     drops = run.dropout.rates()["attention_weights"] > 0
     if device.type == "cpu":
+        if drops and run.dropout.masks == "native":
+            return ["math"], "no fused CPU kernel drops attention weights by torch's masks"
         plain = "math" if loops.library() is None else "fused"
         return ([plain] if drops else [plain, "sdpa"]), "drops attention weights by keyed masks"
     if device.type == "cuda" and drops and run.dropout.masks != "keyed":

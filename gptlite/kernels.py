@@ -130,6 +130,7 @@ class Linear(nn.Linear):
 
 def few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x (..., K), weight (N, K) → (..., N); a row does not depend on the others."""
+    assert weight.is_contiguous()
     y = x.new_empty(*x.shape[:-1], len(weight))
     run = loops.function(f"linear_{NAMES[weight.dtype]}")
     sizes = x.numel() // x.shape[-1], x.shape[-1], len(weight)

@@ -1,6 +1,7 @@
 /* Loops for CPUs where torch has no fast one: keyed masks, GELU, and a causal softmax that drops.
  *
- * loops.py builds this with the machine's C compiler if there is one. Each loop has its judge in
+ * loops.py builds this with the machine's C compiler if there is one, and defines LONGEST, the most
+ * keys in a row of attention weights. Each loop has its judge in
  * Python: masks.plain bit for bit, F.gelu and model.attention_weights to rounding.
  */
 #ifndef TYPE /* the first reading; the file includes itself once for each type of values */
@@ -11,7 +12,6 @@
 #define GAMMA 0x9E3779B97F4A7C15u
 #define WIDE 16 /* values of a vector */
 #define LANES 64 /* values worked on together: a few vectors, 16 words of draws */
-#define LONGEST 8192 /* row of attention weights; loops.py knows this number too */
 #define SMALL 16384 /* values that do not repay a second thread */
 #define EACH(start, end) for (int64_t i = (start); i < (end); i++)
 #define OMP(what) _Pragma(#what)

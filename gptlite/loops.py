@@ -52,7 +52,8 @@ def build() -> ctypes.CDLL | None:
     for flags in FLAGS:
         with tempfile.TemporaryDirectory() as folder:
             built = Path(folder) / "loops.so"
-            command = [*compiler, "-O3", *flags, "-shared", "-fPIC", str(source), "-o", str(built)]
+            flags = ["-O3", *flags, f"-DLONGEST={LONGEST_ROW}", "-shared", "-fPIC"]
+            command = [*compiler, *flags, str(source), "-o", str(built)]
             try:
                 subprocess.run(command, check=True, capture_output=True, timeout=60)
                 return ctypes.CDLL(str(built))

@@ -198,7 +198,8 @@ def make_norm(config: ModelConfig) -> nn.Module:
 class GPT(nn.Module):
     """A decoder-only transformer.
 
-    `dropout` plans every site; `kernel` is `math` or `sdpa`; `seed` names the weights.
+    `dropout` plans every site; `kernel` is `math`, `fused` or `sdpa`; `seed` names the weights;
+    `recompute` makes what the backward pass needs again instead of keeping it.
     """
 
     def __init__(
@@ -209,9 +210,10 @@ class GPT(nn.Module):
         *,
         kernel: str = "math",
         seed: int = 0,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
-        self.config, self.vocab_size = config, vocab_size
+        self.config, self.vocab_size, self.recompute = config, vocab_size, recompute
         self.token_embedding = nn.Embedding(vocab_size, config.n_embd)
         if config.position == "learned":
             self.position_embedding = nn.Embedding(config.context_length, config.n_embd)
@@ -223,8 +225,6 @@ class GPT(nn.Module):
         self.head = Linear(config.n_embd, vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.token_embedding.weight
-        self.recompute = False
-        """Whether the backward pass makes what it needs again instead of keeping it."""
         init_weights(self, seed)
 
     def forward(

@@ -305,6 +305,9 @@ def docstrings(file: Path) -> Iterator[str]:
             yield f"{node.name}: {text}" if isinstance(node, named) else text
 
 
+HOLD_STATEMENTS = (ast.stmt, ast.ExceptHandler, ast.match_case)
+
+
 def statements(tree: ast.AST) -> Iterator[ast.AST]:
     """As ast.walk goes, but past expressions, which are most of a tree and hold no docstrings."""
     todo = deque([tree])
@@ -313,6 +316,5 @@ def statements(tree: ast.AST) -> Iterator[ast.AST]:
         yield node
         for field in node._fields:
             inside = getattr(node, field, None)
-            if isinstance(inside, list) and inside and isinstance(inside[0], ast.AST):
-                if not isinstance(inside[0], ast.expr):
-                    todo.extend(inside)
+            if isinstance(inside, list) and inside and isinstance(inside[0], HOLD_STATEMENTS):
+                todo.extend(inside)

@@ -55,8 +55,14 @@ class Trainer:
         self.rows = files.rows("train", run.model.context_length)
         self.max_steps = auto.planned_steps(run, self.rows.n_rows)
         vocab_size = files.meta["vocab_size"]
-        self.model = GPT(run.model, vocab_size, run.dropout, kernel=run.attention, seed=run.seed)
-        self.model.recompute = run.train.recompute is True
+        self.model = GPT(
+            run.model,
+            vocab_size,
+            run.dropout,
+            kernel=run.attention,
+            seed=run.seed,
+            recompute=run.train.recompute is True,
+        )
         self.model.to(self.device).train()
         self.rates = {site: rate for site, rate in run.dropout.rates().items() if rate > 0}
         check_every_rate_acts(self.model, self.rates)

@@ -25,17 +25,21 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from bench_dropout import SHAPES, interleaved, machine, ratio, row
 from bench_growth import bench_growth, bench_memory
 from bench_peers import (
     DROPOUT,
     GPT2,
+    SHAPES,
     Away,
     gptlite_update,
     hugging_face,
     hugging_face_update,
     in_turn,
+    interleaved,
+    machine,
     matmul,
+    ratio,
+    row,
 )
 
 from gptlite.config import ModelConfig, SampleConfig
@@ -47,6 +51,11 @@ from gptlite.prepare import prepare
 from gptlite.strict_yaml import Document
 from gptlite.tokenizer import train_bpe
 
+PEAK = """
+import resource, subprocess, sys
+subprocess.run(sys.argv[1:], check=True)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+"""
 DTYPES = ("float32", "bfloat16")
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "benchmarks.md"
 Times = dict[str, list[float]]
@@ -217,9 +226,9 @@ def bench_prepare(options: argparse.Namespace) -> Iterator[str]:
                 for _ in range(megabytes * 10**6 // len(text)):
                     file.write(text)
             gpt2 = {"tokenizer.kind": "tiktoken", "data.source": source, **place}
-            process = subprocess.Popen(command("prepare", "--config", "debug", **gpt2), stdout=-3)
-            usage = os.wait4(process.pid, 0)[2]
-            return usage.ru_maxrss / 1024
+            args = command("prepare", "--config", "debug", **gpt2)
+            done = subprocess.run([sys.executable, "-c", PEAK, *args], capture_output=True)
+            return int(done.stdout.splitlines()[-1]) / 1024
 
         peaks = {megabytes: ours(megabytes) for megabytes in (100, options.large_mb)}
         source = {"source": str(folder / "100.txt"), "cache_dir": f"{folder}/again"}

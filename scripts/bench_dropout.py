@@ -8,58 +8,36 @@ a repeat. Prints Markdown: .venv/bin/python scripts/bench_dropout.py [--repeats 
 import argparse
 import ctypes
 import datetime
-import platform
 import statistics
-import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from bench_peers import (
+    SHAPES,
+    Away,
+    gptlite_update,
+    in_turn,
+    interleaved,
+    machine,
+    milliseconds,
+    ratio,
+    row,
+)
 from torch import Tensor
 
 from gptlite import auto, loops, masks
-from gptlite.config_reader import validate
 from gptlite.masks import GAMMA, Mask, mix
-from gptlite.prepare import prepare
-from gptlite.strict_yaml import Document
-from gptlite.train import Trainer
 
 SITE = (64, 1024, 384)  # 25.2 M values
 SIX = (
     *("embedding", "attention_weights", "attention_context"),
     *("attention_output", "mlp_activation", "mlp_output"),
 )
-SHAPES: dict[str, dict[str, Any]] = {
-    "cpu: 4 layers, 4 heads, 128 wide, context 64, batch 12": {
-        "model": {"n_layer": 4, "n_head": 4, "n_embd": 128, "context_length": 64, "bias": False},
-        "train": {"batch_size": 12},
-    },
-    "gpu: 6 layers, 6 heads, 384 wide, context 256, batch 16": {
-        "model": {"n_layer": 6, "n_head": 6, "n_embd": 384, "context_length": 256, "bias": False},
-        "train": {"batch_size": 16},
-    },
-}
-
-
-def interleaved(todo: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of every repeat, each after one that does not count."""
-    times: dict[str, list[float]] = {name: [] for name in todo}
-    for repeat in range(repeats + 1):
-        for name, run in todo.items():
-            began = time.perf_counter()
-            run()
-            if repeat:
-                times[name].append(time.perf_counter() - began)
-    return times
-
-
-def ratio(times: dict[str, list[float]], above: str, below: str) -> float:
-    return statistics.median(a / b for a, b in zip(times[above], times[below], strict=True))
 
 
 def instead(run: Callable[[], Any], **replaced: Callable[..., Any]) -> Callable[[], None]:
@@ -80,11 +58,6 @@ def instead(run: Callable[[], Any], **replaced: Callable[..., Any]) -> Callable[
 
 def without_compiler(run: Callable[[], Any]) -> Callable[[], None]:
     return instead(run, built=lambda x, dtype: False)
-
-
-def copying(run: Callable[[], Any]) -> Callable[[], None]:
-    """Copies every tensor where it would drop: what a pass over the memory costs."""
-    return instead(run, compiled=lambda x, mask, dtype: x.to(dtype, copy=True))
 
 
 def keep_freed_memory() -> bool:
@@ -127,61 +100,30 @@ def bench_site(repeats: int, memory: str) -> Iterator[str]:
             yield row(cells)
 
 
-def milliseconds(seconds: list[float]) -> str:
-    return f"{1e3 * statistics.median(seconds):.1f}"
-
-
-def row(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def trainer(shape: dict[str, Any], folder: Path, *, vocab_size: int = 65, **top: Any) -> Trainer:
-    """A trainer on random characters, as many different ones as the vocabulary has."""
-    text = folder / "text.txt"
-    if not text.exists():
-        letters = np.random.default_rng(0).permutation(np.arange(300_000) % vocab_size)
-        text.write_text("".join(chr(33 + n if n < 5000 else 0x10000 + n) for n in letters))
-    run = validate(
-        Document(
-            {
-                "data": {"source": str(text), "cache_dir": str(folder / "cache")},
-                "tokenizer": {"kind": "char"},
-                "device": "cpu",
-                **shape,
-                "train": {**shape["train"], "max_steps": 10_000},
-                **top,
-            }
-        )
-    )
-    files = prepare(run)
-    rows = files.rows("train", run.model.context_length)
-    return Trainer(auto.resolve(run, vocab_size=vocab_size, n_rows=rows.n_rows)[0], files)
-
-
-def bench_update(repeats: int, folder: Path) -> Iterator[str]:
+def bench_update(repeats: int) -> Iterator[str]:
     """A whole update: batch, forward, backward, clipping, AdamW."""
     none, six = {"preset": "none"}, {"preset": "none", "sites": dict.fromkeys(SIX, 0.2)}
     runs: dict[str, dict[str, Any]] = {
-        "rate 0, math attention": {"dropout": none, "attention": "math"},
+        "rate 0, fused attention": {"dropout": none, "attention": "fused"},
         "rate 0, sdpa attention": {"dropout": none, "attention": "sdpa"},
         "six sites at 0.2": {"dropout": six},
-        "six sites, copying only": {"dropout": six},
-        "six sites, no compiler": {"dropout": six},
+        "rate 0, no compiler": {"dropout": none, "compiler": False},
+        "six sites, no compiler": {"dropout": six, "compiler": False},
         "six sites, native (torch's)": {"dropout": {**six, "masks": "native"}},
     }
     for shape, sections in SHAPES.items():
-        n = 8 * repeats if shape.startswith("cpu") else repeats
+        calls = 10 if shape.startswith("cpu") else 1
         for dtype in ("float32", "bfloat16"):
-            todo: dict[str, Callable[[], Any]] = {}
-            for name, top in runs.items():
-                made = trainer(sections, folder, dtype=dtype, **top)
-                todo[name] = partial(next, made.updates(made.max_steps))
-            for name, change in {"copying only": copying, "no compiler": without_compiler}.items():
-                todo[f"six sites, {name}"] = change(todo[f"six sites, {name}"])
-            times = interleaved(todo, n)
+            todo = {
+                name: Away(gptlite_update, sections, calls=calls, dtype=dtype, **top)
+                for name, top in runs.items()
+            }
+            times = in_turn(todo, repeats)
             base = min(list(runs)[:2], key=lambda name: statistics.median(times[name]))
             for name, seconds in times.items():
-                more = f"{100 * (ratio(times, name, base) - 1):+.1f} %" if name != base else "base"
+                against = "rate 0, no compiler" if name == "six sites, no compiler" else base
+                more = f"{100 * (ratio(times, name, against) - 1):+.1f} %"
+                more = "base" if name == base else more
                 yield row((shape.partition(":")[0], dtype, name, milliseconds(seconds), more))
 
 
@@ -233,15 +175,6 @@ def bench_generators(repeats: int) -> Iterator[str]:
         yield row((name, rate, generators[name][1]))
 
 
-def machine() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next(line.partition(":")[2].strip() for line in lines if "model name" in line)
-    except (OSError, StopIteration):
-        cpu = platform.processor()
-    return f"{cpu}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=9)
@@ -261,8 +194,7 @@ def main() -> None:
     if keep_freed_memory():
         show(bench_site(repeats, "kept by the allocator"))
     print("\n| shape | dtype | whole update | ms | more than rate 0 |\n|---|---|---|---:|---:|")
-    with tempfile.TemporaryDirectory() as folder:
-        show(bench_update(repeats, Path(folder)))
+    show(bench_update(repeats))
     print("\n| generator | G draws/s | |\n|---|---:|---|")
     show(bench_generators(repeats))
 

@@ -2,23 +2,96 @@
 
 import multiprocessing
 import os
+import platform
+import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from bench_dropout import trainer
 from torch.nn.utils import clip_grad_norm_
 
+from gptlite import auto
+from gptlite.config_reader import validate
 from gptlite.data import batch_at
 from gptlite.memory import keep_freed
+from gptlite.prepare import prepare
+from gptlite.strict_yaml import Document
+from gptlite.train import Trainer
 
+SHAPES: dict[str, dict[str, Any]] = {
+    "cpu: 4 layers, 4 heads, 128 wide, context 64, batch 12": {
+        "model": {"n_layer": 4, "n_head": 4, "n_embd": 128, "context_length": 64, "bias": False},
+        "train": {"batch_size": 12},
+    },
+    "gpu: 6 layers, 6 heads, 384 wide, context 256, batch 16": {
+        "model": {"n_layer": 6, "n_head": 6, "n_embd": 384, "context_length": 256, "bias": False},
+        "train": {"batch_size": 16},
+    },
+}
 NANOGPTS = ("embedding", "attention_weights", "attention_output", "mlp_output")
 DROPOUT = {"preset": "none", "sites": dict.fromkeys(NANOGPTS, 0.2)}
 GPT2 = {"n_layer": 12, "n_head": 12, "n_embd": 768, "context_length": 1024}
+
+
+def milliseconds(seconds: list[float]) -> str:
+    return f"{1e3 * statistics.median(seconds):.1f}"
+
+
+def row(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def interleaved(todo: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of every repeat, each after one that does not count."""
+    times: dict[str, list[float]] = {name: [] for name in todo}
+    for repeat in range(repeats + 1):
+        for name, run in todo.items():
+            began = time.perf_counter()
+            run()
+            if repeat:
+                times[name].append(time.perf_counter() - began)
+    return times
+
+
+def ratio(times: dict[str, list[float]], above: str, below: str) -> float:
+    return statistics.median(a / b for a, b in zip(times[above], times[below], strict=True))
+
+
+def machine() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next(line.partition(":")[2].strip() for line in lines if "model name" in line)
+    except (OSError, StopIteration):
+        cpu = platform.processor()
+    return f"{cpu}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def trainer(shape: dict[str, Any], folder: Path, *, vocab_size: int = 65, **top: Any) -> Trainer:
+    """A trainer on random characters, as many different ones as the vocabulary has."""
+    text = folder / "text.txt"
+    if not text.exists():
+        letters = np.random.default_rng(0).permutation(np.arange(300_000) % vocab_size)
+        text.write_text("".join(chr(33 + n if n < 5000 else 0x10000 + n) for n in letters))
+    run = validate(
+        Document(
+            {
+                "data": {"source": str(text), "cache_dir": str(folder / "cache")},
+                "tokenizer": {"kind": "char"},
+                "device": "cpu",
+                **shape,
+                "train": {**shape["train"], "max_steps": 10_000},
+                **top,
+            }
+        )
+    )
+    files = prepare(run)
+    rows = files.rows("train", run.model.context_length)
+    return Trainer(auto.resolve(run, vocab_size=vocab_size, n_rows=rows.n_rows)[0], files)
 
 
 def hugging_face(model: dict[str, int], vocab_size: int, rate: float = 0.2) -> Any:

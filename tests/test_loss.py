@@ -86,8 +86,8 @@ def test_recomputing_gives_the_same_gradients_bit_for_bit(kernel: str, dropout: 
     ids = torch.randint(0, 30, (3, 12), generator=torch.Generator().manual_seed(0))
     samples, gradients = sample_keys(0, 3, torch.arange(3).numpy()), []
     for recompute in (False, True):
-        model = GPT(ModelConfig(**SIZES), 30, dropout, kernel=kernel, seed=1).train()
-        model.recompute = recompute
+        options = {"kernel": kernel, "seed": 1, "recompute": recompute}
+        model = GPT(ModelConfig(**SIZES), 30, dropout, **options).train()
         with torch.random.fork_rng():
             torch.manual_seed(5)
             model(ids, samples=samples, targets=ids).backward()
@@ -104,8 +104,7 @@ def test_recomputing_keeps_less(workshop: Workshop) -> None:
         return x
 
     for recompute in (False, True):
-        model = GPT(ModelConfig(**SIZES), 30, only("mlp_output"), seed=1).train()
-        model.recompute = recompute
+        model = GPT(ModelConfig(**SIZES), 30, only("mlp_output"), recompute=recompute).train()
         kept.append(0)
         ids = torch.zeros(4, 12, dtype=torch.long)
         with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
