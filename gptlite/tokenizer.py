@@ -27,6 +27,9 @@ LONG_RUN = re.compile(r"\s{1024}|\S{1024}")
 
 # GPT-2's split into words, with possessive repeats so that long runs cost no backtracking.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+# The same words in half the time: one group of all that never looks ahead, without possessive
+# repeats, runs as an automaton, which does not backtrack either.
+GPT2_GROUPED = r"(?:'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+)|\s++$|\s+(?!\S)|\s"
 
 
 class Tokenizer(Protocol):
@@ -191,9 +194,11 @@ class BPETokenizer:
         """One for each thread: two that share its regular expression can be slower than one."""
         made: tiktoken.Encoding | None = getattr(self.of_thread, "encoding", None)
         if made is None:
-            special = {EOT: self.eot}
             made = tiktoken.Encoding(
-                self.name, pat_str=self.pattern, mergeable_ranks=self.ranks, special_tokens=special
+                self.name,
+                pat_str=GPT2_GROUPED if self.pattern == GPT2_PATTERN else self.pattern,
+                mergeable_ranks=self.ranks,
+                special_tokens={EOT: self.eot},
             )
             self.of_thread.encoding = made
         return made

@@ -2,6 +2,7 @@
 
 import json
 import time
+from itertools import product
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -175,6 +176,20 @@ def test_a_long_text_has_the_tokens_of_the_whole(by_words):
     pieces, _ = cut(PROSE, final=True)
     assert len(pieces) > 2
     assert by_words.encode(PROSE) == by_words.encoding.encode_ordinary(PROSE)
+
+
+def test_words_found_by_the_grouped_pattern_are_those_of_gpt2():
+    """Over all short texts, with a vocabulary in which every word is one token."""
+    signs = "'s 1\n.é"
+    small = ["".join(letters) for n in range(1, 6) for letters in product(signs, repeat=n)]
+    ranks = {word.encode(): rank for rank, word in enumerate(small)}
+    built = tokenizer.BPETokenizer("bpe", "bpe", tokenizer.GPT2_PATTERN, ranks, len(ranks))
+    plain = tiktoken.Encoding(
+        "plain", pat_str=tokenizer.GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={}
+    )
+    for text in small:
+        assert built.encode(text) == plain.encode_ordinary(text)
+    assert [small[token] for token in built.encode("é's  é")] == ["é", "'s", " ", " é"]
 
 
 def reference_bpe(training: str, vocab_size: int):
