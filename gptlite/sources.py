@@ -7,6 +7,7 @@ held whole except a single record of a .jsonl or .csv.
 import ast
 import codecs
 import csv
+import gc
 import glob
 import hashlib
 import http.client
@@ -270,7 +271,13 @@ def python_docs(cache_dir: Path) -> Path:
     if target.is_file():
         return target
     lines = (json.dumps({"text": text}).encode() + b"\n" for text in documentation())
-    return keep(target, lines, None, "python-docs")
+    collects = gc.isenabled()
+    gc.disable()  # syntax trees have no cycles, and looking for some takes as long as parsing
+    try:
+        return keep(target, lines, None, "python-docs")
+    finally:
+        if collects:
+            gc.enable()
 
 
 def documentation() -> Iterator[str]:
@@ -278,15 +285,20 @@ def documentation() -> Iterator[str]:
 
     for _, text in sorted(topics.items()):
         yield text.strip() + "\n"
-    library = Path(sysconfig.get_path("stdlib"))
-    left_out = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}
-    for file in sorted(library.rglob("*.py")):
-        inside = file.relative_to(library)
-        if left_out & set(inside.parts) or inside.parts[0].startswith(("config-", "_pyrepl")):
-            continue
+    for file in sorted(modules(Path(sysconfig.get_path("stdlib")))):
         text = "\n\n".join(docstrings(file))
         if len(text) > 200:
             yield text + "\n"
+
+
+def modules(library: Path) -> Iterator[Path]:
+    """The standard library's modules, past all that is installed beside them."""
+    left_out = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}
+    for folder, inside, names in os.walk(library):
+        inside[:] = set(inside) - left_out
+        for file in (Path(folder, name) for name in names if name.endswith(".py")):
+            if not file.relative_to(library).parts[0].startswith(("config-", "_pyrepl")):
+                yield file
 
 
 def docstrings(file: Path) -> Iterator[str]:
