@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import shutil
+from array import array
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -51,7 +52,7 @@ class Scan:
     n_bytes: int = 0
     n_documents: int = 0
     characters: set[str] = field(default_factory=set)
-    digests: list[int] = field(default_factory=list)
+    digests: "array[int]" = field(default_factory=lambda: array("Q"))
     """Eight bytes of each document's digest, kept only to split by document."""
 
 
