@@ -1,103 +1,88 @@
-"""Checkpoints: saved whole or not at all, verified when loaded, no pickle.
+"""Checkpoints: saved whole or not at all, verified when read, no pickle.
 
     checkpoints/step-00001000/  model.safetensors  optimizer.safetensors  state.json
     checkpoints/best, last      the name of a step folder
 
-A folder is written under a temporary name and renamed; state.json is written last and holds the
-sha256 of the other files and of itself.
+A folder is written under a temporary name, synced and renamed; state.json is sealed and holds the
+sha256 of the other files. A bad folder is passed over, named, and set aside as `*.corrupt`.
 """
 
-import hashlib
-import json
+import errno
 import os
 import re
-import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from pydantic import Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gptlite import __version__, tokenizer
-from gptlite.auto import usable
-from gptlite.config import RunConfig
-from gptlite.config_reader import load_run
-from gptlite.errors import CheckpointError, ConfigError, StorageError
+from gptlite import __version__, storage
+from gptlite.errors import CheckpointError, ConfigError, DivergedError, StorageError
 from gptlite.model import GPT
-from gptlite.run_directory import write_text
-from gptlite.sources import file_digest
-from gptlite.tokenizer import Tokenizer
+from gptlite.section import Section
 
-FORMAT = 1
+FORMAT = 2
 FOLDER = re.compile(r"step-(\d{8})\Z")
+SET_ASIDE = re.compile(r"step-\d{8}\.corrupt(-\d+)?\Z")
 FILES = ("model.safetensors", "optimizer.safetensors")
+ATTEMPTS = 3
+SECONDS_BETWEEN_ATTEMPTS = 2.0
+MOST_STATE_BYTES = 1 << 20
+MOST_HEADER_BYTES = 1 << 22
+"""Names and shapes of a .safetensors file; a thousand layers need half of it."""
+
+
+class Best(Section):
+    """The evaluation with the lowest validation loss so far."""
+
+    step: int
+    val_loss: float
+    val_bits_per_byte: float | None
+
+
+class State(Section):
+    """state.json: all that a run is besides tensors."""
+
+    format: int = FORMAT
+    gptlite: str = __version__
+    step: int = Field(ge=0, lt=10**8)
+    run_id: str
+    """Names the run: its config and data."""
+    tokens: int
+    elapsed_seconds: float
+    best: Best | None
+    val_loss: float | None
+    evaluations_without_gain: int
+    skipped: list[int]
+    """Recent updates whose loss or gradient was not finite."""
+    pending: dict[str, Any] | None
+    """The row of metrics of this step, if a signal came before its evaluation was done."""
+    data_digest: str
+    tokenizer_sha256: str
+    config: dict[str, Any]
+    environment: dict[str, Any]
+    """What exactness depends on besides config and data."""
+    files: dict[str, str] = {}
+    """sha256 of the files beside this one."""
+
+
+class Found(NamedTuple):
+    """A checkpoint that verified."""
+
+    path: Path
+    state: State
+    problems: list[str]
+    """Those passed over on the way, and why."""
 
 
 def folder_name(step: int) -> str:
     return f"step-{step:08d}"
-
-
-def state_digest(state: Mapping[str, Any]) -> str:
-    text = json.dumps({k: v for k, v in state.items() if k != "sha256"}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def sync(path: Path) -> None:
-    """Make a file, or the names in a folder, survive a loss of power."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def save(
-    run_dir: Path,
-    step: int,
-    tensors: Mapping[str, Mapping[str, Tensor]],
-    state: Mapping[str, Any],
-) -> Path:
-    """Write a checkpoint; `tensors` maps each of FILES to its tensors. Raises StorageError."""
-    parent = run_dir / "checkpoints"
-    work, target = parent / f".tmp-{step}-{os.getpid()}", parent / folder_name(step)
-    need = sum(t.numel() * t.element_size() for file in tensors.values() for t in file.values())
-    try:
-        if shutil.disk_usage(parent).free < 1.2 * need:
-            raise StorageError(f"{parent}: a checkpoint needs {need / 2**20:.0f} MiB of free disk")
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir()
-        for name, content in tensors.items():
-            save_file(
-                {k: t.contiguous() for k, t in content.items()}, work / name, {"format": "pt"}
-            )
-            sync(work / name)
-        files = {name: file_digest(work / name) for name in tensors}
-        full = {"format": FORMAT, "gptlite": __version__, "step": step, **state, "files": files}
-        write_text(
-            work / "state.json", json.dumps({**full, "sha256": state_digest(full)}, indent=1)
-        )
-        sync(work)
-        if target.exists():  # a resumed run arrives again at a step it had saved
-            shutil.rmtree(target)
-        os.rename(work, target)
-        sync(parent)
-    except (OSError, SafetensorError) as error:
-        raise StorageError(f"{target}: {getattr(error, 'strerror', None) or error}") from None
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    return target
-
-
-def point(run_dir: Path, name: str, step: int) -> None:
-    write_text(run_dir / "checkpoints" / name, folder_name(step) + "\n")
-
-
-def pointed(run_dir: Path, name: str) -> str | None:
-    path = run_dir / "checkpoints" / name
-    return path.read_text(encoding="utf-8").strip() if path.is_file() else None
 
 
 def folders(run_dir: Path) -> list[Path]:
@@ -106,80 +91,194 @@ def folders(run_dir: Path) -> list[Path]:
     return sorted(path for path in found if FOLDER.match(path.name) and path.is_dir())
 
 
-def prune(run_dir: Path, keep_last: int | str) -> None:
-    """Delete all but the newest checkpoints and the best one."""
+def save(run_dir: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: State) -> Path:
+    """Write a checkpoint; `tensors` maps each of FILES to its tensors.
+
+    Raises DivergedError if they are not finite, StorageError after ATTEMPTS.
+    """
+    broken = [name for part in tensors.values() for name in not_finite(part)]
+    if broken:
+        where = ", ".join(broken[:5])
+        raise DivergedError(f"step {state.step}: not finite, so not saved: {where}; lower optim.lr")
+    target = run_dir / "checkpoints" / folder_name(state.step)
+    for attempt in range(ATTEMPTS):
+        if attempt:
+            time.sleep(SECONDS_BETWEEN_ATTEMPTS)
+        try:
+            write(target, tensors, state)
+            return target
+        except (OSError, SafetensorError) as error:
+            failure = getattr(error, "strerror", None) or error
+    raise StorageError(
+        f"{target}: not saved, {ATTEMPTS} attempts: {failure}; what was saved before is whole: "
+        f"make room, then gptlite train --resume {run_dir}"
+    )
+
+
+def write(target: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: State) -> None:
+    """One attempt. A loss of power at any moment leaves the folder whole or absent."""
+    if target.is_dir():  # the same weights once more, with an evaluation that had been cut short
+        files = read_state(target).files
+        storage.write_text(target / "state.json", storage.sealed(dumped(state, files)))
+        return
+    disk, work = storage.disk, storage.temporary(target)
+    need = sum(t.numel() * t.element_size() for part in tensors.values() for t in part.values())
+    free = disk.free_bytes(target.parent)
+    if free < 1.2 * need:
+        why = f"needs {need / 2**20:.1f} MiB of free disk and has {free / 2**20:.1f}"
+        raise OSError(errno.ENOSPC, why)
+    try:
+        disk.make_folder(work)
+        for name, part in tensors.items():
+            whole = {key: tensor.contiguous() for key, tensor in part.items()}
+            disk.fill(work / name, partial(save_file, whole, metadata={"format": "pt"}))
+            disk.sync(work / name)
+        text = storage.sealed(dumped(state, {n: storage.file_digest(work / n) for n in tensors}))
+        disk.fill(work / "state.json", lambda path: path.write_text(text))
+        disk.sync(work / "state.json")
+        disk.sync(work)
+        disk.rename(work, target)
+        disk.sync(target.parent)
+    finally:
+        storage.discard(work)
+
+
+def dumped(state: State, files: dict[str, str]) -> dict[str, Any]:
+    return {**state.model_dump(mode="json"), "files": files}
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    return [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+
+
+def point(run_dir: Path, name: str, step: int) -> None:
+    """Let `best` or `last` name a step."""
+    storage.write_text(run_dir / "checkpoints" / name, folder_name(step) + "\n")
+
+
+def pointed(run_dir: Path, name: str) -> str | None:
+    """The folder that `best` or `last` names."""
+    try:
+        text = storage.read_regular(run_dir / "checkpoints" / name, 64).strip()
+    except (OSError, ValueError):
+        return None
+    return text if FOLDER.match(text) else None
+
+
+def prune(run_dir: Path, keep_last: int | str, best_step: int | None) -> None:
+    """Delete all but the newest checkpoints and the best one. Raises StorageError."""
     if keep_last == "all":
         return
-    best = pointed(run_dir, "best")
+    best = None if best_step is None else folder_name(best_step)
     for path in folders(run_dir)[: -int(keep_last)]:
         if path.name != best:
-            doomed = path.with_name(f".old-{path.name}")
-            os.rename(path, doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
+            doomed = storage.temporary(path, "old")
+            try:
+                storage.disk.rename(path, doomed)
+            except OSError as error:
+                raise StorageError(f"{path}: {error.strerror}") from None
+            storage.discard(doomed)
 
 
-def read_state(path: Path) -> dict[str, Any]:
+def read_state(path: Path) -> State:
     """state.json of a checkpoint whose files all have their digests; else CheckpointError."""
-    if path.is_file():
+    if not path.is_dir() or path.is_symlink():
         raise CheckpointError(
             f"{path}: not a gptlite checkpoint (a step-... folder); files that hold pickles, such "
             "as .pt and .pth, are never loaded"
         )
+    at = path / "state.json"
     try:
-        state: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        if state["format"] != FORMAT:
-            needs = f"format {state['format']}, this gptlite reads {FORMAT}"
-            raise CheckpointError(f"{path}: written by gptlite {state['gptlite']} ({needs})")
-        if state_digest(state) != state["sha256"]:
-            raise CheckpointError(f"{path}/state.json: damaged (sha256 differs)")
-        for name, sha256 in state["files"].items():
-            if name not in FILES or file_digest(path / name) != sha256:
-                raise CheckpointError(f"{path}/{name}: damaged (sha256 differs from state.json)")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        why = f"{type(error).__name__}: {error}"
-        raise CheckpointError(f"{path}: not a whole checkpoint ({why})") from None
+        saved = storage.unsealed(storage.read_regular(at, MOST_STATE_BYTES))
+        if saved.get("format") != FORMAT:
+            needs = f"format {saved.get('format')}, this gptlite reads {FORMAT}"
+            raise CheckpointError(f"{path}: written by gptlite {saved.get('gptlite')} ({needs})")
+        state = State.model_validate(saved)
+        if FOLDER.match(path.name) and folder_name(state.step) != path.name:
+            raise CheckpointError(f"{path}: holds step {state.step}, so it was renamed")
+        if FILES[0] not in state.files or not set(state.files) <= set(FILES):
+            raise CheckpointError(f"{at}: names other files than {', '.join(FILES)}")
+        for name, sha256 in state.files.items():
+            at = path / name
+            if storage.file_digest(at) != sha256:
+                raise CheckpointError(f"{at}: damaged (sha256 differs from state.json)")
+    except ValidationError as error:
+        keys = ", ".join(".".join(map(str, each["loc"])) for each in error.errors()[:5])
+        raise CheckpointError(f"{at}: damaged ({keys})") from None
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{at}: not a whole checkpoint: {why}") from None
     return state
 
 
-def newest_valid(run_dir: Path) -> tuple[Path, dict[str, Any], list[str]] | None:
-    """The newest checkpoint that verifies, its state, and what was wrong with newer ones.
+def recover(run_dir: Path, foreign: Callable[[State], str | None]) -> Found | None:
+    """The newest checkpoint that verifies and belongs to the run; bad ones are set aside.
 
-    Bad ones are renamed `*.corrupt`. None if there are no checkpoints at all; CheckpointError if
-    there are some and none is good: starting over silently would lose a run.
+    None if none was ever saved; CheckpointError if there were some and none is good: starting over
+    silently would lose a run. `foreign` says why a checkpoint is not of this run.
     """
-    found = folders(run_dir)
     problems: list[str] = []
-    for path in reversed(found):
+    for path in reversed(folders(run_dir)):
         try:
-            return path, read_state(path), problems
+            state = read_state(path)
+            if why := foreign(state):
+                raise CheckpointError(f"{path}: {why}")
+            return Found(path, state, problems)
         except CheckpointError as error:
             problems += error.problems
-            os.replace(path, path.with_name(path.name + ".corrupt"))
-    if found:
-        raise CheckpointError(*problems, f"{run_dir}: no usable checkpoint is left")
+            set_aside(path)
+    traces = [p for p in (run_dir / "checkpoints").iterdir() if SET_ASIDE.match(p.name)]
+    if problems or traces or pointed(run_dir, "last"):
+        raise CheckpointError(
+            *problems, f"{run_dir}: no usable checkpoint is left; begin anew with another --out-dir"
+        )
     return None
 
 
-def chosen(run_dir: Path, which: str) -> Path:
-    """The folder that `best`, `last` or `step-N` names."""
+def set_aside(path: Path) -> None:
+    """Rename to `*.corrupt`, for a person to look at."""
+    ends = ("", *(f"-{number}" for number in range(2, 1000)))
+    names = (path.with_name(f"{path.name}.corrupt{end}") for end in ends)
+    with suppress(OSError):  # on a disk that cannot be written, it is merely passed over
+        storage.disk.rename(path, next(name for name in names if not name.exists()))
+
+
+def chosen(run_dir: Path, which: str) -> Found:
+    """The checkpoint that `best`, `last` or `step-N` names, verified; nothing is renamed.
+
+    If best or last is damaged, the newest good one stands in and `problems` say so.
+    """
     match = re.fullmatch(r"step-(\d{1,8})", which)
     if which not in ("best", "last") and not match:
         raise ConfigError(f"--checkpoint {which}: expected best, last or step-N")
+    have = folders(run_dir)
     name = folder_name(int(match[1])) if match else pointed(run_dir, which)
-    if name is None and which == "best":
-        name = pointed(run_dir, "last")
-    path = run_dir / "checkpoints" / (name or "missing")
-    if name is None or not FOLDER.match(name) or not path.is_dir():
-        have = ", ".join(folder.name for folder in folders(run_dir)) or "none"
-        raise CheckpointError(f"{run_dir}: no checkpoint '{which}'; there are: {have}")
-    return path
+    wanted = [path for path in have if path.name == name]
+    others = [path for path in reversed(have) if path.name != name]
+    problems = [] if wanted or not name or match else [f"{run_dir}: {which} is {name}, not there"]
+    for path in wanted if match else wanted + others:
+        try:
+            return Found(path, read_state(path), problems)
+        except CheckpointError as error:
+            problems += error.problems
+    names = ", ".join(folder.name for folder in have) or "none"
+    lacks = f"{run_dir}: no checkpoint '{which}'; there are: {names}"
+    raise CheckpointError(*(problems or [lacks]))
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file. Raises CheckpointError."""
     try:
-        return load_file(path)
-    except (OSError, SafetensorError, ValueError) as error:
+        with os.fdopen(storage.open_regular(path), "rb") as file:
+            header = int.from_bytes(file.read(8), "little")
+        if header > MOST_HEADER_BYTES:
+            raise CheckpointError(f"{path}: bad checkpoint (header of {header} bytes)")
+        tensors = load_file(path)
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path}: bad checkpoint ({error})") from None
+    if broken := not_finite(tensors):
+        raise CheckpointError(f"{path}: not finite in {', '.join(broken[:5])}")
+    return tensors
 
 
 def model_tensors(model: GPT) -> dict[str, Tensor]:
@@ -192,7 +291,7 @@ def model_tensors(model: GPT) -> dict[str, Tensor]:
 
 def load_weights(model: GPT, path: Path) -> None:
     """Fill the model from a checkpoint folder. Raises CheckpointError naming what does not fit."""
-    tensors = read_tensors(path / "model.safetensors")
+    tensors = read_tensors(path / FILES[0])
     have, want = (
         {name: (tuple(t.shape), t.dtype) for name, t in each.items()}
         for each in (tensors, model_tensors(model))
@@ -201,38 +300,4 @@ def load_weights(model: GPT, path: Path) -> None:
         odd = sorted(name for name in have.keys() | want.keys() if have.get(name) != want.get(name))
         few = ", ".join(odd[:5])
         raise CheckpointError(f"{path}: {len(odd)} weights do not fit this model: {few}")
-    broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
-    if broken:
-        raise CheckpointError(f"{path}: weights are not finite in {', '.join(broken[:5])}")
     model.load_state_dict(tensors, strict=False)
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A trained model with all that is needed to use it."""
-
-    run: RunConfig
-    model: GPT
-    tokenizer: Tokenizer
-    state: dict[str, Any]
-
-
-def load_tokenizer(run_dir: Path) -> Tokenizer:
-    path = run_dir / "tokenizer" / "tokenizer.json"
-    try:
-        return tokenizer.from_json(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error})") from None
-
-
-def load_trained(run_dir: Path, which: str) -> Trained:
-    """The model of a run as a checkpoint has it, in eval mode, on a device of this machine."""
-    path = chosen(run_dir, which)
-    state = read_state(path)
-    run = usable(load_run([str(run_dir / "config.yaml")]))
-    text = load_tokenizer(run_dir)
-    if tokenizer.digest(text) != state["tokenizer_sha256"]:
-        raise CheckpointError(f"{run_dir}/tokenizer: differs from the one of {path.name}")
-    model = GPT(run.model, text.vocab_size, run.dropout, kernel=run.attention)
-    load_weights(model, path)
-    return Trained(run, model.to(run.device).eval(), text, state)

@@ -2,17 +2,16 @@
 
 import json
 import os
+import re
 import sys
-import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from gptlite import __version__
-from gptlite.errors import ConfigError, StorageError, UserError
+from gptlite.errors import ConfigError, UserError, visible
+from gptlite.exits import leave_when_terminated, user_errors
 
 app = typer.Typer(
     name="gptlite",
@@ -45,42 +44,6 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show tracebacks.")]
 
 
-@contextmanager
-def user_errors(verbose: bool = False) -> Iterator[None]:
-    """One line per problem on stderr, and the exit code that names its kind."""
-    try:
-        yield
-        sys.stdout.flush()  # here, where a reader that has gone is no failure
-    except UserError as error:
-        if verbose:
-            traceback.print_exc()
-        for problem in error.problems:
-            print(visible(problem), file=sys.stderr)
-        raise typer.Exit(error.exit_code) from None
-    except KeyboardInterrupt:
-        print("gptlite: interrupted", file=sys.stderr)
-        raise typer.Exit(130) from None
-    except BrokenPipeError:
-        # Whoever read our output has what it wanted; Python would complain once more at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise typer.Exit(0) from None
-    except Exception as error:
-        if verbose:
-            raise
-        if isinstance(error, OSError) and error.strerror:  # of the machine, not of ours
-            where = f"{error.filename}: " if error.filename else ""
-            print(f"gptlite: {visible(where + error.strerror)}", file=sys.stderr)
-            raise typer.Exit(StorageError.exit_code) from None
-        problem = visible(f"{type(error).__name__}: {error}".splitlines()[0])
-        print(f"gptlite: {problem} (a bug; -v shows where)", file=sys.stderr)
-        raise typer.Exit(1) from None
-
-
-def visible(text: str) -> str:
-    """Control characters shown, not obeyed by the terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
 def version(asked: bool) -> None:
     if asked:
         print(f"gptlite {__version__}")
@@ -104,6 +67,9 @@ def train(
     resume: Annotated[
         str | None, typer.Option(help="`auto`: go on where this run stopped; or a run directory.")
     ] = None,
+    strict_resume: Annotated[
+        bool, typer.Option("--strict-resume", help="Not if torch, threads or device have changed.")
+    ] = False,
     verbose: Verbose = False,
 ) -> None:
     """Train a model: tokenize if needed, train, evaluate, sample, save."""
@@ -127,7 +93,7 @@ def train(
         loops.building()  # while torch loads; an error above shows before either
         from gptlite.session import train
 
-        train(run, directory, resume=resumes)
+        train(run, directory, resume=resumes, strict=strict_resume)
 
 
 def resumed_directory(named: str) -> Path:
@@ -156,6 +122,7 @@ def where(out_dir: str | None, files: list[str], resume: str | None) -> tuple[Pa
     directory = directory.resolve() if ".." in directory.parts else directory
     exists = run_directory.has_run(directory)
     if exists and resume is None:
+        run_directory.refuse_if_held(directory)
         raise ConfigError(
             f"out_dir: {directory} contains a run; use --resume auto or another --out-dir"
         )
@@ -211,10 +178,11 @@ def generate(
         prompts = [*(prompt or []), *([read_prompt(prompt_file)] if prompt_file else [])]
         if any(not text for text in stop or []):
             raise ConfigError("--stop: an empty text would stop at once")
-        from gptlite.checkpoint import load_trained
         from gptlite.generate import Generation, halve
+        from gptlite.trained import load_trained
 
         trained = load_trained(directory, checkpoint)
+        tell_passed_over(trained)
         if trained.run.dtype == "bfloat16":
             halve(trained.model)
         generation = Generation(
@@ -236,21 +204,32 @@ def generate(
 def show(generation: Any) -> None:
     """Stream a single continuation; several are printed one after the other when all are done."""
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
+    on_screen = sys.stdout.isatty()
+
+    def write(text: str) -> None:
+        print(visible(text, keep="\n\t") if on_screen else text, end="", flush=True)
+
     if len(generation.index) == 1:
-        print(generation.prompts[0], end="", flush=True)
+        write(generation.prompts[0])
         for piece in generation.pieces():
-            print(piece.text, end="", flush=True)
-        print()
+            write(piece.text)
+        write("\n")
         return
     for number, result in enumerate(generation.results()):
-        print(
-            ("\n" if number else "") + f"--- prompt {result['prompt']!r}, sample {result['sample']}"
-        )
-        print(result["prompt"] + result["text"])
+        write("\n" if number else "")
+        write(f"--- prompt {result['prompt']!r}, sample {result['sample']}\n")
+        write(result["prompt"] + result["text"] + "\n")
+
+
+def tell_passed_over(trained: Any) -> None:
+    for problem in trained.problems:
+        step = trained.state.step
+        print(f"{visible(problem)}; using the one of step {step}", file=sys.stderr)
 
 
 def print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=not sys.stdout.encoding.startswith("utf")))
+    text = json.dumps(value, indent=2, ensure_ascii=not sys.stdout.encoding.startswith("utf"))
+    print(re.sub("[\x7f-\x9f]", lambda found: f"\\u{ord(found[0]):04x}", text))
 
 
 @app.command(name="eval")
@@ -270,27 +249,30 @@ def evaluate(
         from gptlite import run_directory
 
         directory = run_directory.existing_run(run)
-        from gptlite.checkpoint import load_trained
+        from gptlite import storage
         from gptlite.evaluate import evaluate
         from gptlite.prepare import prepare
+        from gptlite.trained import load_trained
 
         trained = load_trained(directory, checkpoint)
+        tell_passed_over(trained)
         suites = [name.strip() for name in suite.split(",")]
         active = {"dropout_active": dropout_active}
         results = evaluate(trained, split, suites, lambda: prepare(trained.run), **active)
-        about = {"run": str(directory), "step": trained.state["step"], "split": split}
-        (directory / "eval").mkdir(exist_ok=True)
-        for name, result in results.items():
-            stem = f"{name}-{Path(split).name}-step-{trained.state['step']:08d}"
-            stem += "-dropout-active" * dropout_active
-            run_directory.write_json(directory / "eval" / f"{stem}.json", {**about, **result})
+        about = {"run": str(directory), "step": trained.state.step, "split": split}
         if json_:
             print_json({**about, **results})
-            return
-        print(f"{directory}, step {about['step']}, {split}:")
-        for result in results.values():
-            for name, value in result.items():
-                print(f"  {name:20} {f'{value:,.4f}' if isinstance(value, float) else value}")
+        else:
+            print(f"{visible(str(directory))}, step {about['step']}, {visible(split)}:")
+            for result in results.values():
+                for name, value in result.items():
+                    number = f"{value:,.4f}" if isinstance(value, float) else value
+                    print(f"  {name:20} {number}")
+        storage.make_folders(directory / "eval")
+        for name, result in results.items():
+            stem = f"{name}-{Path(split).name}-step-{about['step']:08d}"
+            stem += "-dropout-active" * dropout_active
+            storage.write_json(directory / "eval" / f"{stem}.json", {**about, **result})
 
 
 @app.command()
@@ -389,6 +371,7 @@ def schema() -> None:
 
 
 def main() -> None:
+    leave_when_terminated()
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the caller, as in `gptlite ... >&-`
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - for the whole process

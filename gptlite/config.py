@@ -154,6 +154,9 @@ class TrainConfig(Section):
     early_stop: Count | Literal["auto", "never"] = "auto"
     """Evaluations without a better validation loss before stopping; auto: 10 when the run passes
     over the text more than twice, else never."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What an update does whose loss or gradient is not finite. stop: save and leave (exit code 4);
+    skip: leave the weights as they are and go on, at most 10 times in 1000 updates."""
     threads: Count | Auto = "auto"
     """CPU threads; results are bit-exact only for the same number."""
 

@@ -7,7 +7,6 @@ A batch is a pure function of (seed, step): resuming at step 1000 needs the numb
 else. B rows, T positions; `row` is a sequence's index in the update's batch.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,15 +16,17 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from gptlite import tokenizer
+from gptlite import storage, tokenizer
 from gptlite.errors import DataError
 from gptlite.keys import key, permuted
-from gptlite.sources import file_digest
 from gptlite.tokenizer import Tokenizer
 
 IGNORED = -1
 """Target of a position that is not scored."""
 ORDER_BLOCK = 4096
+MOST_META_BYTES = 1 << 26
+READ_WHOLE_BYTES = 1 << 26
+"""Token files up to here are read at once: a mapped file that someone cuts short kills the run."""
 Ids = NDArray[np.int64]
 
 
@@ -40,14 +41,17 @@ class TokenFiles:
     tokenizer: Tokenizer
 
     def tokens(self, split: str) -> NDArray[Any]:
-        """The ids of a split, mapped from disk. Raises DataError if there are too few to learn."""
+        """The ids of a split, mapped if large. Raises DataError if there are too few to learn."""
         n = self.meta["splits"][split]["tokens"]
         if n < 2:
             raise DataError(
                 f"data.source: {split} has {n} tokens, needs >= 2; give more text, or change "
                 f"data.val_fraction"
             )
-        return np.memmap(self.folder / f"{split}.bin", token_dtype(self.meta["vocab_size"]), "r")
+        path, dtype = self.folder / f"{split}.bin", token_dtype(self.meta["vocab_size"])
+        if n * dtype.itemsize > READ_WHOLE_BYTES:
+            return np.memmap(path, dtype, "r")
+        return np.fromfile(path, dtype)
 
     def rows(self, split: str, context_length: int) -> "Layout":
         tokens = self.tokens(split)
@@ -66,24 +70,20 @@ def open_token_files(
     folder: Path, *, way_out: str = "delete the folder to make it anew"
 ) -> TokenFiles:
     """Token files with their digests checked; DataError names what is damaged and the way out."""
+    path = folder / "meta.json"
     try:
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        saved = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-        return checked(folder, meta, saved)
+        meta = storage.unsealed(storage.read_regular(path, MOST_META_BYTES))
+        return checked(folder, meta, tokenizer.read(folder / "tokenizer.json"))
     except DataError as error:
         why = str(error)
-    except (OSError, ValueError, RecursionError) as error:
-        why = f"{folder}: cannot be read ({error})"
+    except (OSError, ValueError) as error:
+        why = f"{path}: {getattr(error, 'strerror', None) or error}"
     except (KeyError, TypeError, AttributeError) as error:
-        why = f"{folder}/meta.json: damaged ({error!r})"
+        why = f"{path}: damaged ({error!r})"
     raise DataError(f"{why}; {way_out}")
 
 
-def checked(folder: Path, meta: dict[str, Any], saved: dict[str, Any]) -> TokenFiles:
-    try:
-        built = tokenizer.from_json(saved)
-    except DataError as error:
-        raise DataError(f"{folder}/{error}") from None
+def checked(folder: Path, meta: dict[str, Any], built: Tokenizer) -> TokenFiles:
     if tokenizer.digest(built) != meta["tokenizer_sha256"]:
         raise DataError(f"{folder}/tokenizer.json: damaged (sha256 differs from meta.json)")
     ids = (meta["vocab_size"], meta["eot"])
@@ -96,7 +96,7 @@ def checked(folder: Path, meta: dict[str, Any], saved: dict[str, Any]) -> TokenF
         if size != about["tokens"] * size_of_one:
             tokens = f"meta.json says {about['tokens']} tokens of {size_of_one} bytes"
             raise DataError(f"{path}: has {size} bytes, {tokens}")
-        if file_digest(path) != about["sha256"]:
+        if storage.file_digest(path) != about["sha256"]:
             raise DataError(f"{path}: damaged (sha256 differs from meta.json)")
     return TokenFiles(folder, meta, built)
 

@@ -1,8 +1,13 @@
 """What a user can be told: every failure they can act on, with the exit code a script sees.
 
 0 done | 1 failure | 2 usage or config | 3 no usable checkpoint | 4 diverged | 5 storage |
-6 run directory in use | 130 / 143 stopped by SIGINT / SIGTERM, checkpoint saved
+6 run directory in use | 128 + n stopped by signal n (130 SIGINT, 143 SIGTERM), checkpoint saved
 """
+
+import re
+
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""What a terminal obeys: controls, ends of lines, changes of direction, halves of characters."""
 
 
 class UserError(Exception):
@@ -57,3 +62,16 @@ class Stopped(UserError):
     def __init__(self, signal_number: int, *problems: str) -> None:
         super().__init__(*problems)
         self.exit_code = 128 + signal_number
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM where nothing has to be saved: what is half written is removed on the way out."""
+
+
+def visible(text: str, keep: str = "") -> str:
+    """Control characters shown, not obeyed by the terminal, all but those to keep."""
+
+    def shown(found: re.Match[str]) -> str:
+        return found[0] if found[0] in keep else found[0].encode("unicode_escape").decode()
+
+    return CONTROL.sub(shown, text)

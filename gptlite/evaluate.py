@@ -16,7 +16,6 @@ from torch import Tensor
 
 from gptlite import sources, tokenizer
 from gptlite.auto import precision
-from gptlite.checkpoint import Trained
 from gptlite.config import RunConfig
 from gptlite.data import IGNORED, Batch, Documents, Layout, Stream, TokenFiles
 from gptlite.dropout import evaluating
@@ -26,6 +25,7 @@ from gptlite.loss import nats_of
 from gptlite.masks import sample_keys
 from gptlite.model import GPT
 from gptlite.tokenizer import Tokenizer
+from gptlite.trained import Trained
 
 LOGIT_BYTES = 1 << 28
 """Largest block of logits that an evaluation makes."""

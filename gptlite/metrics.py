@@ -1,7 +1,7 @@
 """What a run says while it works: metrics.jsonl, train.log and the line on the terminal.
 
-metrics.jsonl is the truth: one object per line, flushed. A resumed run first cuts it back to its
-step, so that each step is there once.
+metrics.jsonl is the truth: one object per line, appended whole. A resumed run first cuts it
+back to its step, so that each step is there once.
 """
 
 import json
@@ -16,8 +16,9 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from gptlite.errors import StorageError
-from gptlite.run_directory import write_text
+from gptlite import storage
+from gptlite.errors import StorageError, visible
+from gptlite.storage import write_bytes
 
 SECONDS_BETWEEN_LINES = 5.0
 
@@ -63,30 +64,42 @@ class MetricsFile:
 
     def __init__(self, path: Path, resumed_step: int) -> None:
         self.path = path
-        kept = []
-        if path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    if json.loads(line)["step"] <= resumed_step:
-                        kept.append(line + "\n")
-                except (ValueError, KeyError, TypeError):
-                    continue  # a line that a crash cut short
-        write_text(path, "".join(kept))
-        self.file = path.open("a", encoding="utf-8")
+        lines = path.read_bytes().split(b"\n") if path.is_file() else []
+        write_bytes(path, b"".join(line + b"\n" for line in lines if is_kept(line, resumed_step)))
 
     def write(self, row: dict[str, Any]) -> None:
-        finite = {
-            key: value if not isinstance(value, float) or math.isfinite(value) else None
-            for key, value in row.items()
-        }
+        append_line(self.path, json.dumps(finite(row)))
+
+    def sync(self) -> None:
+        """Before a checkpoint: who resumes there must find the rows until there."""
         try:
-            self.file.write(json.dumps(finite) + "\n")
-            self.file.flush()
+            storage.disk.sync(self.path)
         except OSError as error:
             raise StorageError(f"{self.path}: {error.strerror}") from None
 
-    def close(self) -> None:
-        self.file.close()
+
+def finite(row: dict[str, Any]) -> dict[str, Any]:
+    """The row as it is written: JSON has no word for what is not finite."""
+    return {
+        key: value if not isinstance(value, float) or math.isfinite(value) else None
+        for key, value in row.items()
+    }
+
+
+def is_kept(line: bytes, resumed_step: int) -> bool:
+    """Whether a line is the row of a step until there, and not what a crash cut short."""
+    try:
+        row = json.loads(line)
+        return isinstance(row, dict) and type(row["step"]) is int and row["step"] <= resumed_step
+    except (ValueError, KeyError, RecursionError):
+        return False
+
+
+def append_line(path: Path, line: str) -> None:
+    try:
+        storage.disk.append(path, line.encode(errors="replace") + b"\n")
+    except OSError as error:
+        raise StorageError(f"{path}: {error.strerror}") from None
 
 
 def wants_bar(progress: str, stream: TextIO) -> bool:
@@ -101,7 +114,7 @@ class Console:
     """Progress on stderr: a bar on a terminal, plain lines elsewhere; all lines go to train.log."""
 
     def __init__(self, log: Path | None, progress: str, total: int, start: int) -> None:
-        self.log = log.open("a", encoding="utf-8") if log else None
+        self.log = log
         self.total = total
         shown = wants_bar(progress, sys.stderr)
         screen = shutil.get_terminal_size()  # some terminals say 0; this then says 80 x 24
@@ -121,9 +134,9 @@ class Console:
 
     def say(self, line: str) -> None:
         """A line that stays."""
+        line = visible(line, keep="\n")
         if self.log is not None:
-            self.log.write(line + "\n")
-            self.log.flush()
+            append_line(self.log, line)
         if self.bar.disable:
             print(line, file=sys.stderr, flush=True)
         else:
@@ -131,7 +144,8 @@ class Console:
 
     def progress(self, step: int, row: dict[str, Any], val_loss: float | None) -> None:
         """The numbers of now; without a bar a line, at every evaluation and else now and then."""
-        parts = [f"loss {row['train/loss']:.3f}"]
+        loss = row["train/loss"]
+        parts = [f"loss {math.nan if loss is None else loss:.3f}"]
         if val_loss is not None:
             parts.append(f"val {val_loss:.3f}")
         parts.append(f"{human(row['tokens_per_second'])} tok/s")
@@ -150,8 +164,6 @@ class Console:
 
     def close(self) -> None:
         self.bar.close()
-        if self.log is not None:
-            self.log.close()
 
 
 def human(number: float) -> str:

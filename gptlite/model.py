@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from gptlite.config import ModelConfig
+from gptlite.config import ModelConfig, RunConfig
 from gptlite.dropout import Dropout, SiteMaker, site_maker
 from gptlite.dropout_config import DropoutConfig
 from gptlite.kernels import Linear, causal_attention, fits, gelu, read, reads_one
@@ -226,6 +226,17 @@ class GPT(nn.Module):
         if config.tie_embeddings:
             self.head.weight = self.token_embedding.weight
         init_weights(self, seed)
+
+    @classmethod
+    def of_run(cls, run: RunConfig, vocab_size: int) -> "GPT":
+        """The untrained model of a resolved run."""
+        recompute = run.train.recompute is True
+        return cls(
+            *(run.model, vocab_size, run.dropout),
+            kernel=run.attention,
+            seed=run.seed,
+            recompute=recompute,
+        )
 
     def forward(
         self,

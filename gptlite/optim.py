@@ -5,6 +5,7 @@ State is saved under the parameters' names, so it does not depend on their order
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -152,10 +153,13 @@ class Optimizer:
             for key, value in state.items()
         }
 
-    def expected_state(self) -> set[str]:
-        """The names that `state_tensors` has after an update."""
+    def expected_state(self) -> dict[str, tuple[torch.optim.Optimizer, Tensor, str, Any]]:
+        """What `state_tensors` has after an update: name → where it is, (shape, dtype)."""
         return {
-            f"{self.names[parameter]}:{key}"
+            f"{self.names[parameter]}:{key}": (
+                *(part, parameter, key),
+                (() if key == "step" else tuple(parameter.shape), torch.float32),
+            )
             for part in self.parts
             for group in part.param_groups
             for parameter in group["params"]
@@ -163,17 +167,13 @@ class Optimizer:
         }
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take back `state_tensors`. Raises KeyError or ValueError if they are of another model."""
-        if set(tensors) != self.expected_state():
-            odd = sorted(set(tensors) ^ self.expected_state())[:5]
-            raise KeyError(f"optimizer state does not fit: {', '.join(odd)}")
-        for part in self.parts:
-            for group in part.param_groups:
-                for parameter in group["params"]:
-                    prefix = f"{self.names[parameter]}:"
-                    for full, value in tensors.items():
-                        if full.startswith(prefix):
-                            if value.ndim and value.shape != parameter.shape:
-                                raise ValueError(f"optimizer state {full} has another shape")
-                            # fused AdamW wants its step beside the parameter
-                            part.state[parameter][full[len(prefix) :]] = value.to(parameter.device)
+        """Take back `state_tensors`. Raises ValueError if they are of another model."""
+        expected = self.expected_state()
+        have = {name: (tuple(value.shape), value.dtype) for name, value in tensors.items()}
+        if have != (want := {name: shape for name, (*_, shape) in expected.items()}):
+            odd = sorted(n for n in have.keys() | want.keys() if have.get(n) != want.get(n))
+            raise ValueError(f"{len(odd)} optimizer tensors do not fit: {', '.join(odd[:5])}")
+        for name, (part, parameter, key, _) in expected.items():
+            # A copy, as what is read may be mapped from the file; fused AdamW wants its step
+            # beside the parameter.
+            part.state[parameter][key] = tensors[name].to(parameter.device, copy=True)

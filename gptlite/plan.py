@@ -42,14 +42,7 @@ def plan_run(run: RunConfig) -> Planned:
     rows = files.rows("train", run.model.context_length)
     vocab_size = files.meta["vocab_size"]
     resolved, reasons = resolve(run, vocab_size=vocab_size, n_rows=rows.n_rows)
-    model = GPT(
-        run.model,
-        vocab_size,
-        resolved.dropout,
-        kernel=resolved.attention,
-        seed=run.seed,
-        recompute=resolved.train.recompute is True,
-    )
+    model = GPT.of_run(resolved, vocab_size)
     plan = make_plan(resolved, model, files, rows, reasons)
     seconds = seconds_per_update(resolved, model, rows)
     for site in plan["dropout"]:

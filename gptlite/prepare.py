@@ -26,14 +26,14 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from gptlite import sources, tokenizer
+from gptlite import sources, storage, tokenizer
 from gptlite.config import RunConfig
 from gptlite.data import TokenFiles, open_token_files, token_dtype
 from gptlite.errors import DataError, StorageError
 from gptlite.sources import Chunk
 from gptlite.tokenizer import Tokenizer
 
-FORMAT = 1
+FORMAT = 2
 WAITING_PIECES = 64
 """Pieces of text that are encoded ahead of the one that is written."""
 WORTH_A_THREAD = 4096
@@ -74,7 +74,7 @@ def prepare(run: RunConfig) -> TokenFiles:
 
 def described(file: Path) -> dict[str, Any]:
     try:
-        sha256 = sources.file_digest(file)
+        sha256 = storage.file_digest(file, links=True)
         return {"name": file.name, "bytes": file.stat().st_size, "sha256": sha256}
     except OSError as error:
         raise StorageError(f"data.source: {file}: {error.strerror}") from None
@@ -114,7 +114,7 @@ def adopt(folder: Path, run: RunConfig) -> TokenFiles:
         size = path.stat().st_size
         tokens = np.memmap(path, dtype, mode="r") if size else np.zeros(0, dtype)
         check_ids(path, tokens, built.vocab_size)
-        splits[split] = count(tokens, sources.file_digest(path), built)
+        splits[split] = count(tokens, storage.file_digest(path, links=True), built)
     meta = describe(run, built, splits, [{"name": f"{s}.bin", **splits[s]} for s in splits])
     return TokenFiles(folder, meta, built)
 
@@ -167,7 +167,7 @@ def describe(
 
 def make(target: Path, files: list[Path], listing: list[dict[str, Any]], run: RunConfig) -> None:
     """Tokenize into a temporary folder and rename it: a cache folder is whole or absent."""
-    work = target.with_name(f".{target.name}.{os.getpid()}")
+    work = storage.temporary(target)
     work.mkdir(parents=True, exist_ok=True)
     try:
         scan = first_pass(files, run)
@@ -187,8 +187,8 @@ def make(target: Path, files: list[Path], listing: list[dict[str, Any]], run: Ru
         )
         splits = encode(split_text("encode"), built, work, run, separate=separate)
         meta = describe(run, built, splits, listing)
-        (work / "tokenizer.json").write_text(json.dumps(built.to_json()))
-        (work / "meta.json").write_text(json.dumps(meta, indent=2))
+        storage.write_text(work / "tokenizer.json", storage.sealed(built.to_json()))
+        storage.write_text(work / "meta.json", storage.sealed(meta))
         with suppress(OSError):  # another process may have made the same folder meanwhile
             os.rename(work, target)
     finally:

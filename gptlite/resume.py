@@ -1,12 +1,14 @@
 """Where a run begins: at a checkpoint of its own, at the weights of another, or at nothing."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from pydantic import BaseModel
+import torch
+from pydantic import BaseModel, ValidationError
 
-from gptlite import checkpoint, run_directory
+from gptlite import checkpoint, loops, run_directory
+from gptlite.checkpoint import Found, State
 from gptlite.config import RunConfig
 from gptlite.data import TokenFiles
 from gptlite.errors import ConfigError
@@ -16,18 +18,9 @@ FREE_TO_CHANGE = (
     *("data.source", "data.sha256", "data.cache_dir"),
     *("train.max_steps", "train.epochs", "train.log_interval", "train.eval_interval"),
     *("train.eval_batches", "train.save_interval", "train.keep_last", "train.early_stop"),
-    "train.threads",
+    *("train.threads", "train.on_nonfinite"),
 )
 """What a resumed run may change; the data are compared by content."""
-
-
-class Start(NamedTuple):
-    path: Path | None = None
-    """The checkpoint to go on from, if any."""
-    state: dict[str, Any] = {}
-    """What it saved besides tensors."""
-    problems: Sequence[str] = ()
-    """Newer checkpoints that were passed over, and why."""
 
 
 def adopt(run: RunConfig, stored: RunConfig) -> RunConfig:
@@ -46,21 +39,36 @@ def adopt(run: RunConfig, stored: RunConfig) -> RunConfig:
 
 
 def start_point(
-    run: RunConfig, stored: RunConfig | None, directory: Path, files: TokenFiles
-) -> Start:
-    """Where a run goes on; ConfigError lists every change that would make it another run."""
+    run: RunConfig, stored: RunConfig | None, directory: Path, files: TokenFiles, *, strict: bool
+) -> Found | None:
+    """Where a run goes on; None at its beginning.
+
+    Raises ConfigError listing every change that would make it another run (`strict`: or that may
+    change the last bits), CheckpointError if all that it saved is damaged.
+    """
     if stored is None:
-        return Start()
+        return None
     changes = list(differences(stored, run))
-    found = checkpoint.newest_valid(directory)
-    if found is not None and found[1]["data_digest"] != files.digest:
+    found = checkpoint.recover(directory, lambda state: foreign(state, stored))
+    if found is not None and found.state.data_digest != files.digest:
         changes.append("data: the text is not the one this run was trained on")
+    if strict and found is not None:
+        changes += surroundings_changed(run, found.state.environment)
     if changes:
         raise ConfigError(
             *(f"--resume: {change}" for change in changes),
             "--resume: these decide what a run is; start a new one with another --out-dir",
         )
-    return Start() if found is None else Start(*found)
+    return found
+
+
+def foreign(state: State, stored: RunConfig) -> str | None:
+    """Why a checkpoint is not of the run that is stored beside it."""
+    try:
+        changes = list(differences(stored, RunConfig.model_validate(state.config)))
+    except ValidationError as error:
+        return f"its config is damaged ({error.error_count()} values)"
+    return f"of another run ({', '.join(changes[:3])})" if changes else None
 
 
 def differences(old: RunConfig, new: RunConfig) -> Iterator[str]:
@@ -69,19 +77,38 @@ def differences(old: RunConfig, new: RunConfig) -> Iterator[str]:
     def walk(a: Any, b: Any, at: str) -> Iterator[str]:
         if at in FREE_TO_CHANGE or a == b:
             return
-        if isinstance(a, dict):
-            for name in a:
-                yield from walk(a[name], b[name], f"{at}.{name}" if at else name)
+        if isinstance(a, dict) and isinstance(b, dict):
+            for name in {**a, **b}:
+                yield from walk(a.get(name), b.get(name), f"{at}.{name}" if at else name)
         else:
             yield f"{at}: {a} -> {b}"
 
     return walk(old.model_dump(mode="json"), new.model_dump(mode="json"), "")
 
 
+def fingerprint(run: RunConfig) -> dict[str, Any]:
+    """What bit-exactness depends on besides config and data."""
+    on_gpu = run.device.startswith("cuda")
+    return {
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(run.device) if on_gpu else run.device,
+        "processor": torch.backends.cpu.get_cpu_capability(),
+        "compiled loops": loops.library() is not None,
+    }
+
+
+def surroundings_changed(run: RunConfig, before: dict[str, Any]) -> list[str]:
+    """What is not as it was when the checkpoint was saved: the last bits may differ."""
+    now = fingerprint(run)
+    changed = [name for name in now if before.get(name) != now[name]]
+    return [f"{name}: {before.get(name)} -> {now[name]}" for name in changed]
+
+
 def initial_weights(source: str) -> Path:
     """The checkpoint that `init_from` names: a step folder, or the best of a run."""
     path = Path(source)
     if run_directory.has_run(path):
-        path = checkpoint.chosen(path, "best")
+        return checkpoint.chosen(path, "best").path
     checkpoint.read_state(path)
     return path

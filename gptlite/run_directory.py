@@ -5,20 +5,21 @@ runs/NAME/  config.yaml env.json plan.json metrics.jsonl train.log summary.json
 """
 
 import datetime
-import json
 import os
 import platform
 import re
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-from gptlite import __version__
-from gptlite.errors import ConfigError, RunInUseError, StorageError
+from gptlite import __version__, storage
+from gptlite.errors import ConfigError, RunInUseError
 
 RUNS = Path("runs")
+PARTS = ("checkpoints", "tokenizer", "samples", "eval")
 
 
 def name_of(configs: list[str]) -> str:
@@ -74,53 +75,67 @@ def existing_run(given: str | None) -> Path:
 
 def create(directory: Path) -> None:
     try:
-        for part in ("checkpoints", "tokenizer", "samples", "eval"):
-            (directory / part).mkdir(parents=True, exist_ok=True)
+        for part in PARTS:
+            storage.make_folders(directory / part)
     except (FileExistsError, NotADirectoryError):
         raise ConfigError(f"out_dir: {directory} is not a directory") from None
     except OSError as error:
         raise ConfigError(f"out_dir: {directory}: {error.strerror}") from None
 
 
+def clean(directory: Path) -> None:
+    """Remove what a killed run left half written; only for who holds the directory."""
+    for folder in (directory, *(directory / part for part in PARTS if part != "eval")):
+        storage.clean(folder)  # not eval/: `gptlite eval` may be writing there just now
+
+
 @contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Hold the directory: of two runs in one, the second leaves with exit code 6."""
-    try:
-        import fcntl
-    except ImportError:  # Windows: no advisory locks of this kind
-        yield
-        return
+    """Hold the directory: of two runs in one, the second leaves with exit code 6.
+
+    The lock ends with the process, however that ends.
+    """
     with (directory / ".lock").open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            raise RunInUseError(
-                f"{directory}: in use by {holder}; give another --out-dir"
-            ) from None
+        if not hold(file):
+            raise in_use(directory, file)
         file.truncate(0)
         file.write(f"pid {os.getpid()} on {platform.node()}")
         file.flush()
         yield
+        file.truncate(0)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace a file in one step: a reader sees the old text or the new one."""
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with part.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise StorageError(f"{path}: {error.strerror}") from None
+def refuse_if_held(directory: Path) -> None:
+    """RunInUseError if a run is at work there."""
+    if os.path.isfile(directory / ".lock"):
+        with (directory / ".lock").open() as file:
+            if not hold(file):
+                raise in_use(directory, file)
 
 
-def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+def hold(file: TextIO) -> bool:
+    """Whether the lock is ours now. Where there are no locks, a warning must do."""
+    for _ in range(5):  # who only looks holds it for a moment
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            time.sleep(0.05)
+        except (ImportError, OSError) as error:  # Windows, and some network file systems
+            why = getattr(error, "strerror", None) or "not on this system"
+            warning = f"{file.name}: cannot be locked ({why}); let no other run write here"
+            print(warning, file=sys.stderr)
+            return True
+    return False
+
+
+def in_use(directory: Path, file: TextIO) -> RunInUseError:
+    """Names who holds the lock; it says so a moment after taking it."""
+    file.seek(0)
+    holder = file.read().strip() or "another process"
+    return RunInUseError(f"{directory}: in use by {holder}; give another --out-dir")
 
 
 def environment() -> dict[str, Any]:

@@ -3,75 +3,62 @@
 Evaluating, sampling, saving and logging happen between updates and change none of them.
 """
 
-import signal
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import math
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from gptlite import auto, checkpoint, run_directory
+from gptlite import auto, checkpoint, run_directory, storage
 from gptlite import plan as planning
-from gptlite.checkpoint import load_weights
+from gptlite.checkpoint import Best, Found, State, load_weights
 from gptlite.config import RunConfig
 from gptlite.config_reader import dump, load_run
-from gptlite.errors import ConfigError, Stopped
+from gptlite.errors import ConfigError, DivergedError, Stopped
 from gptlite.evaluate import byte_lengths, eval_rows, measure
 from gptlite.generate import Generation, encode_prompt
+from gptlite.interrupts import Cut, Interrupts
 from gptlite.keys import key
 from gptlite.memory import keep_freed
-from gptlite.metrics import Console, Meter, MetricsFile, clock
+from gptlite.metrics import Console, Meter, MetricsFile, clock, finite
 from gptlite.prepare import prepare
-from gptlite.resume import adopt, initial_weights, start_point
+from gptlite.resume import (
+    adopt,
+    fingerprint,
+    initial_weights,
+    start_point,
+    surroundings_changed,
+)
 from gptlite.tokenizer import digest
-from gptlite.train import Trainer, Update
+from gptlite.train import MOST_SKIPPED, SKIP_WINDOW, Trainer, Update
 
 TRAIN_SUBSET_ROWS = 256
 """Rows of training text on which the loss without dropout is measured, always the same."""
 
 
-class Interrupts:
-    """SIGTERM and the first Ctrl-C are noted and acted on between updates; a second leaves."""
-
-    def __init__(self) -> None:
-        self.received = 0
-
-    def __call__(self, number: int, frame: Any) -> None:
-        if self.received:
-            raise KeyboardInterrupt
-        self.received = number
-
-    @contextmanager
-    def noticed(self) -> Iterator["Interrupts"]:
-        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            for number in before:
-                signal.signal(number, self)
-        except ValueError:  # not the main thread: the caller owns the signals
-            before = {}
-        try:
-            yield self
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-
 class Session:
     """One stay of a run in its directory: metrics, evaluations, samples and checkpoints."""
 
-    def __init__(self, trainer: Trainer, directory: Path, saved: dict[str, Any]) -> None:
+    def __init__(
+        self, trainer: Trainer, directory: Path, saved: State | None, interrupts: Interrupts
+    ) -> None:
         run = trainer.run
         self.trainer, self.directory, self.run = trainer, directory, run
-        self.run_id = saved.get("run_id", f"{key(dump(run), trainer.files.digest):016x}")
-        self.best: dict[str, Any] | None = saved.get("best")
-        self.val_loss: float | None = saved.get("val_loss")
-        self.worse = saved.get("evaluations_without_gain", 0)
+        self.interrupts = interrupts
+        self.run_id = f"{key(dump(run), trainer.files.digest):016x}"
+        self.best: Best | None = None
+        self.val_loss: float | None = None
+        self.worse = 0
+        self.pending: dict[str, Any] | None = None
         self.meter = Meter()
-        self.meter.tokens = saved.get("tokens", 0)
-        self.meter.elapsed_seconds = saved.get("elapsed_seconds", 0.0)
         self.saved_step = trainer.step
-        self.metrics = MetricsFile(directory / "metrics.jsonl", trainer.step)
+        if saved is not None:
+            self.run_id, self.best, self.val_loss = saved.run_id, saved.best, saved.val_loss
+            self.worse, self.pending = saved.evaluations_without_gain, saved.pending
+            self.meter.tokens, self.meter.elapsed_seconds = saved.tokens, saved.elapsed_seconds
+        known = trainer.step
+        if self.pending is not None:  # what was cut short there is done again, and saved
+            known, self.saved_step = known - 1, -1
+        self.metrics = MetricsFile(directory / "metrics.jsonl", known)
         self.console = Console(
             directory / "train.log", run.log.progress, trainer.max_steps, trainer.step
         )
@@ -80,6 +67,7 @@ class Session:
         self.verified = False
 
     def row(self, update: Update) -> dict[str, Any]:
+        """What is known of an update before anything is evaluated."""
         return {
             "step": update.step,
             "tokens": self.meter.tokens,
@@ -92,7 +80,7 @@ class Session:
             **{f"dropout/{site}": rate for site, rate in update.dropout_rates.items()},
         }
 
-    def introduce(self, plan: dict[str, Any], problems: Sequence[str]) -> None:
+    def introduce(self, plan: dict[str, Any], found: Found | None) -> None:
         """Say what will happen."""
         trainer, say = self.trainer, self.console.say
         for line in planning.summary_lines(self.run, plan):
@@ -100,66 +88,99 @@ class Session:
         if trainer.planned:
             modules = sum(trainer.planned.values())
             say(f"dropout: {len(trainer.planned)} sites live ({modules} modules)")
-        for problem in problems:
+        if found is None:
+            return
+        for problem in found.problems:
             say(f"{problem}; passed over")
-        if trainer.step:
-            say(f"resumed at step {trainer.step} of {trainer.max_steps}")
+        say(f"resumed at step {trainer.step} of {trainer.max_steps}")
+        for change in surroundings_changed(self.run, found.state.environment):
+            say(f"not as when it was saved: {change}; the last bits of results may differ")
 
-    def work(self, interrupts: Interrupts) -> dict[str, Any]:
-        """Train, and say where everything is. Raises Stopped after a signal."""
+    def work(self) -> dict[str, Any]:
+        """Train, and say where everything is. Raises Stopped after a signal, DivergedError."""
         trainer, say = self.trainer, self.console.say
-        ended = self.train(interrupts)
-        if ended == "signal":
+        try:
+            ended = self.train()
+            summary = self.finish(ended)
+        except Cut:
+            if self.saved_step != trainer.step or self.pending is not None:
+                self.save()
             raise Stopped(
-                interrupts.received,
+                self.interrupts.received,
                 f"stopped at step {trainer.step}, saved; go on with: "
                 f"gptlite train --resume {self.directory}",
-            )
-        summary = self.finish(ended)
-        best, took = summary["best"], clock(summary["elapsed_seconds"])
+            ) from None
+        except DivergedError as error:
+            raise self.diverged(error) from None
+        best, took = self.best, clock(summary["elapsed_seconds"])
         if ended == "early_stop":
             say(f"stopped early: no better validation loss in {self.worse} evaluations")
+        assert best is not None
+        per_byte = best.val_bits_per_byte
+        bits = "" if per_byte is None else f" ({per_byte:.3f} bits per byte)"
         say(
-            f"done: {trainer.step} updates in {took}, best validation loss {best['val_loss']:.4f} "
-            f"nats ({best['val_bits_per_byte']:.3f} bits per byte) at step {best['step']}"
+            f"done: {trainer.step} updates in {took}, best validation loss {best.val_loss:.4f} "
+            f"nats{bits} at step {best.step}"
         )
         say(f"everything is in {self.directory}")
         return summary
 
-    def train(self, interrupts: Interrupts) -> str:
-        """Run to the end, an early stop or a signal. Returns why it ended."""
-        settings, trainer = self.run.train, self.trainer
+    def train(self) -> str:
+        """Run to the end or an early stop; says which. Raises Cut after a signal."""
+        trainer = self.trainer
+        if self.pending is not None:
+            self.settle(self.pending)
         if self.stops_early:
             return "early_stop"
         self.meter.resume()
         for update in trainer.updates(trainer.max_steps):
             self.meter.count(update.targets)
             self.console.advance()
-            last = update.step == trainer.max_steps
-            evaluates = last or update.step % settings.eval_interval == 0
-            if evaluates or update.step % settings.log_interval == 0:
+            if trainer.skipped[-1:] == [update.step]:
+                self.tell_skipped(update)
+            if self.is_due(update.step):
                 self.meter.pause()
-                row = self.row(update)
-                if evaluates:
-                    row |= self.evaluate(update.step)
-                self.metrics.write(row)
-                self.console.progress(update.step, row, self.val_loss)
-            if self.run.sample.interval and update.step % self.run.sample.interval == 0:
-                self.meter.pause()
-                self.sample()
-            # After the row is written: a run killed in a save must find it when it resumes.
-            due = self.is_best(update.step) or update.step % settings.save_interval == 0
-            if due or interrupts.received:
-                self.save()
-            if interrupts.received:
-                return "signal"
+                self.settle(self.row(update))
+            if self.interrupts.received:
+                raise Cut
             if self.stops_early:
                 return "early_stop"
             self.meter.resume()
         return "max_steps"
 
+    def evaluates_at(self, step: int) -> bool:
+        return step == self.trainer.max_steps or step % self.run.train.eval_interval == 0
+
+    def samples_at(self, step: int) -> bool:
+        return self.run.sample.interval > 0 and step % self.run.sample.interval == 0
+
+    def is_due(self, step: int) -> bool:
+        """Whether anything happens between this update and the next."""
+        train = self.run.train
+        regular = step % train.log_interval == 0 or step % train.save_interval == 0
+        return regular or self.evaluates_at(step) or self.samples_at(step)
+
+    def settle(self, row: dict[str, Any]) -> None:
+        """What is due after an update: its evaluation, its row, a sample, a checkpoint.
+
+        A signal may cut it short (Cut); then `pending` is saved, and who resumes begins with it.
+        """
+        train, step = self.run.train, row["step"]
+        self.pending = row
+        if self.evaluates_at(step) and "val/loss" not in row:
+            row |= self.evaluate(step)
+        if self.evaluates_at(step) or step % train.log_interval == 0:
+            self.metrics.write(row)
+            self.console.progress(step, row, self.val_loss)
+        if self.samples_at(step):
+            self.sample()
+        self.pending = None
+        # After the row is written: a run killed in a save must find it when it resumes.
+        if self.is_best(step) or step % train.save_interval == 0:
+            self.save()
+
     def is_best(self, step: int) -> bool:
-        return self.best is not None and self.best["step"] == step
+        return self.best is not None and self.best.step == step
 
     @property
     def stops_early(self) -> bool:
@@ -173,16 +194,19 @@ class Session:
         batches = run.train.eval_batches
         limit = None if batches == "all" else batches * run.train.batch_size
         val, subset = self.val_rows.sweep(rows, limit), trainer.rows.sweep(rows, TRAIN_SUBSET_ROWS)
-        measured = measure(trainer.model, val, run, self.lengths)
-        train = measure(trainer.model, subset, run, self.lengths)
+        with self.interrupts.cutting():
+            measured = measure(trainer.model, val, run, self.lengths)
+            train = measure(trainer.model, subset, run, self.lengths)
+        if not math.isfinite(measured.loss):
+            raise DivergedError(f"step {step}: validation loss {measured.loss}")
         if not self.verified:
             self.console.say("evaluation: dropout: off (verified)")
             self.verified = True
         self.val_loss = measured.loss
         self.worse += 1
-        if self.best is None or measured.loss < self.best["val_loss"]:
-            self.best = {"step": step, "val_loss": measured.loss}
-            self.best |= {"val_bits_per_byte": measured.bits_per_byte}
+        bits = measured.bits_per_byte if measured.text_bytes else None
+        if self.best is None or measured.loss < self.best.val_loss:
+            self.best = Best(step=step, val_loss=measured.loss, val_bits_per_byte=bits)
             self.worse = 0
         return {
             "train/loss_dropout_off": train.loss,
@@ -191,44 +215,70 @@ class Session:
         }
 
     def save(self) -> None:
+        """A checkpoint of now; older ones go. Raises StorageError, DivergedError if not finite."""
         trainer = self.trainer
         self.meter.pause()
+        state = State(
+            step=trainer.step,
+            run_id=self.run_id,
+            tokens=self.meter.tokens,
+            elapsed_seconds=self.meter.elapsed_seconds,
+            best=self.best,
+            val_loss=self.val_loss,
+            evaluations_without_gain=self.worse,
+            skipped=trainer.skipped,
+            pending=None if self.pending is None else finite(self.pending),
+            data_digest=trainer.files.digest,
+            tokenizer_sha256=digest(trainer.files.tokenizer),
+            config=self.run.model_dump(mode="json"),
+            environment=fingerprint(self.run),
+        )
+        self.metrics.sync()
+        checkpoint.save(self.directory, trainer.tensors(), state)
         self.saved_step = trainer.step
-        state = {
-            "run_id": self.run_id,
-            "tokens": self.meter.tokens,
-            "elapsed_seconds": self.meter.elapsed_seconds,
-            "best": self.best,
-            "val_loss": self.val_loss,
-            "evaluations_without_gain": self.worse,
-            "data_digest": trainer.files.digest,
-            "tokenizer_sha256": digest(trainer.files.tokenizer),
-            "config": self.run.model_dump(mode="json"),
-            "environment": {"torch": torch.__version__, "threads": torch.get_num_threads()},
-        }
-        checkpoint.save(self.directory, trainer.step, trainer.tensors(), state)
         checkpoint.point(self.directory, "last", trainer.step)
         if self.is_best(trainer.step):
             checkpoint.point(self.directory, "best", trainer.step)
-        checkpoint.prune(self.directory, self.run.train.keep_last)
+        best_step = None if self.best is None else self.best.step
+        checkpoint.prune(self.directory, self.run.train.keep_last, best_step)
 
     def sample(self) -> str:
         """Continue the configured prompts; the text goes to samples/ and is returned."""
         run, trainer = self.run, self.trainer
         documents = run.data.layout == "documents"
-        generation = Generation(
-            trainer.model,
-            trainer.files.tokenizer,
-            run.sample.prompts,
-            run.sample,
-            seed=run.seed,
-            num_samples=8 if documents else 1,
-            documents=documents,
-        )
-        text = "\n".join(result["prompt"] + result["text"] for result in generation.results())
+        with self.interrupts.cutting():
+            generation = Generation(
+                trainer.model,
+                trainer.files.tokenizer,
+                run.sample.prompts,
+                run.sample,
+                seed=run.seed,
+                num_samples=8 if documents else 1,
+                documents=documents,
+            )
+            text = "\n".join(result["prompt"] + result["text"] for result in generation.results())
         path = self.directory / "samples" / f"step-{trainer.step:08d}.txt"
-        run_directory.write_text(path, text + "\n")
+        storage.write_text(path, text + "\n")
         return text
+
+    def tell_skipped(self, update: Update) -> None:
+        self.console.say(
+            f"step {update.step}: loss {update.loss}, gradient norm {update.grad_norm}; skipped "
+            f"({len(self.trainer.skipped)} of at most {MOST_SKIPPED} in {SKIP_WINDOW} updates)"
+        )
+
+    def diverged(self, error: DivergedError) -> DivergedError:
+        """The error with what is left: the weights before it are saved if they are finite."""
+        trainer = self.trainer
+        if trainer.step > self.saved_step:
+            with suppress(DivergedError):  # then the update before had done it
+                self.save()
+        saved = checkpoint.folders(self.directory)
+        last = f"the last good checkpoint is {saved[-1]}" if saved else "nothing was saved before"
+        return DivergedError(
+            f"{error}; {last}; try a lower optim.lr (now {self.run.optim.lr:g}), more "
+            "optim.warmup_steps, dtype float32, or train.on_nonfinite: skip"
+        )
 
     def finish(self, ended: str) -> dict[str, Any]:
         """The last checkpoint and sample, and the summary."""
@@ -245,22 +295,20 @@ class Session:
             "epochs": trainer.step * self.run.train.batch_size / trainer.rows.n_rows,
             "elapsed_seconds": self.meter.elapsed_seconds,
             "val_loss": self.val_loss,
-            "best": self.best,
+            "best": self.best.model_dump() if self.best else None,
         }
-        run_directory.write_json(self.directory / "summary.json", summary)
+        storage.write_json(self.directory / "summary.json", summary)
         self.console.say(f"sample at step {trainer.step}:\n{text}")
         return summary
 
-    def close(self) -> None:
-        self.metrics.close()
-        self.console.close()
 
-
-def train(run: RunConfig, directory: Path, *, resume: bool = False) -> dict[str, Any]:
+def train(
+    run: RunConfig, directory: Path, *, resume: bool = False, strict: bool = False
+) -> dict[str, Any]:
     """Train a run in its directory; returns the summary.
 
     Raises ConfigError and DataError before anything is written, Stopped after a signal, with the
-    checkpoint saved.
+    checkpoint saved. `strict`: not to resume where surroundings have changed.
     """
     stored = load_run([str(directory / "config.yaml")]) if resume else None
     files = prepare(run)
@@ -277,26 +325,27 @@ def train(run: RunConfig, directory: Path, *, resume: bool = False) -> dict[str,
     with run_directory.locked(directory), Interrupts().noticed() as interrupts:
         if stored is None and run_directory.has_run(directory):
             raise ConfigError(f"out_dir: {directory} contains a run; give another --out-dir")
-        start = start_point(resolved, stored, directory, files)
+        run_directory.clean(directory)
+        found = start_point(resolved, stored, directory, files, strict=strict)
         trainer = Trainer(resolved, files)
-        if start.path is not None:
-            trainer.restore(start.path, start.state["step"])
+        if found is not None:
+            trainer.restore(found.path, found.state)
         elif weights is not None:
             load_weights(trainer.model, weights)
         plan = planning.make_plan(resolved, trainer.model, files, trainer.rows, reasons)
         write_description(trainer, directory, plan)
-        session = Session(trainer, directory, start.state)
+        session = Session(trainer, directory, found.state if found else None, interrupts)
         try:
-            session.introduce(plan, start.problems)
-            return session.work(interrupts)
+            session.introduce(plan, found)
+            return session.work()
         finally:
-            session.close()
+            session.console.close()
 
 
 def write_description(trainer: Trainer, directory: Path, plan: dict[str, Any]) -> None:
     """config.yaml, env.json, plan.json and the tokenizer: what the run is."""
     tokenizer = trainer.files.tokenizer.to_json()
-    run_directory.write_json(directory / "env.json", run_directory.environment())
-    run_directory.write_json(directory / "plan.json", plan)
-    run_directory.write_json(directory / "tokenizer" / "tokenizer.json", tokenizer)
-    run_directory.write_text(directory / "config.yaml", dump(trainer.run))
+    storage.write_json(directory / "env.json", run_directory.environment())
+    storage.write_json(directory / "plan.json", plan)
+    storage.write_text(directory / "tokenizer" / "tokenizer.json", storage.sealed(tokenizer))
+    storage.write_text(directory / "config.yaml", dump(trainer.run))

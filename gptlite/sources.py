@@ -26,6 +26,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from gptlite import storage
 from gptlite.config import DataConfig, RunConfig
 from gptlite.errors import ConfigError, DataError, StorageError
 
@@ -44,7 +45,7 @@ def locate(run: RunConfig) -> list[Path]:
     for file in files:
         check_regular(file)
     if run.data.sha256 is not None:
-        found = [file_digest(file) for file in files]
+        found = [storage.file_digest(file, links=True) for file in files]
         if found != [run.data.sha256]:
             where, got = run.sources[0], ", ".join(found)
             raise DataError(f"{where}: sha256 is {got}, data.sha256 says {run.data.sha256}")
@@ -84,11 +85,6 @@ def check_regular(path: Path) -> None:
         raise DataError(f"data.source: {path}: {path.suffix} is not text; give {kinds}")
     if not os.access(path, os.R_OK):
         raise DataError(f"data.source: {path}: Permission denied")
-
-
-def file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_file(path: Path, data: DataConfig) -> Iterator[Chunk]:
@@ -207,7 +203,7 @@ def download(url: str, sha256: str, cache_dir: Path) -> Path:
     """Fetch a file once; what does not have the digest is not kept."""
     suffix = Path(url.split("?")[0]).suffix or ".txt"
     target = cache_dir / "downloads" / f"{sha256[:16]}{suffix}"
-    if target.is_file() and file_digest(target) == sha256:
+    if target.is_file() and storage.file_digest(target, links=True) == sha256:
         return target
     try:
         request = urllib.request.Request(url, headers={"User-Agent": "gptlite"})
@@ -234,7 +230,7 @@ def received(response: http.client.HTTPResponse) -> Iterator[bytes]:
 
 def keep(target: Path, parts: Iterator[bytes], sha256: str | None, name: str) -> Path:
     """Write to a temporary file beside `target`, check, rename."""
-    part = target.with_name(f".{target.name}.{os.getpid()}")
+    part = storage.temporary(target)
     got, size = hashlib.sha256(), 0
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -251,13 +247,14 @@ def keep(target: Path, parts: Iterator[bytes], sha256: str | None, name: str) ->
                 bar.update(len(data))
         if sha256 is not None and got.hexdigest() != sha256:
             raise DataError(f"{name}: sha256 is {got.hexdigest()}, data.sha256 says {sha256}")
-        os.replace(part, target)
+        storage.disk.sync(part)
+        storage.disk.rename(part, target)
     except OSError as error:
         if isinstance(error, urllib.error.URLError):
             raise
         raise StorageError(f"{target.parent}: {error.strerror}") from None
     finally:
-        part.unlink(missing_ok=True)
+        storage.discard(part)
     return target
 
 

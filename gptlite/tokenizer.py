@@ -11,17 +11,23 @@ import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, Protocol, get_args
 
 import numpy as np
 import tiktoken
 from numpy.typing import NDArray
 
+from gptlite import storage
 from gptlite.config import TokenizerConfig
 from gptlite.errors import ConfigError, DataError
 
+UNKNOWN = get_args(TokenizerConfig.model_fields["unknown"].annotation)
 EOT = "<|endoftext|>"
 PIECE = 1 << 16
+MOST_TOKENS = 1 << 21
+MOST_BYTES = 1 << 27
+"""Of a tokenizer's file."""
 DOWNLOAD_SECONDS = 8.0
 LONG_RUN = re.compile(r"\s{1024}|\S{1024}")
 
@@ -116,7 +122,7 @@ class ByteTokenizer:
 
     @classmethod
     def from_json(cls, saved: dict[str, Any]) -> "ByteTokenizer":
-        return cls(eot=saved["eot"])
+        return cls(eot=known(saved["eot"], True, False))
 
 
 class CharTokenizer:
@@ -178,7 +184,10 @@ class CharTokenizer:
 
     @classmethod
     def from_json(cls, saved: dict[str, Any]) -> "CharTokenizer":
-        return cls(saved["characters"], eot=saved["eot"], unknown=saved["unknown"])
+        characters, unknown = saved["characters"], known(saved["unknown"], *UNKNOWN)
+        if not isinstance(characters, str) or len(characters) != len(set(characters)):
+            raise ValueError("characters are not a text of distinct ones")
+        return cls(characters, eot=known(saved["eot"], True, False), unknown=unknown)
 
 
 class BPETokenizer:
@@ -228,7 +237,22 @@ class BPETokenizer:
     @classmethod
     def from_json(cls, saved: dict[str, Any]) -> "BPETokenizer":
         ranks = {base64.b64decode(token): rank for token, rank in saved["ranks"].items()}
-        return cls(saved["kind"], saved["name"], saved["pattern"], ranks, saved["eot"])
+        ids = [*ranks.values(), saved["eot"]]
+        if not all(type(i) is int and 0 <= i < MOST_TOKENS for i in ids) or len(set(ids)) < len(
+            ids
+        ):
+            raise ValueError(f"ids are not distinct numbers below {MOST_TOKENS}")
+        if not all(bytes([byte]) in ranks for byte in range(256)) or b"" in ranks:
+            raise ValueError("not every byte has an id of its own")
+        made = cls(saved["kind"], saved["name"], saved["pattern"], ranks, saved["eot"])
+        made.encoding.encode_ordinary("a b")  # a pattern that is none fails here
+        return made
+
+
+def known(value: Any, *values: Any) -> Any:
+    if value not in values or type(value) not in map(type, values):
+        raise ValueError(f"{value!r} is none of {values}")
+    return value
 
 
 TOKENIZERS: dict[str, Callable[[dict[str, Any]], Tokenizer]] = {
@@ -244,7 +268,17 @@ def from_json(saved: dict[str, Any]) -> Tokenizer:
     try:
         return TOKENIZERS[saved["kind"]](saved)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DataError(f"tokenizer.json: not a tokenizer ({error!r})") from None
+        raise DataError(f"not a tokenizer ({error!r})") from None
+
+
+def read(path: Path) -> Tokenizer:
+    """A tokenizer's sealed file; DataError if it is damaged, or none."""
+    try:
+        return from_json(storage.unsealed(storage.read_regular(path, MOST_BYTES)))
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def build(

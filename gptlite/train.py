@@ -14,7 +14,7 @@ import torch
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from gptlite import auto, checkpoint
-from gptlite.checkpoint import load_weights, model_tensors
+from gptlite.checkpoint import FILES, State, load_weights, model_tensors
 from gptlite.config import RunConfig
 from gptlite.data import Batch, TokenFiles, batch_at
 from gptlite.dropout import (
@@ -30,6 +30,9 @@ from gptlite.keys import key
 from gptlite.masks import sample_keys
 from gptlite.model import GPT
 from gptlite.optim import Optimizer, lr_at
+
+MOST_SKIPPED, SKIP_WINDOW = 10, 1000
+"""Updates that `train.on_nonfinite: skip` may skip, in so many."""
 
 
 class Update(NamedTuple):
@@ -54,15 +57,7 @@ class Trainer:
         self.device = torch.device(run.device)
         self.rows = files.rows("train", run.model.context_length)
         self.max_steps = auto.planned_steps(run, self.rows.n_rows)
-        vocab_size = files.meta["vocab_size"]
-        self.model = GPT(
-            run.model,
-            vocab_size,
-            run.dropout,
-            kernel=run.attention,
-            seed=run.seed,
-            recompute=run.train.recompute is True,
-        )
+        self.model = GPT.of_run(run, files.meta["vocab_size"])
         self.model.to(self.device).train()
         self.rates = {site: rate for site, rate in run.dropout.rates().items() if rate > 0}
         check_every_rate_acts(self.model, self.rates)
@@ -73,6 +68,8 @@ class Trainer:
         self.optimizer = Optimizer(self.model, run.optim)
         self.parameters = list(self.model.parameters())
         self.step, self.strength = 0, 1.0
+        self.skipped: list[int] = []
+        """The latest updates that were not finite and left the weights alone."""
 
     def updates(self, until: int) -> Iterator[Update]:
         """Make updates up to step `until`; the caller logs, evaluates and saves in between."""
@@ -86,19 +83,26 @@ class Trainer:
             norm = get_total_norm([p.grad for p in self.parameters if p.grad is not None])
             loss_nats, grad_norm = loss.item(), norm.item()
             lr = lr_at(self.step, self.max_steps, run.optim)
-            if not (math.isfinite(loss_nats) and math.isfinite(grad_norm)):
-                raise DivergedError(
-                    f"step {self.step + 1}: loss {loss_nats}, gradient norm {grad_norm}, "
-                    f"learning rate {lr:.3g}; the weights are those of step {self.step}. "
-                    "Try a lower optim.lr, more optim.warmup_steps or dtype float32"
-                )
-            if run.optim.grad_clip and grad_norm > run.optim.grad_clip:
-                clip_grads_with_norm_(self.parameters, run.optim.grad_clip, norm)
-            self.optimizer.step(lr)
+            if math.isfinite(loss_nats) and math.isfinite(grad_norm):
+                if run.optim.grad_clip and grad_norm > run.optim.grad_clip:
+                    clip_grads_with_norm_(self.parameters, run.optim.grad_clip, norm)
+                self.optimizer.step(lr)
+            else:
+                self.skip(f"loss {loss_nats}, gradient norm {grad_norm}, learning rate {lr:.3g}")
             self.optimizer.zero_grad()
             self.step += 1
             rates = {site: rate * strength for site, rate in self.rates.items()}
             yield Update(self.step, loss_nats, lr, grad_norm, batch.n_targets, rates)
+
+    def skip(self, what: str) -> None:
+        """Leave the weights alone in this update. Raises DivergedError if that is not wanted, or
+        was so too often."""
+        self.skipped = [step for step in self.skipped if step > self.step + 1 - SKIP_WINDOW]
+        often = len(self.skipped) == MOST_SKIPPED
+        if self.run.train.on_nonfinite == "stop" or often:
+            earlier = f", after {MOST_SKIPPED} skipped in {SKIP_WINDOW} updates" if often else ""
+            raise DivergedError(f"step {self.step + 1}: {what}{earlier}")
+        self.skipped.append(self.step + 1)
 
     def schedule_dropout(self) -> float:
         """Set the rates of the coming update; returns their share of the full rates."""
@@ -130,16 +134,17 @@ class Trainer:
     def tensors(self) -> dict[str, dict[str, torch.Tensor]]:
         """What a checkpoint stores, by file."""
         model, optimizer = model_tensors(self.model), self.optimizer.state_tensors()
-        return dict(zip(checkpoint.FILES, (model, optimizer), strict=True))
+        return dict(zip(FILES, (model, optimizer), strict=True))
 
-    def restore(self, path: Path, step: int) -> None:
+    def restore(self, path: Path, state: State) -> None:
         """Go on from a verified checkpoint. Raises CheckpointError if it is of another model."""
         load_weights(self.model, path)
-        state_file = path / checkpoint.FILES[1]
-        if not state_file.is_file():
+        if FILES[1] not in state.files:
             raise CheckpointError(f"{path}: has no optimizer state; use init_from for weights only")
+        moments = checkpoint.read_tensors(path / FILES[1])
+        self.step, self.skipped = state.step, list(state.skipped)
         try:
-            self.optimizer.load_state_tensors(checkpoint.read_tensors(state_file))
-        except (KeyError, ValueError) as error:
-            raise CheckpointError(f"{path}: {error.args[0]}") from None
-        self.step = step
+            if moments or self.step > len(self.skipped):  # there are none before a first update
+                self.optimizer.load_state_tensors(moments)
+        except ValueError as error:
+            raise CheckpointError(f"{path}: {error}") from None

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from gptlite.checkpoint import State
 from gptlite.config import RunConfig
 from gptlite.config_reader import validate
 from gptlite.data import TokenFiles
@@ -49,6 +50,16 @@ def only(*sites: str, rate: float = 0.5, **more: Any) -> DropoutConfig:
 
 
 EVERYWHERE = only(*SITES, rate=0.3)
+
+
+def state_at(step: int, **over: Any) -> State:
+    """What a checkpoint of a run that has done nothing yet would say."""
+    plain: dict[str, Any] = {
+        **{"run_id": "é", "tokens": 0, "elapsed_seconds": 0.0, "best": None, "val_loss": None},
+        **{"evaluations_without_gain": 0, "skipped": [], "pending": None, "data_digest": ""},
+        **{"tokenizer_sha256": "", "config": {}, "environment": {}, "step": step},
+    }
+    return State.model_validate({**plain, **over})
 
 
 def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,9 @@ FILES = sorted(PACKAGE.glob("*.py"))
 
 MAY_IMPORT = {
     "errors": "",
+    "storage": "errors",
+    "interrupts": "errors",
+    "exits": "errors",
     "keys": "",
     "section": "",
     "dropout_config": "section",
@@ -21,10 +24,10 @@ MAY_IMPORT = {
     "strict_yaml": "errors",
     "config_words": "config strict_yaml",
     "config_reader": "config config_words errors strict_yaml",
-    "tokenizer": "config errors",
-    "sources": "config errors",
-    "data": "errors keys sources tokenizer",
-    "prepare": "config data errors sources tokenizer",
+    "tokenizer": "config errors storage",
+    "sources": "config errors storage",
+    "data": "errors keys storage tokenizer",
+    "prepare": "config data errors sources storage tokenizer",
     "loops": "",
     "masks": "dropout_config keys loops",
     "dropout": "dropout_config errors keys masks",
@@ -32,26 +35,25 @@ MAY_IMPORT = {
     "loss": "data",
     "model": "config dropout dropout_config kernels keys loss masks",
     "optim": "config",
-    "run_directory": "errors",
-    "metrics": "errors run_directory",
-    "checkpoint": "auto config config_reader errors model run_directory sources tokenizer",
+    "run_directory": "errors storage",
+    "metrics": "errors storage",
+    "checkpoint": "errors model section storage",
     "memory": "config errors loss",
     "auto": "config dropout errors loops masks memory model",
-    "evaluate": (
-        "auto checkpoint config data dropout errors keys loss masks model sources tokenizer"
-    ),
+    "trained": "auto checkpoint config config_reader errors model tokenizer",
+    "evaluate": ("auto config data dropout errors keys loss masks model sources tokenizer trained"),
     "generate": "config dropout errors keys model tokenizer",
     "audit": "auto config data dropout dropout_config evaluate loss masks model",
     "plan": "audit auto config data evaluate masks memory metrics model prepare",
     "train": "auto checkpoint config data dropout errors evaluate keys masks model optim",
-    "resume": "checkpoint config data errors run_directory",
+    "resume": "checkpoint config data errors loops run_directory",
     "session": (
-        "auto checkpoint config config_reader errors evaluate generate keys memory metrics plan "
-        "prepare resume run_directory tokenizer train"
+        "auto checkpoint config config_reader errors evaluate generate interrupts keys memory "
+        "metrics plan prepare resume run_directory storage tokenizer train"
     ),
     "cli": (
-        "audit checkpoint config config_reader errors evaluate generate loops plan prepare "
-        "run_directory session sources"
+        "audit config config_reader errors evaluate exits generate loops plan prepare "
+        "run_directory session sources storage trained"
     ),
     "__main__": "cli",
     "__init__": "",
@@ -59,8 +61,8 @@ MAY_IMPORT = {
 """An arrow that is not listed is an error; importing the package for its version is not."""
 
 TORCH_FREE = (
-    "errors keys section dropout_config config strict_yaml config_words config_reader tokenizer "
-    "sources data prepare loops"
+    "errors storage interrupts exits keys section dropout_config config strict_yaml config_words "
+    "config_reader tokenizer sources data prepare loops"
 )
 FORBIDDEN = {"pickle", "torch.load", "yaml.load", "eval", "exec", "extractall", "torch.hub"}
 MAX_LINES = 400

@@ -6,7 +6,6 @@ test_surroundings.py.
 """
 
 import fcntl
-import json
 import os
 import re
 import shutil
@@ -23,7 +22,7 @@ import yaml
 from conftest import prose
 from typer.testing import CliRunner, Result
 
-from gptlite import prepare, tokenizer
+from gptlite import prepare, storage, tokenizer
 from gptlite.cli import app
 from gptlite.data import Stream
 
@@ -217,7 +216,12 @@ def flip(path: Path) -> None:
 
 
 def edit(**values: Any) -> Any:
-    return lambda path: path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+    """Change a sealed file and seal it again, as who means harm can."""
+
+    def change(path: Path) -> None:
+        path.write_text(storage.sealed({**storage.unsealed(path.read_text()), **values}))
+
+    return change
 
 
 DAMAGE = {
@@ -226,18 +230,26 @@ DAMAGE = {
     "empty": ("val.bin", lambda path: os.truncate(path, 0), "val.bin: has 0 bytes"),
     "gone": ("val.bin", Path.unlink, "val.bin: has 0 bytes"),
     "same size": ("train.bin", flip, r"train.bin: damaged \(sha256"),
-    "meta cut": ("meta.json", lambda path: os.truncate(path, 50), "cannot be read"),
-    "meta of bytes": ("meta.json", lambda path: path.write_bytes(b"\xff\x00"), "cannot be read"),
-    "meta too deep": ("meta.json", lambda path: path.write_text("[" * 100_000), "cannot be read"),
-    "meta a list": ("meta.json", lambda path: path.write_text("[]"), "meta.json: damaged"),
+    "meta cut": ("meta.json", lambda path: os.truncate(path, 50), "meta.json: not JSON"),
+    "meta of bytes": ("meta.json", lambda path: path.write_bytes(b"\xff\x00"), "UTF-8 at byte 0"),
+    "meta too deep": ("meta.json", lambda path: path.write_text("[" * 100_000), "not JSON"),
+    "meta a list": ("meta.json", lambda path: path.write_text("[]"), "meta.json: has no sha256"),
     "meta without splits": ("meta.json", edit(splits={}), "meta.json: damaged"),
     "meta with text": ("meta.json", edit(vocab_size="x"), "meta.json: damaged"),
     "meta of wide ids": ("meta.json", edit(vocab_size=70_000), "meta.json: damaged"),
     "meta of no layout": ("meta.json", edit(layout=None), "meta.json: damaged"),
-    "tokenizer too deep": ("tokenizer.json", lambda path: path.write_text("[" * 100_000), "read"),
-    "no tokenizer": ("tokenizer.json", lambda path: path.write_text("{}"), "not a tokenizer"),
+    "tokenizer too deep": (
+        "tokenizer.json",
+        lambda path: path.write_text("[" * 100_000),
+        "not JSON",
+    ),
+    "meta edited": ("meta.json", flip, r"meta.json: (damaged \(sha256|not JSON)"),
+    "no tokenizer": (
+        *("tokenizer.json", lambda path: path.write_text(storage.sealed({}))),
+        "not a tokenizer",
+    ),
     "another tokenizer": (
-        *("tokenizer.json", lambda path: path.write_text('{"kind": "byte", "eot": false}')),
+        *("tokenizer.json", edit(characters="xyz")),
         r"tokenizer.json: damaged \(sha256",
     ),
 }
@@ -289,7 +301,7 @@ def copied(run: Path, tmp_path: Path) -> Path:
 
 def test_a_run_with_another_tokenizer_is_not_used(copied: Path) -> None:
     path = copied / "tokenizer" / "tokenizer.json"
-    edit(characters=json.loads(path.read_text())["characters"][::-1])(path)
+    edit(characters=storage.unsealed(path.read_text())["characters"][::-1])(path)
     for command in ("generate", "eval"):
         result = invoke(command, "--run", str(copied))
         assert result.exit_code == 3

@@ -1,17 +1,18 @@
 """Checkpoints are whole or absent, verified when read, and never pickles."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import state_at
+from safetensors.torch import save_file
 
-from gptlite import checkpoint
-from gptlite.checkpoint import FILES
+from gptlite import checkpoint, storage
+from gptlite.checkpoint import FILES, Found
 from gptlite.config import ModelConfig
-from gptlite.errors import CheckpointError, ConfigError, StorageError
+from gptlite.errors import CheckpointError, ConfigError, DivergedError, StorageError
 from gptlite.model import GPT
 
 SMALL = ModelConfig(n_layer=1, n_head=2, n_embd=16, context_length=8)
@@ -29,12 +30,16 @@ def run_dir(tmp_path: Path) -> Path:
 
 
 def save(run_dir: Path, step: int, **state: Any) -> Path:
-    return checkpoint.save(run_dir, step, tensors(step), {"note": "é", **state})
+    return checkpoint.save(run_dir, tensors(step), state_at(step, **state))
+
+
+def recover(run_dir: Path) -> Found | None:
+    return checkpoint.recover(run_dir, lambda state: None)
 
 
 def test_a_checkpoint_comes_back_as_it_was(run_dir: Path) -> None:
     path = save(run_dir, 7)
-    assert checkpoint.read_state(path)["step"] == 7
+    assert checkpoint.read_state(path).step == 7
     model = GPT(SMALL, 20, seed=99)
     checkpoint.load_weights(model, path)
     for name, tensor in tensors(7)[FILES[0]].items():
@@ -51,10 +56,11 @@ def test_a_failed_save_leaves_what_was_there(
 ) -> None:
     save(run_dir, 1)
 
-    def full(*args: object) -> None:
+    def full(*args: object, **more: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(checkpoint, "SECONDS_BETWEEN_ATTEMPTS", 0)
     with pytest.raises(StorageError, match="No space left"):
         save(run_dir, 2)
     assert [p.name for p in (run_dir / "checkpoints").iterdir()] == ["step-00000001"]
@@ -63,6 +69,7 @@ def test_a_failed_save_leaves_what_was_there(
 def test_free_space_is_asked_first(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(run_dir)._replace(free=10)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(checkpoint, "SECONDS_BETWEEN_ATTEMPTS", 0)
     with pytest.raises(StorageError, match="free disk"):
         save(run_dir, 2)
 
@@ -80,28 +87,28 @@ def test_every_flipped_byte_and_every_truncation_is_noticed(run_dir: Path, name:
             with pytest.raises(CheckpointError):
                 checkpoint.read_state(path)
     (path / name).write_bytes(whole)
-    assert checkpoint.read_state(path)["step"] == 1
+    assert checkpoint.read_state(path).step == 1
 
 
 def test_a_bad_checkpoint_is_passed_over_and_named(run_dir: Path) -> None:
     save(run_dir, 1)
     bad = save(run_dir, 2)
     (bad / FILES[0]).write_bytes(b"junk")
-    found = checkpoint.newest_valid(run_dir)
+    found = recover(run_dir)
     assert found is not None
     path, state, problems = found
-    assert (path.name, state["step"]) == ("step-00000001", 1)
+    assert (path.name, state.step) == ("step-00000001", 1)
     assert "step-00000002" in problems[0]
     assert (run_dir / "checkpoints" / "step-00000002.corrupt").is_dir()
 
 
 def test_a_run_never_starts_over_silently(run_dir: Path) -> None:
     """No checkpoint at all is a fresh start; only broken ones are exit code 3."""
-    assert checkpoint.newest_valid(run_dir) is None
+    assert recover(run_dir) is None
     bad = save(run_dir, 1)
     (bad / "state.json").write_text("{}")
     with pytest.raises(CheckpointError, match="no usable checkpoint") as caught:
-        checkpoint.newest_valid(run_dir)
+        recover(run_dir)
     assert caught.value.exit_code == 3
 
 
@@ -111,11 +118,11 @@ def test_pruning_keeps_the_newest_and_the_best_and_nothing_foreign_goes(run_dir:
     foreign = run_dir / "checkpoints" / "step-mine"
     foreign.mkdir()
     checkpoint.point(run_dir, "best", 2)
-    checkpoint.prune(run_dir, 2)
+    checkpoint.prune(run_dir, 2, 2)
     kept = [p.name for p in checkpoint.folders(run_dir)]
     assert kept == ["step-00000002", "step-00000004", "step-00000005"]
     assert foreign.is_dir()
-    checkpoint.prune(run_dir, "all")
+    checkpoint.prune(run_dir, "all", None)
     assert len(checkpoint.folders(run_dir)) == 3
 
 
@@ -123,7 +130,7 @@ def test_checkpoints_are_chosen_by_name(run_dir: Path) -> None:
     save(run_dir, 3)
     checkpoint.point(run_dir, "last", 3)
     assert checkpoint.chosen(run_dir, "last") == checkpoint.chosen(run_dir, "step-3")
-    assert checkpoint.chosen(run_dir, "best").name == "step-00000003"
+    assert checkpoint.chosen(run_dir, "best").path.name == "step-00000003"
     with pytest.raises(CheckpointError, match="no checkpoint 'step-4'; there are: step-00000003"):
         checkpoint.chosen(run_dir, "step-4")
     with pytest.raises(ConfigError, match="expected best, last or step-N"):
@@ -139,9 +146,11 @@ def test_weights_of_another_shape_are_named(run_dir: Path) -> None:
 def test_weights_that_are_not_finite_are_refused(run_dir: Path) -> None:
     broken = tensors()
     broken[FILES[0]]["norm.weight"][0] = float("nan")
-    path = checkpoint.save(run_dir, 1, broken, {})
+    with pytest.raises(DivergedError, match=r"step 1: not finite, so not saved: norm\.weight"):
+        checkpoint.save(run_dir, broken, state_at(1))
+    save_file(broken[FILES[0]], run_dir / FILES[0])
     with pytest.raises(CheckpointError, match=r"not finite in norm\.weight"):
-        checkpoint.load_weights(GPT(SMALL, 20), path)
+        checkpoint.load_weights(GPT(SMALL, 20), run_dir)
 
 
 @pytest.mark.parametrize("content", [b"", b"\x80\x04K\x01.", b"PK\x03\x04" + bytes(40)])
@@ -154,8 +163,7 @@ def test_files_that_may_be_pickles_are_not_opened(tmp_path: Path, content: bytes
 
 def test_a_newer_format_is_said(run_dir: Path) -> None:
     path = save(run_dir, 1)
-    state = json.loads((path / "state.json").read_text())
-    state["format"] = 99
-    (path / "state.json").write_text(json.dumps(state))
+    state = storage.unsealed((path / "state.json").read_text())
+    (path / "state.json").write_text(storage.sealed({**state, "format": 99}))
     with pytest.raises(CheckpointError, match="format 99"):
         checkpoint.read_state(path)

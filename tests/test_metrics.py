@@ -41,12 +41,10 @@ def test_metrics_are_cut_back_to_the_resumed_step(tmp_path: Path) -> None:
     first = MetricsFile(path, 0)
     for step in (10, 20, 30):
         first.write({"step": step, "train/loss": step / 10})
-    first.close()
     with path.open("a") as file:
         file.write('{"step": 40, "tra')  # a crash cut this short
     second = MetricsFile(path, 20)
     second.write({"step": 30, "train/loss": float("nan")})
-    second.close()
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert [row["step"] for row in rows] == [10, 20, 30]
     assert rows[-1]["train/loss"] is None

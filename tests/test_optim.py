@@ -80,7 +80,7 @@ def test_state_taken_back_goes_on_bit_for_bit(name: str) -> None:
     model = GPT(SMALL, 20)
     optimizer = Optimizer(model, optim(name=name))
     step(model, optimizer, 0)
-    assert set(optimizer.state_tensors()) == optimizer.expected_state()
+    assert set(optimizer.state_tensors()) == set(optimizer.expected_state())
     twin = GPT(SMALL, 20)
     twin.load_state_dict(model.state_dict())
     second = Optimizer(twin, optim(name=name))
@@ -95,7 +95,7 @@ def test_state_of_another_optimizer_is_refused() -> None:
     model = GPT(SMALL, 20)
     adam, muon = Optimizer(model, optim()), Optimizer(model, optim(name="muon"))
     step(model, adam, 0)
-    with pytest.raises(KeyError, match="does not fit"):
+    with pytest.raises(ValueError, match="do not fit"):
         muon.load_state_tensors(adam.state_tensors())
 
 

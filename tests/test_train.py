@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Workshop, prose
+from conftest import Workshop, prose, state_at
 
 from gptlite import auto, checkpoint
 from gptlite.config import RunConfig
@@ -75,10 +75,10 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(
     first = trainer(run)
     again = [(u.loss, u.grad_norm, u.lr) for u in first.updates(3)]
     (tmp_path / "checkpoints").mkdir()
-    path = checkpoint.save(tmp_path, 3, first.tensors(), {})
+    path = checkpoint.save(tmp_path, first.tensors(), state_at(3))
     torch.manual_seed(99)  # whatever state the generator is in
     second = trainer(run)
-    second.restore(path, 3)
+    second.restore(path, checkpoint.read_state(path))
     again += [(u.loss, u.grad_norm, u.lr) for u in second.updates(6)]
     assert again == losses
     assert equal(second, straight)
@@ -183,7 +183,7 @@ def test_a_loss_that_is_not_finite_never_reaches_the_weights(workshop: Workshop)
     before = weights(one)
     with torch.no_grad():
         one.model.norm.weight[0] = math.inf
-    with pytest.raises(DivergedError, match=r"step 2: loss .*weights are those of step 1"):
+    with pytest.raises(DivergedError, match=r"step 2: loss (nan|inf)"):
         next(updates)
     after = weights(one)
     assert all(torch.equal(before[n], after[n]) for n in before if n != "norm.weight")
@@ -275,6 +275,7 @@ def test_a_schedule_repeats_itself_after_a_resume(workshop: Workshop, tmp_path: 
     losses = [u.loss for u in straight.updates(8)]
     again = [u.loss for u in first.updates(5)]
     (tmp_path / "checkpoints").mkdir()
-    second.restore(checkpoint.save(tmp_path, 5, first.tensors(), {}), 5)
+    path = checkpoint.save(tmp_path, first.tensors(), state_at(5))
+    second.restore(path, checkpoint.read_state(path))
     assert again + [u.loss for u in second.updates(8)] == losses
     assert equal(second, straight)

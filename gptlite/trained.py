@@ -1,0 +1,60 @@
+"""A trained model with all that is needed to use it, from a run directory."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from gptlite import checkpoint, tokenizer
+from gptlite.auto import usable
+from gptlite.checkpoint import Found, State
+from gptlite.config import RunConfig
+from gptlite.config_reader import load_run
+from gptlite.errors import CheckpointError, DataError
+from gptlite.model import GPT
+from gptlite.tokenizer import Tokenizer
+
+READS = 5
+"""Times to look again where a run saves and prunes meanwhile."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    run: RunConfig
+    model: GPT
+    tokenizer: Tokenizer
+    state: State
+    problems: list[str]
+    """Checkpoints that were passed over, and why."""
+
+
+def load_trained(run_dir: Path, which: str) -> Trained:
+    """The model of a run as a checkpoint has it, in eval mode, on a device of this machine.
+
+    Raises CheckpointError. The run may be at work: what it prunes while it is read is no failure.
+    """
+    for attempt in range(1, READS + 1):
+        listing = checkpoint.folders(run_dir)
+        try:
+            return load(run_dir, checkpoint.chosen(run_dir, which))
+        except CheckpointError:
+            if attempt == READS or checkpoint.folders(run_dir) == listing:
+                raise
+    raise AssertionError
+
+
+def load(run_dir: Path, found: Found) -> Trained:
+    path, state, problems = found
+    run = usable(load_run([str(run_dir / "config.yaml")]))
+    text = load_tokenizer(run_dir)
+    if tokenizer.digest(text) != state.tokenizer_sha256:
+        raise CheckpointError(f"{run_dir}/tokenizer: differs from the one of {path.name}")
+    model = GPT.of_run(run, text.vocab_size)
+    checkpoint.load_weights(model, path)
+    return Trained(run, model.to(run.device).eval(), text, state, problems)
+
+
+def load_tokenizer(run_dir: Path) -> Tokenizer:
+    path = run_dir / "tokenizer" / "tokenizer.json"
+    try:
+        return tokenizer.read(path)
+    except DataError as error:
+        raise CheckpointError(*error.problems) from None
