@@ -98,7 +98,18 @@ def checked(folder: Path, meta: dict[str, Any], built: Tokenizer) -> TokenFiles:
             raise DataError(f"{path}: has {size} bytes, {tokens}")
         if storage.file_digest(path) != about["sha256"]:
             raise DataError(f"{path}: damaged (sha256 differs from meta.json)")
+        if size:
+            check_ids(path, np.memmap(path, token_dtype(built.vocab_size), "r"), built.vocab_size)
     return TokenFiles(folder, meta, built)
+
+
+def check_ids(path: Path, tokens: NDArray[Any], vocab_size: int) -> None:
+    """DataError for an id that the vocabulary does not have."""
+    for start in range(0, len(tokens), 1 << 24):
+        part = tokens[start : start + (1 << 24)]
+        if part.max() >= vocab_size:
+            at = start + int(np.argmax(part >= vocab_size))
+            raise DataError(f"{path}: token {tokens[at]} at offset {at} >= vocab_size {vocab_size}")
 
 
 class Batch(NamedTuple):

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from gptlite import sources, storage, tokenizer
 from gptlite.config import RunConfig
-from gptlite.data import TokenFiles, open_token_files, token_dtype
+from gptlite.data import TokenFiles, check_ids, open_token_files, token_dtype
 from gptlite.errors import DataError, StorageError
 from gptlite.sources import Chunk
 from gptlite.tokenizer import Tokenizer
@@ -128,14 +128,6 @@ def check_format(path: Path, size_of_one: int) -> None:
     if path.stat().st_size % size_of_one:
         why = f"{path.stat().st_size} bytes, not a multiple of {size_of_one}"
         raise DataError(f"{path}: not a token file: {why}")
-
-
-def check_ids(path: Path, tokens: np.ndarray, vocab_size: int) -> None:
-    for start in range(0, len(tokens), 1 << 24):
-        part = tokens[start : start + (1 << 24)]
-        if part.max() >= vocab_size:
-            at = start + int(np.argmax(part >= vocab_size))
-            raise DataError(f"{path}: token {tokens[at]} at offset {at} >= vocab_size {vocab_size}")
 
 
 def count(tokens: np.ndarray, sha256: str, built: Tokenizer) -> dict[str, Any]:

@@ -5,6 +5,7 @@ runs/NAME/  config.yaml env.json plan.json metrics.jsonl train.log summary.json
 """
 
 import datetime
+import errno
 import os
 import platform
 import re
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from gptlite import __version__, storage
-from gptlite.errors import ConfigError, RunInUseError
+from gptlite.errors import ConfigError, RunInUseError, StorageError
 
 RUNS = Path("runs")
 PARTS = ("checkpoints", "tokenizer", "samples", "eval")
@@ -80,7 +81,8 @@ def create(directory: Path) -> None:
     except (FileExistsError, NotADirectoryError):
         raise ConfigError(f"out_dir: {directory} is not a directory") from None
     except OSError as error:
-        raise ConfigError(f"out_dir: {directory}: {error.strerror}") from None
+        kind = ConfigError if error.errno == errno.ENAMETOOLONG else StorageError
+        raise kind(f"out_dir: {directory}: {error.strerror}") from None
 
 
 def clean(directory: Path) -> None:

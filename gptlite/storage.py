@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 import stat
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from typing import Any
 
 from gptlite.errors import StorageError
 
-LEFT_BEHIND = re.compile(r"\.(tmp|old)-.+-\d+\Z")
+LEFT_BEHIND = re.compile(r"\.(tmp|old)-.+-[0-9a-f]{8}\Z")
 """Names of what is being written or deleted; a killed process leaves them."""
 NO_LINKS = getattr(os, "O_NOFOLLOW", 0)  # Windows has no such flags
 NO_WAITING = getattr(os, "O_NONBLOCK", 0)
@@ -72,7 +73,7 @@ disk = Disk()
 
 def temporary(path: Path, kind: str = "tmp") -> Path:
     """A name beside `path` that no other process takes and `clean` knows."""
-    return path.with_name(f".{kind}-{path.name}-{os.getpid()}")
+    return path.with_name(f".{kind}-{path.name}-{secrets.token_hex(4)}")
 
 
 def remove(path: Path) -> None:

@@ -232,7 +232,7 @@ DAMAGE = {
     "same size": ("train.bin", flip, r"train.bin: damaged \(sha256"),
     "meta cut": ("meta.json", lambda path: os.truncate(path, 50), "meta.json: not JSON"),
     "meta of bytes": ("meta.json", lambda path: path.write_bytes(b"\xff\x00"), "UTF-8 at byte 0"),
-    "meta too deep": ("meta.json", lambda path: path.write_text("[" * 100_000), "not JSON"),
+    "meta too deep": ("meta.json", lambda path: path.write_text("[" * 99_999), "not JSON"),
     "meta a list": ("meta.json", lambda path: path.write_text("[]"), "meta.json: has no sha256"),
     "meta without splits": ("meta.json", edit(splits={}), "meta.json: damaged"),
     "meta with text": ("meta.json", edit(vocab_size="x"), "meta.json: damaged"),

@@ -1,0 +1,261 @@
+"""What a run is: resumed exactly, damaged files found, nothing that is not finite kept."""
+
+import itertools
+import json
+import math
+import os
+import random
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from faults import Dying, Watched
+from torture_runs import Outcome, Workplace, digest, on_disk
+
+from gptlite import checkpoint, storage
+from gptlite.data import open_token_files
+from gptlite.errors import CheckpointError, DataError
+from gptlite.train import Trainer
+
+STEPS = 16
+PRESETS: dict[str, dict[str, Any]] = {
+    "none": {"preset": "none", "rate": None},
+    "gpt2": {"preset": "gpt2", "rate": 0.2},
+    "structured": {
+        **{"preset": "none", "rate": None, "schedule": {"mode": "late", "until": 0.3}},
+        "sites": {
+            **{"head": 0.2, "layer": {"rate": 0.2, "scale": "inverted"}, "key": 0.1},
+            **{"token": 0.1, "mlp_output": {"rate": 0.2, "granularity": "locked"}},
+        },
+    },
+}
+GRID: dict[str, tuple[Any, ...]] = {
+    "optimizer": ("adamw", "muon"),
+    "accumulation": (1, 4),
+    "dropout": tuple(PRESETS),
+    "layout": ("stream", "documents"),
+    "dtype": ("float32", "bfloat16"),
+}
+
+
+class Terminating(Watched):
+    """Sends its own process a signal at an operation."""
+
+    def __init__(self, at: int, number: int) -> None:
+        super().__init__()
+        self.at, self.number = at, number
+
+    def before(self, operation: str, path: Path) -> None:
+        if self.n_operations == self.at:
+            os.kill(os.getpid(), self.number)
+
+
+def configs() -> Iterator[dict[str, Any]]:
+    """Every combination of the grid, with a cadence of its own."""
+    for number, values in enumerate(itertools.product(*GRID.values())):
+        chosen = dict(zip(GRID, values, strict=True))
+        yield {
+            "dtype": chosen["dtype"],
+            "attention": ("math", "fused")[number % 2 if chosen["dropout"] != "structured" else 0],
+            "data": {"layout": chosen["layout"]},
+            "dropout": PRESETS[chosen["dropout"]],
+            "optim": {"name": chosen["optimizer"]},
+            "train": {
+                **{"max_steps": STEPS, "micro_batch_size": 4 // chosen["accumulation"]},
+                **{"save_interval": (1, 3, 5)[number % 3], "eval_interval": (2, 7)[number % 2]},
+            },
+        }
+
+
+def exact(place: Workplace, rng: random.Random, n: int) -> Iterator[Outcome]:
+    """Killed or stopped twice and resumed: state and metrics as if nothing had happened."""
+    chosen = list(configs())
+    if n < len(chosen):
+        chosen = rng.sample(chosen, n)
+    different = []
+    for number, sections in enumerate(chosen):
+        config, names = place.config(f"exact-{number}", **sections), (f"a-{number}", f"b-{number}")
+        assert place.run(config, names[0]) == 0, place.said(names[0])
+        ends = (Dying(rng.randint(40, 80)), Terminating(rng.randint(25, 50), signal.SIGTERM))
+        for end in ends:
+            place.run(config, names[1], "--resume", "auto", prepared=on_disk(end))
+        assert place.run(config, names[1], "--resume", "auto") == 0, place.said(names[1])
+        digests = {digest(place.folder / name, STEPS) for name in names}
+        different += [number] if len(digests) > 1 else []
+        for name in names:
+            shutil.rmtree(place.folder / name)
+    result = f"{len(chosen) - len(different)} equal bit for bit"
+    yield Outcome("resume = uninterrupted", len(chosen), result, not different)
+
+
+def cadence(place: Workplace, rng: random.Random, n: int) -> Iterator[Outcome]:
+    """Evaluating, saving, logging and sampling at any pace leave weights and losses alone."""
+    losses, weights = set(), set()
+    paces = list(itertools.product((1, 7), (1, 5), (1, 4), (0, 1)))[:n]
+    for number, (evaluate, save, log, sample) in enumerate(paces):
+        train = {"eval_interval": evaluate, "save_interval": save, "log_interval": log}
+        more = {"train": {"max_steps": STEPS, **train}, "sample": {"interval": sample}}
+        assert place.run(place.config("pace", **more), f"pace-{number}") == 0
+        run_dir = place.folder / f"pace-{number}"
+        folder = run_dir / "checkpoints" / checkpoint.folder_name(STEPS)
+        rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+        losses.add(tuple(row["train/loss"] for row in rows if row["step"] % 4 == 0))
+        weights.add(b"".join((folder / name).read_bytes() for name in checkpoint.FILES))
+    same = len(losses) == len(weights) == 1
+    result = "all alike" if same else f"{len(weights)} different ends"
+    yield Outcome("pace of evaluation, saving, logging, sampling", len(paces), result, same)
+
+
+def damaged(whole: bytes, rng: random.Random, truncate: bool) -> bytes:
+    at = rng.randrange(len(whole))
+    if truncate:
+        return whole[:at]
+    byte = (whole[at] + rng.randint(1, 255)) % 256
+    return whole[:at] + bytes([byte]) + whole[at + 1 :]
+
+
+def corruption(place: Workplace, rng: random.Random, n: int) -> Iterator[Outcome]:
+    """n bytes changed and n/10 files cut: each is found, and the run goes on from before."""
+    config = place.config("corrupt", train={"max_steps": 12, "save_interval": 4, "keep_last": 3})
+    assert place.run(config, "corrupt") == 0
+    run_dir = place.folder / "corrupt"
+    newest = checkpoint.folders(run_dir)[-1]
+    (tokens,) = (place.folder / "cache" / "tokens").iterdir()
+    checks: dict[Path, Callable[[], object]] = {newest: lambda: checkpoint.read_state(newest)}
+    checks[tokens] = lambda: open_token_files(tokens)
+    files = [(file, check) for folder, check in checks.items() for file in folder.iterdir()]
+    unnoticed = []
+    trials = [False] * n + [True] * (n // 10)
+    for truncate in trials:
+        file, check = rng.choice(files)
+        whole = file.read_bytes()
+        file.write_bytes(damaged(whole, rng, truncate))
+        try:
+            check()
+            unnoticed.append(file)
+        except (CheckpointError, DataError):
+            pass
+        file.write_bytes(whole)
+    result = f"{len(trials) - len(unnoticed)} found"
+    yield Outcome("bytes changed, files cut", len(trials), result, not unnoticed)
+    yield from passed_over(place, config, rng, max(2, n // 150))
+
+
+def passed_over(place: Workplace, config: Path, rng: random.Random, n: int) -> Iterator[Outcome]:
+    """A run whose newest checkpoint is damaged goes on from the one before, and says so."""
+    want = digest(place.folder / "corrupt", 12)
+    for number in range(n):
+        run_dir = place.folder / f"damaged-{number}"
+        shutil.copytree(place.folder / "corrupt", run_dir)
+        folders = checkpoint.folders(run_dir)
+        hurt = folders[-1 - number % 2 :] if number % 5 else folders
+        for folder in hurt:
+            file = rng.choice(list(folder.iterdir()))
+            file.write_bytes(damaged(file.read_bytes(), rng, rng.random() < 0.2))
+        code = place.run(config, run_dir.name, "--resume", "auto")
+        said = "\n".join(place.said(run_dir.name))
+        assert all(str(folder) in said for folder in hurt), said
+        if hurt == folders:
+            assert code == 3
+            assert place.run(config, run_dir.name, "--resume", "auto") == 3  # and stays so
+        else:
+            assert code == 0, said
+            left = checkpoint.read_state(folders[-1 - len(hurt)]).step
+            assert f"resumed at step {left} of 12" in said
+            assert digest(run_dir, 12) == want
+        shutil.rmtree(run_dir)
+    yield Outcome("damaged checkpoint passed over and named", n, "none restarted from zero", True)
+
+
+def poisoned(kind: str, first: int, times: int) -> Callable[[], None]:
+    """For `prepared`: losses or gradients of some updates are not finite."""
+
+    def put() -> None:
+        accumulate = Trainer.accumulate
+
+        def poison(self: Trainer, batch: Any) -> torch.Tensor:
+            loss = accumulate(self, batch)
+            if not first <= self.step + 1 < first + times:
+                return loss
+            if kind == "loss":
+                return loss * math.nan
+            gradient = self.parameters[-1].grad
+            assert gradient is not None
+            gradient.view(-1)[0] = math.inf if kind == "gradient" else math.nan
+            return loss
+
+        setattr(Trainer, "accumulate", poison)  # noqa: B010
+
+    return put
+
+
+def divergence(place: Workplace, rng: random.Random, n: int) -> Iterator[Outcome]:
+    """Losses and gradients that are not finite: what is left is finite, and what is said helps."""
+    config = place.config(
+        "healthy", train={"max_steps": 40, "save_interval": 1, "keep_last": "all"}
+    )
+    assert place.run(config, "healthy") == 0
+    cases = list(itertools.product(("loss", "gradient", "nan"), (1, 3, 50), ("stop", "skip")))
+    for number, (kind, times, policy) in enumerate(cases):
+        first, name = rng.randint(2, 20), f"poisoned-{number}"
+        train = {"max_steps": 40, "save_interval": 7, "on_nonfinite": policy}
+        config = place.config(name, train=train)
+        code = place.run(config, name, prepared=poisoned(kind, first, times))
+        run_dir, said = place.folder / name, place.said(name)
+        last = checkpoint.chosen(run_dir, "last")
+        tensors = [checkpoint.read_tensors(last.path / file) for file in checkpoint.FILES]
+        assert all(t.isfinite().all() for part in tensors for t in part.values())
+        if policy == "stop":
+            assert code == 4, said[-2:]
+            assert last.state.step == first - 1
+            for word in (f"step {first}:", "loss", "gradient norm", str(last.path), "optim.lr"):
+                assert word in said[-1], said[-1]
+            for file in checkpoint.FILES:
+                healthy = place.folder / "healthy" / "checkpoints" / last.path.name / file
+                assert healthy.read_bytes() == (last.path / file).read_bytes()
+        else:
+            assert code == (4 if times > 10 else 0), said[-2:]
+            again(place, config, name, poisoned(kind, first, times), code, rng)
+    yield Outcome("not finite: stop and skip", len(cases), "nothing of it kept; exit 4", True)
+    yield from poisoned_data(place)
+
+
+def again(
+    place: Workplace,
+    config: Path,
+    name: str,
+    put: Callable[[], None],
+    code: int,
+    rng: random.Random,
+) -> None:
+    """A run that skips updates is as exact when it is killed and resumed."""
+    twin = f"{name}-twin"
+
+    def dying() -> None:
+        put()
+        on_disk(Dying(rng.randint(40, 90)))()
+
+    place.run(config, twin, prepared=dying)
+    assert place.run(config, twin, "--resume", "auto", prepared=put) == code
+    step = checkpoint.chosen(place.folder / name, "last").state.step
+    assert digest(place.folder / name, step) == digest(place.folder / twin, step)
+
+
+def poisoned_data(place: Workplace) -> Iterator[Outcome]:
+    """Token files that name a token beyond the vocabulary, with digests that fit."""
+    config = place.config("ids", train={"max_steps": 5})
+    assert place.run(config, "ids") == 0
+    (tokens,) = (place.folder / "cache" / "tokens").iterdir()
+    whole = (tokens / "train.bin").read_bytes()
+    (tokens / "train.bin").write_bytes(whole[:-2] + b"\xff\xff")
+    meta = storage.unsealed((tokens / "meta.json").read_text())
+    meta["splits"]["train"]["sha256"] = storage.file_digest(tokens / "train.bin")
+    (tokens / "meta.json").write_text(storage.sealed(meta))
+    assert place.run(config, "ids-2") == 2
+    (line,) = place.said("ids-2")
+    assert "token 65535" in line, line
+    shutil.rmtree(tokens)
+    yield Outcome("token beyond the vocabulary", 1, "exit 2, file and offset named", True)
