@@ -41,9 +41,22 @@ def user_errors(verbose: bool = False) -> Iterator[None]:
             where = f"{error.filename}: " if error.filename else ""
             print(f"gptlite: {visible(where + error.strerror)}", file=sys.stderr)
             raise typer.Exit(StorageError.exit_code) from None
+        if is_out_of_memory(error):
+            print(
+                "gptlite: out of memory; lower train.memory_gib, train.micro_batch_size or the "
+                "sizes under model. What was saved is whole",
+                file=sys.stderr,
+            )
+            raise typer.Exit(1) from None
         problem = visible(f"{type(error).__name__}: {error}".splitlines()[0])
         print(f"gptlite: {problem} (a bug; -v shows where)", file=sys.stderr)
         raise typer.Exit(1) from None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """torch says so with an error of its own on a GPU, and with words on a CPU."""
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or "can't allocate memory" in str(error)
 
 
 def leave_when_terminated() -> None:

@@ -10,14 +10,16 @@ import os
 import shutil
 import sys
 import time
+import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
 from tqdm import tqdm
 
 from gptlite import storage
-from gptlite.errors import StorageError, visible
+from gptlite.errors import StorageError, UserError, visible
 from gptlite.storage import write_bytes
 
 SECONDS_BETWEEN_LINES = 5.0
@@ -134,13 +136,21 @@ class Console:
 
     def say(self, line: str) -> None:
         """A line that stays."""
-        line = visible(line, keep="\n")
+        line = visible(line, keep="\n\t")
         if self.log is not None:
             append_line(self.log, line)
         if self.bar.disable:
             print(line, file=sys.stderr, flush=True)
         else:
             self.bar.write(line, file=sys.stderr)
+
+    def log_failure(self, error: BaseException) -> None:
+        """Why a run ended, in train.log alone; of what was not foreseen, the place in the code."""
+        if self.log is not None:
+            foreseen = isinstance(error, UserError)
+            text = str(error) if foreseen else "".join(traceback.format_exception(error))
+            with suppress(StorageError):  # the disk may be why
+                append_line(self.log, visible(text, keep="\n"))
 
     def progress(self, step: int, row: dict[str, Any], val_loss: float | None) -> None:
         """The numbers of now; without a bar a line, at every evaluation and else now and then."""

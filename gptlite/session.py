@@ -80,7 +80,7 @@ class Session:
             **{f"dropout/{site}": rate for site, rate in update.dropout_rates.items()},
         }
 
-    def introduce(self, plan: dict[str, Any], found: Found | None) -> None:
+    def introduce(self, plan: dict[str, Any], found: Found | None, resumed: bool) -> None:
         """Say what will happen."""
         trainer, say = self.trainer, self.console.say
         for line in planning.summary_lines(self.run, plan):
@@ -89,6 +89,8 @@ class Session:
             modules = sum(trainer.planned.values())
             say(f"dropout: {len(trainer.planned)} sites live ({modules} modules)")
         if found is None:
+            if resumed:
+                say("nothing had been saved yet: begun again")
             return
         for problem in found.problems:
             say(f"{problem}; passed over")
@@ -336,8 +338,11 @@ def train(
         write_description(trainer, directory, plan)
         session = Session(trainer, directory, found.state if found else None, interrupts)
         try:
-            session.introduce(plan, found)
+            session.introduce(plan, found, resume)
             return session.work()
+        except BaseException as error:
+            session.console.log_failure(error)
+            raise
         finally:
             session.console.close()
 

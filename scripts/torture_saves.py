@@ -114,8 +114,8 @@ def timeless(run_dir: Path, step: int) -> Any:
     return kept, [(folder / name).read_bytes() for name in checkpoint.FILES]
 
 
-def recorded(place: Workplace) -> list[Operation]:
-    """The operations of a run that stops and goes on, with what it has reported."""
+def recorded(place: Workplace, n: int) -> list[Operation]:
+    """The operations of a run of n updates that stops and goes on, with what it has reported."""
     disk, save = Recording(place.folder), Session.save
 
     def noting_save(self: Session) -> None:
@@ -124,12 +124,15 @@ def recorded(place: Workplace) -> list[Operation]:
         best = None if self.best is None else self.best.step
         disk.note({"step": self.trainer.step, "best": best, "rows": rows})
 
-    train = {"save_interval": 3, "eval_interval": 2, "keep_last": 2}
+    train = {"save_interval": max(1, n // 4), "eval_interval": 2, "keep_last": 2}
     small = {"n_layer": 1, "n_embd": 8, "n_head": 1, "context_length": 8}
+    brief = {"warmup_steps": 1}
     session.Session.save = noting_save  # type: ignore[method-assign]
     try:
-        for steps, resume in ((6, False), (12, True)):
-            config = place.config("power", train={**train, "max_steps": steps}, model=small)
+        for steps, resume in ((n // 2, False), (n, True)):
+            config = place.config(
+                "power", train={**train, "max_steps": steps}, model=small, optim=brief
+            )
             run = load_run([str(config)], [f"out_dir={json.dumps(str(place.folder / 'run'))}"])
             if not resume:
                 prepare(run)  # the cache is not part of the run
@@ -191,7 +194,7 @@ def failures(
 
 def power(place: Workplace, rng: random.Random, n: int) -> Iterator[Outcome]:
     """Every state after a loss of power is sound, and each fsync is needed for that."""
-    operations, seed = recorded(place), rng.randrange(2**32)
+    operations, seed = recorded(place, n), rng.randrange(2**32)
     count, problems = failures(operations, seed)
     example = f": {problems[0]}" if problems else ""
     result = f"{len(problems)} without a good checkpoint{example}"
@@ -216,7 +219,7 @@ def impatient(put: Callable[[], None]) -> Callable[[], None]:
 
 
 def broken_disk(place: Workplace, rng: random.Random, n: int) -> Iterator[Outcome]:
-    """A disk that fails at each operation of a run in turn, for good or once."""
+    """A disk that fails at each operation of a run in turn, for good or once (n < 100: at some)."""
     steps = 12
     config = place.config("storage", train={"max_steps": steps, "save_interval": 4})
     counting = Watched()
@@ -225,6 +228,7 @@ def broken_disk(place: Workplace, rng: random.Random, n: int) -> Iterator[Outcom
         session.train(run, place.folder / "count")
     want = digest(place.folder / "count", steps)
     every = [(at, errno.ENOSPC, 10**9) for at in range(1, counting.n_operations + 1)]
+    every = every if n >= 100 else rng.sample(every, 2 * n)
     others = [
         (rng.randint(1, counting.n_operations), rng.choice(FAULTS), rng.choice((1, 2, 10**9)))
         for _ in range(n)

@@ -199,6 +199,7 @@ def divergence(place: Workplace, rng: random.Random, n: int) -> Iterator[Outcome
     )
     assert place.run(config, "healthy") == 0
     cases = list(itertools.product(("loss", "gradient", "nan"), (1, 3, 50), ("stop", "skip")))
+    cases = cases if n >= len(cases) else rng.sample(cases, n)
     for number, (kind, times, policy) in enumerate(cases):
         first, name = rng.randint(2, 20), f"poisoned-{number}"
         train = {"max_steps": 40, "save_interval": 7, "on_nonfinite": policy}

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import prose
 from test_bad_input import BASE, trained_run  # noqa: F401 - a fixture
 from typer.testing import CliRunner
@@ -114,3 +115,27 @@ def test_a_terminal_without_colour_gets_none(name: str) -> None:
     assert process.wait(60) == 2
     assert b"Did you mean 'train'?" in shown
     assert b"\x1b" not in shown
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory"
+        ),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+    ],
+    ids=["python", "cpu", "cuda"],
+)
+def test_too_little_memory_is_one_line(
+    error: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("gptlite.config_reader.load_run", fail)
+    result = CliRunner().invoke(app, ["config", "check", "-c", "debug"])
+    assert result.exit_code == 1
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("gptlite: out of memory; lower train.memory_gib")

@@ -1,0 +1,331 @@
+"""Going on: from the newest good checkpoint, never from zero, never in another run's place."""
+
+import io
+import json
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Workshop
+from typer.testing import CliRunner
+
+from gptlite import checkpoint, resume, run_directory
+from gptlite.cli import app
+from gptlite.errors import (
+    CheckpointError,
+    ConfigError,
+    DivergedError,
+    RunInUseError,
+    Stopped,
+    Terminated,
+)
+from gptlite.interrupts import Cut, Interrupts
+from gptlite.session import Session, train
+from gptlite.train import MOST_SKIPPED, Trainer
+
+
+def harm(folder: Path) -> None:
+    raw = bytearray((folder / "model.safetensors").read_bytes())
+    raw[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(raw)
+
+
+def weights(directory: Path, step: int) -> list[bytes]:
+    folder = directory / "checkpoints" / checkpoint.folder_name(step)
+    return [(folder / name).read_bytes() for name in checkpoint.FILES]
+
+
+@pytest.fixture
+def trained(workshop: Workshop) -> Path:
+    directory = workshop.folder / "run"
+    train(workshop.run(train={"save_interval": 2, "keep_last": "all"}), directory)
+    return directory
+
+
+def test_a_damaged_checkpoint_is_passed_over_set_aside_and_named(
+    workshop: Workshop, trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    want, newest = weights(trained, 8), checkpoint.folders(trained)[-1]
+    harm(newest)
+    train(workshop.run(train={"save_interval": 2, "keep_last": "all"}), trained, resume=True)
+    said = capsys.readouterr().err
+    assert f"{newest}/model.safetensors: damaged (sha256 differs from state.json)" in said
+    assert "resumed at step 6 of 8" in said
+    assert newest.with_name(f"{newest.name}.corrupt").is_dir()
+    assert weights(trained, 8) == want
+    harm(newest)  # again: the name to set it aside under is taken
+    train(workshop.run(train={"save_interval": 2, "keep_last": "all"}), trained, resume=True)
+    assert newest.with_name(f"{newest.name}.corrupt-2").is_dir()
+
+
+@pytest.mark.parametrize("then", ["at once", "again", "without folders"])
+def test_a_run_whose_checkpoints_are_all_bad_never_starts_over(
+    workshop: Workshop, trained: Path, then: str
+) -> None:
+    for folder in checkpoint.folders(trained):
+        harm(folder)
+    with pytest.raises(CheckpointError, match="no usable checkpoint is left; begin anew"):
+        train(workshop.run(), trained, resume=True)
+    if then == "without folders":
+        for folder in (trained / "checkpoints").glob("*.corrupt"):
+            shutil.rmtree(folder)
+    if then != "at once":
+        with pytest.raises(CheckpointError, match="no usable checkpoint is left; begin anew"):
+            train(workshop.run(), trained, resume=True)
+
+
+def test_a_run_that_had_saved_nothing_begins_again(
+    workshop: Workshop, trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    want = weights(trained, 8)
+    shutil.rmtree(trained / "checkpoints")
+    train(workshop.run(), trained, resume=True)
+    assert "nothing had been saved yet: begun again" in capsys.readouterr().err
+    assert weights(trained, 8) == want
+
+
+def test_a_checkpoint_of_another_run_is_not_taken(
+    workshop: Workshop, trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = workshop.folder / "other"
+    train(workshop.run(seed=7, train={"max_steps": 9, "save_interval": 9}), other)
+    shutil.copytree(other / "checkpoints" / "step-00000009", trained / "checkpoints/step-00000009")
+    train(workshop.run(), trained, resume=True)
+    assert "step-00000009: of another run (seed: 1337 -> 7)" in capsys.readouterr().err
+    assert checkpoint.folders(trained)[-1].name == "step-00000008"
+
+
+def test_what_has_changed_around_a_run_is_said_and_strictly_refused(
+    workshop: Workshop, trained: Path, monkeypatch: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = resume.fingerprint
+    monkeypatch.setattr(resume, "fingerprint", lambda run: {**now(run), "torch": "9.9"})
+    train(workshop.run(), trained, resume=True)
+    change = f"torch: {torch.__version__} -> 9.9"
+    assert f"not as when it was saved: {change}" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match=f"--resume: {change}".replace("+", r"\+")):
+        train(workshop.run(), trained, resume=True, strict=True)
+
+
+# Signals
+
+
+@pytest.fixture
+def interrupts() -> Iterator[Interrupts]:
+    with Interrupts().noticed() as listening:
+        yield listening
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"])
+def test_a_first_signal_is_noted_and_a_second_leaves(interrupts: Interrupts, name: str) -> None:
+    number = getattr(signal, name)
+    signal.raise_signal(number)
+    assert interrupts.received == number
+    with pytest.raises(Terminated if name == "SIGTERM" else KeyboardInterrupt):
+        signal.raise_signal(number)
+
+
+def test_a_signal_cuts_what_changes_nothing(interrupts: Interrupts) -> None:
+    with pytest.raises(Cut), interrupts.cutting():
+        signal.raise_signal(signal.SIGTERM)
+    with pytest.raises(Cut), interrupts.cutting():
+        pytest.fail("begun although a signal had come")
+
+
+def test_what_the_caller_ignores_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interrupts().noticed() as listening:
+            signal.raise_signal(signal.SIGHUP)
+            assert not listening.received
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("inside", ["evaluate", "sample", "save", "updates"])
+def test_a_run_that_was_told_to_stop_goes_on_as_if_it_had_not(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch, inside: str
+) -> None:
+    """Wherever the signal comes: in an evaluation, in a sample, while saving, in an update."""
+    run = workshop.run(
+        dropout={"preset": "gpt2", "rate": 0.3},
+        train={"eval_interval": 2, "save_interval": 4},
+        sample={"interval": 2},
+    )
+    straight, directory = workshop.folder / "straight", workshop.folder / "run"
+    train(run, straight)
+    interrupt_in(monkeypatch, inside)
+    with pytest.raises(Stopped, match="stopped at step 4, saved; go on with") as caught:
+        train(run, directory)
+    assert caught.value.exit_code == 128 + signal.SIGTERM
+    train(run, directory, resume=True)
+    assert weights(directory, 8) == weights(straight, 8)
+    rows = [timeless(each) for each in (directory, straight)]
+    assert rows[0] == rows[1]
+    samples = [sorted((each / "samples").iterdir()) for each in (directory, straight)]
+    assert [p.read_text() for p in samples[0]] == [p.read_text() for p in samples[1]]
+    last = [checkpoint.chosen(each, "last").state for each in (directory, straight)]
+    assert (last[0].best, last[0].pending) == (last[1].best, None)
+
+
+def interrupt_in(monkeypatch: pytest.MonkeyPatch, inside: str) -> None:
+    """Have a SIGTERM come at step 4, once."""
+    if inside == "updates":
+        target, name, at = Trainer, "accumulate", 3
+    else:
+        places = {"evaluate": "measure", "sample": "Generation"}
+        name = places.get(inside, inside)
+        target, at = ("gptlite.session", 4) if inside in places else (Session, 4)
+    owner: Any = target if not isinstance(target, str) else __import__(target, fromlist=["x"])
+    begun = getattr(owner, name)
+    come: list[int] = []
+    session: list[Session] = []
+    initial = Session.__init__
+    monkeypatch.setattr(
+        Session, "__init__", lambda self, *a: (session.append(self), initial(self, *a))[1]
+    )
+
+    def interrupted(*args: Any, **more: Any) -> Any:
+        if session and session[-1].trainer.step == at and not come:
+            come.append(1)
+            signal.raise_signal(signal.SIGTERM)
+        return begun(*args, **more)
+
+    monkeypatch.setattr(owner, name, interrupted)
+
+
+def timeless(directory: Path) -> list[dict[str, Any]]:
+    lines = (directory / "metrics.jsonl").read_text().splitlines()
+    clocks = ("elapsed_seconds", "tokens_per_second")
+    return [{k: v for k, v in json.loads(line).items() if k not in clocks} for line in lines]
+
+
+# What is not finite
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
+    accumulate = Trainer.accumulate
+
+    def poisoned(self: Trainer, batch: Any) -> torch.Tensor:
+        return accumulate(self, batch) * (torch.nan if self.step + 1 in steps else 1)
+
+    monkeypatch.setattr(Trainer, "accumulate", poisoned)
+
+
+def test_a_run_that_diverges_saves_the_step_before_and_says_what_to_try(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(monkeypatch, 6)
+    directory = workshop.folder / "run"
+    with pytest.raises(DivergedError) as caught:
+        train(workshop.run(), directory)
+    (line,) = caught.value.problems
+    folder = directory / "checkpoints" / "step-00000005"
+    assert line.startswith("step 6: loss nan, gradient norm ")
+    assert (directory / "train.log").read_text().splitlines()[-1] == line
+    assert f"the last good checkpoint is {folder}; try a lower optim.lr (now 0.001)" in line
+    assert checkpoint.read_state(folder).step == 5
+
+
+def test_a_run_that_diverges_at_once_has_nothing_saved(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(monkeypatch, 1)
+    with pytest.raises(DivergedError, match="step 1: loss nan.*nothing was saved before"):
+        train(workshop.run(), workshop.folder / "run")
+
+
+def test_updates_are_skipped_if_asked_and_the_rest_is_as_exact(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first updates, too: a checkpoint then has no moments yet."""
+    poison(monkeypatch, 1, 2, 5)
+    train_ = {"on_nonfinite": "skip", "save_interval": 2, "keep_last": "all"}
+    straight, directory = workshop.folder / "straight", workshop.folder / "run"
+    train(workshop.run(train=train_), straight)
+    said = capsys.readouterr().err
+    assert "step 5: loss nan, gradient norm" in said
+    assert "skipped (3 of at most 10 in 1000 updates)" in said
+    assert [row["train/loss"] is None for row in timeless(straight)] == [
+        *(step in (1, 2, 5) for step in range(1, 9))
+    ]
+    for step in (2, 6):
+        shutil.rmtree(directory, ignore_errors=True)
+        shutil.copytree(straight, directory)
+        for folder in checkpoint.folders(directory):
+            if int(folder.name[-8:]) > step:
+                shutil.rmtree(folder)
+        train(workshop.run(train=train_), directory, resume=True)
+        assert weights(directory, 8) == weights(straight, 8)
+        assert timeless(directory) == timeless(straight)
+        assert checkpoint.chosen(directory, "last").state.skipped == [1, 2, 5]
+
+
+def test_what_nobody_foresaw_leaves_its_place_in_the_log(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Trainer, "accumulate", lambda self, batch: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(workshop.run(), workshop.folder / "run")
+    log = (workshop.folder / "run" / "train.log").read_text()
+    assert "ZeroDivisionError: division by zero" in log
+    assert "in updates" in log
+
+
+def test_skipping_has_a_bound(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    poison(monkeypatch, *range(2, 100))
+    run = workshop.run(train={"on_nonfinite": "skip", "max_steps": 50})
+    with pytest.raises(DivergedError, match=rf"step {MOST_SKIPPED + 2}: .* after 10 skipped"):
+        train(run, workshop.folder / "run")
+
+
+# The lock
+
+
+def test_a_lock_that_cannot_be_had_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As on network file systems without locks."""
+
+    def none(*args: object) -> None:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr("fcntl.flock", none)
+    with run_directory.locked(tmp_path):
+        pass
+    assert "cannot be locked (Operation not supported)" in capsys.readouterr().err
+
+
+def test_who_looks_for_a_run_is_told_who_holds_it(tmp_path: Path) -> None:
+    run_directory.refuse_if_held(tmp_path)
+    with run_directory.locked(tmp_path):
+        with pytest.raises(RunInUseError, match=f"in use by pid {os.getpid()} on"):
+            run_directory.refuse_if_held(tmp_path)
+        with (
+            pytest.raises(RunInUseError, match="give another --out-dir"),
+            run_directory.locked(tmp_path),
+        ):
+            pass
+    run_directory.refuse_if_held(tmp_path)
+    with run_directory.locked(tmp_path):
+        pass
+
+
+def test_a_run_at_work_is_named_where_another_would_begin(trained: Path) -> None:
+    with run_directory.locked(trained):
+        arguments = ["train", "-c", str(trained / "config.yaml"), "--out-dir", str(trained)]
+        result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 6
+    assert "in use by pid" in result.stderr
+
+
+def test_a_lock_file_holds_no_name_when_nobody_does(tmp_path: Path) -> None:
+    with run_directory.locked(tmp_path):
+        assert (tmp_path / ".lock").read_text()
+    assert (tmp_path / ".lock").read_text() == ""
+    assert "another process" in str(run_directory.in_use(tmp_path, io.StringIO()))
