@@ -7,6 +7,7 @@ the same have written the same bytes.
 import hashlib
 import json
 import os
+import signal
 import sys
 import time
 import traceback
@@ -103,6 +104,7 @@ def child(
         return pid
     try:
         os.environ["CI"] = "true"
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
         handle = os.open(stderr, os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
         os.dup2(handle, 2)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

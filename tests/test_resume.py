@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,14 @@ def test_what_has_changed_around_a_run_is_said_and_strictly_refused(
 # Signals
 
 
+@pytest.fixture(autouse=True)
+def _listening() -> Iterator[None]:
+    """Who starts the tests may ignore Ctrl-C, as a shell does for what runs in its background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture
 def interrupts() -> Iterator[Interrupts]:
     with Interrupts().noticed() as listening:
@@ -173,15 +182,37 @@ def test_a_run_that_was_told_to_stop_goes_on_as_if_it_had_not(
     assert (last[0].best, last[0].pending) == (last[1].best, None)
 
 
-def interrupt_in(monkeypatch: pytest.MonkeyPatch, inside: str) -> None:
-    """Have a SIGTERM come at step 4, once."""
-    if inside == "updates":
-        target, name, at = Trainer, "accumulate", 3
-    else:
-        places = {"evaluate": "measure", "sample": "Generation"}
-        name = places.get(inside, inside)
-        target, at = ("gptlite.session", 4) if inside in places else (Session, 4)
-    owner: Any = target if not isinstance(target, str) else __import__(target, fromlist=["x"])
+@pytest.mark.parametrize("inside", ["evaluate", "sample"])
+def test_what_was_cut_short_at_the_last_step_is_done_and_saved(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch, inside: str
+) -> None:
+    """Once, although that step is neither the best nor due to be saved."""
+    getting_worse = {"lr": 3.0, "min_lr": 3.0, "warmup_steps": 0}
+    train_ = {"eval_interval": 2, "save_interval": 100}
+    run = workshop.run(optim=getting_worse, train=train_, sample={"interval": 2})
+    train(run, workshop.folder / "straight")
+    interrupt_in(monkeypatch, inside, 8)
+    with pytest.raises(Stopped, match="step 8"):
+        train(run, workshop.folder / "run")
+    assert checkpoint.chosen(workshop.folder / "run", "last").state.pending
+    summary = train(run, workshop.folder / "run", resume=True)
+    state = checkpoint.chosen(workshop.folder / "run", "last").state
+    assert summary["best"]["step"] < 8
+    straight = checkpoint.chosen(workshop.folder / "straight", "last").state
+    given = {"run_id", "config", "elapsed_seconds"}
+    assert state.model_dump(exclude=given) == straight.model_dump(exclude=given)
+    assert timeless(workshop.folder / "run") == timeless(workshop.folder / "straight")
+
+
+def interrupt_in(monkeypatch: pytest.MonkeyPatch, inside: str, at: int = 4) -> None:
+    """Have a SIGTERM come at a step, once."""
+    owner, name = {
+        "evaluate": (sys.modules["gptlite.session"], "measure"),
+        "sample": (sys.modules["gptlite.session"], "Generation"),
+        "save": (Session, "save"),
+        "updates": (Trainer, "accumulate"),
+    }[inside]
+    at -= inside == "updates"
     begun = getattr(owner, name)
     come: list[int] = []
     session: list[Session] = []
