@@ -28,7 +28,7 @@ from faults import (
 )
 from torture_runs import Outcome, Workplace, digest, on_disk, wait
 
-from gptlite import checkpoint, session
+from gptlite import checkpoint, session, storage
 from gptlite.config_reader import load_run
 from gptlite.errors import UserError
 from gptlite.prepare import prepare
@@ -79,6 +79,8 @@ def killed(place: Workplace, rng: random.Random, n: int) -> Iterator[Outcome]:
         kills, before, in_save = kills + 1, now, in_save + (kind == "save")
     assert before < steps
     assert place.run(config, "chain", "--resume", "auto") == 0
+    left = [p for p in (place.folder / "chain").rglob(".*") if storage.LEFT_BEHIND.match(p.name)]
+    assert not left, left
     same = digest(place.folder / "chain", steps) == digest(place.folder / "straight", steps)
     yield Outcome("kill", n, f"{in_save} in a save; 0 checkpoints lost; end equal: {same}", same)
 

@@ -84,6 +84,14 @@ def test_checkpoints_are_kept_as_asked(workshop: Workshop) -> None:
     assert len(kept) <= 3
 
 
+def test_the_best_checkpoint_outlives_all_others(workshop: Workshop) -> None:
+    getting_worse = {"lr": 3.0, "min_lr": 3.0, "warmup_steps": 0}
+    train_ = {"save_interval": 1, "keep_last": 2, "eval_interval": 2}
+    summary = train(workshop.run(optim=getting_worse, train=train_), workshop.folder / "run")
+    kept = [int(p.name[-8:]) for p in checkpoint.folders(workshop.folder / "run")]
+    assert kept == [summary["best"]["step"], 7, 8]
+
+
 def test_a_run_can_start_from_the_weights_of_another(workshop: Workshop) -> None:
     train(workshop.run(optim=LEARN, train={"max_steps": 40}), workshop.folder / "first")
     first = rows_of(workshop.folder / "first")
