@@ -66,6 +66,22 @@ def test_a_failed_save_leaves_what_was_there(
     assert [p.name for p in (run_dir / "checkpoints").iterdir()] == ["step-00000001"]
 
 
+def test_a_disk_that_fails_once_is_tried_again(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failures, sync = iter([OSError(5, "Input/output error")] * 2), storage.disk.sync
+
+    def twice_broken(path: Path) -> None:
+        for failure in failures:
+            raise failure
+        sync(path)
+
+    monkeypatch.setattr(storage.disk, "sync", twice_broken)
+    monkeypatch.setattr(checkpoint, "SECONDS_BETWEEN_ATTEMPTS", 0)
+    assert checkpoint.read_state(save(run_dir, 2)).step == 2
+    assert [p.name for p in (run_dir / "checkpoints").iterdir()] == ["step-00000002"]
+
+
 def test_free_space_is_asked_first(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(run_dir)._replace(free=10)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
