@@ -23,13 +23,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gptlite import __version__, storage
+from gptlite.config import BYTES_PER_PARAMETER
 from gptlite.errors import CheckpointError, ConfigError, DivergedError, StorageError
 from gptlite.model import GPT
 from gptlite.section import Section
 
 FORMAT = 2
-FOLDER = re.compile(r"step-(\d{8})\Z")
-SET_ASIDE = re.compile(r"step-\d{8}\.corrupt(-\d+)?\Z")
+FOLDER = re.compile(r"step-([0-9]{8})\Z")
+SET_ASIDE = re.compile(r"step-[0-9]{8}\.corrupt(-[0-9]+)?\Z")
 FILES = ("model.safetensors", "optimizer.safetensors")
 ATTEMPTS = 3
 SECONDS_BETWEEN_ATTEMPTS = 2.0
@@ -148,7 +149,9 @@ def dumped(state: State, files: dict[str, str]) -> dict[str, Any]:
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    return [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    """Names of tensors with NaN or infinity; of eight bits or less torch cannot always say."""
+    wide = {name: tensor for name, tensor in tensors.items() if tensor.element_size() > 1}
+    return [name for name, tensor in wide.items() if not tensor.isfinite().all()]
 
 
 def point(run_dir: Path, name: str, step: int) -> None:
@@ -191,8 +194,10 @@ def read_state(path: Path) -> State:
     try:
         saved = storage.unsealed(storage.read_regular(at, MOST_STATE_BYTES))
         if saved.get("format") != FORMAT:
-            needs = f"format {saved.get('format')}, this gptlite reads {FORMAT}"
-            raise CheckpointError(f"{path}: written by gptlite {saved.get('gptlite')} ({needs})")
+            needs = f"format {saved.get('format')!r:.20}, this one reads {FORMAT}"
+            raise CheckpointError(
+                f"{path}: written by gptlite {saved.get('gptlite')!r:.20} ({needs})"
+            )
         state = State.model_validate(saved)
         if FOLDER.match(path.name) and folder_name(state.step) != path.name:
             raise CheckpointError(f"{path}: holds step {state.step}, so it was renamed")
@@ -248,7 +253,7 @@ def chosen(run_dir: Path, which: str) -> Found:
 
     If best or last is damaged, the newest good one stands in and `problems` say so.
     """
-    match = re.fullmatch(r"step-(\d{1,8})", which)
+    match = re.fullmatch(r"step-([0-9]{1,8})", which)
     if which not in ("best", "last") and not match:
         raise ConfigError(f"--checkpoint {which}: expected best, last or step-N")
     have = folders(run_dir)
@@ -287,6 +292,18 @@ def model_tensors(model: GPT) -> dict[str, Tensor]:
     if model.config.tie_embeddings:
         del tensors["head.weight"]
     return tensors
+
+
+def check_size(path: Path, n_parameters: int) -> None:
+    """Refuse by arithmetic a model that its weights cannot fill, before it takes any memory.
+
+    One that is not much too large is for `load_weights`, which names what does not fit.
+    """
+    size = (path / FILES[0]).stat().st_size
+    if size + (1 << 16) < BYTES_PER_PARAMETER * n_parameters:
+        raise CheckpointError(
+            f"{path}: {size} bytes of weights do not fit this model of {n_parameters} parameters"
+        )
 
 
 def load_weights(model: GPT, path: Path) -> None:

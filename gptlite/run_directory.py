@@ -95,7 +95,7 @@ def locked(directory: Path) -> Iterator[None]:
 
     The lock ends with the process, however that ends.
     """
-    with (directory / ".lock").open("a+") as file:
+    with open_lock(directory) as file:
         if not hold(file):
             raise in_use(directory, file)
         file.truncate(0)
@@ -108,9 +108,15 @@ def locked(directory: Path) -> Iterator[None]:
 def refuse_if_held(directory: Path) -> None:
     """RunInUseError if a run is at work there."""
     if os.path.isfile(directory / ".lock"):
-        with (directory / ".lock").open() as file:
+        with open_lock(directory) as file:
             if not hold(file):
                 raise in_use(directory, file)
+
+
+def open_lock(directory: Path) -> TextIO:
+    """The lock's file; never what a link points to, as it is emptied and written."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND
+    return os.fdopen(storage.open_regular(directory / ".lock", flags), "a+", errors="replace")
 
 
 def hold(file: TextIO) -> bool:
@@ -134,7 +140,7 @@ def hold(file: TextIO) -> bool:
 def in_use(directory: Path, file: TextIO) -> RunInUseError:
     """Names who holds the lock; it says so a moment after taking it."""
     file.seek(0)
-    holder = file.read().strip() or "another process"
+    holder = file.read(200).strip() or "another process"
     return RunInUseError(f"{directory}: in use by {holder}; give another --out-dir")
 
 

@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "optim": "config",
     "run_directory": "errors storage",
     "metrics": "errors storage",
-    "checkpoint": "errors model section storage",
+    "checkpoint": "config errors model section storage",
     "memory": "config errors loss",
     "auto": "config dropout errors loops masks memory model",
     "trained": "auto checkpoint config config_reader errors model tokenizer",
