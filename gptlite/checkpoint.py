@@ -11,13 +11,13 @@ import errno
 import os
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -62,7 +62,7 @@ class State(Section):
     evaluations_without_gain: int
     skipped: list[int]
     """Recent updates whose loss or gradient was not finite."""
-    pending: dict[str, Any] | None
+    pending: dict[str, float | int | None] | None
     """The row of metrics of this step, if a signal came before its evaluation was done."""
     data_digest: str
     tokenizer_sha256: str
@@ -71,6 +71,18 @@ class State(Section):
     """What exactness depends on besides config and data."""
     files: dict[str, str] = {}
     """sha256 of the files beside this one."""
+
+    @field_validator("pending")
+    @classmethod
+    def is_a_row(cls, row: dict[str, Any] | None) -> dict[str, Any] | None:
+        """What will be done with it when a run goes on must be possible."""
+        if row is not None and not (
+            type(row.get("step")) is int
+            and isinstance(row.get("tokens_per_second"), int | float)
+            and "train/loss" in row
+        ):
+            raise ValueError("not a row of metrics")
+        return row
 
 
 class Found(NamedTuple):
@@ -315,6 +327,14 @@ def load_weights(model: GPT, path: Path) -> None:
     )
     if have != want:
         odd = sorted(name for name in have.keys() | want.keys() if have.get(name) != want.get(name))
-        few = ", ".join(odd[:5])
+        few = ", ".join(odd[:5]) + wrapped(tensors)
         raise CheckpointError(f"{path}: {len(odd)} weights do not fit this model: {few}")
     model.load_state_dict(tensors, strict=False)
+
+
+def wrapped(names: Iterable[str]) -> str:
+    """What to do if the names are those of a model inside another, as other programs save them."""
+    for prefix in ("_orig_mod.", "module."):
+        if all(name.startswith(prefix) for name in names):
+            return f"; every name begins with {prefix!r}: save the model inside the wrapper"
+    return ""

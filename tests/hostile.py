@@ -30,7 +30,7 @@ STEP = Path("copy/checkpoints/step-00000002")
 SECRET = Path("../secret")
 """Outside the folder of a case; nothing may change it. Never a file of the system: a case that
 finds a hole must not do harm."""
-SING = "open('canary', 'w')"
+SING = "__import__('os').makedirs('canary', exist_ok=True)"
 SHELL = b"S'echo > canary'\n"
 MANY_LAYERS = "model:\n  n_layer: 1000000000\n"
 
