@@ -300,7 +300,7 @@ def prepare(
                 f"{split}: {about['tokens']:,} tokens, {about['documents']:,} documents, "
                 f"{about['bytes']:,} bytes"
             )
-        print(f"{files.meta['bytes_per_token']:.3f} bytes per token; {files.folder}")
+        print(f"{files.meta['bytes_per_token']:.3f} bytes per token; {visible(str(files.folder))}")
 
 
 @app.command()
@@ -328,7 +328,7 @@ def plan(
             audited = {} if found is None else {"audit": found}
             print_json({**planned.plan, **audited, "config": planned.run.model_dump(mode="json")})
         else:
-            print("\n".join(plan_table(planned.run, planned.plan)))
+            print("\n".join(map(visible, plan_table(planned.run, planned.plan))))
             if found is not None:
                 print("\naudit of one batch:\n" + "\n".join(auditing.audit_lines(found)))
         if found is not None and found["problems"]:
@@ -348,7 +348,7 @@ def show_config(config: ConfigFiles, overrides: Overrides = None, json_: Json = 
             return
         width = max(len(key) + len(json.dumps(value)) for key, value, _ in rows) + 2
         for key, value, place in rows:
-            print(f"{f'{key}: {json.dumps(value)}':{min(width, 60)}}  # {place}")
+            print(f"{f'{key}: {json.dumps(value)}':{min(width, 60)}}  # {visible(place)}")
 
 
 @config_app.command()

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from gptlite import __version__, storage
-from gptlite.errors import ConfigError, RunInUseError
+from gptlite.errors import ConfigError, RunInUseError, visible
 
 RUNS = Path("runs")
 PARTS = ("checkpoints", "tokenizer", "samples", "eval")
@@ -132,7 +132,7 @@ def hold(file: TextIO) -> bool:
         except (ImportError, OSError) as error:  # Windows, and some network file systems
             why = getattr(error, "strerror", None) or "not on this system"
             warning = f"{file.name}: cannot be locked ({why}); let no other run write here"
-            print(warning, file=sys.stderr)
+            print(visible(warning), file=sys.stderr)
             return True
     return False
 
