@@ -277,7 +277,7 @@ def from_json(saved: dict[str, Any]) -> Tokenizer:
     try:
         return TOKENIZERS[saved["kind"]](saved)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DataError(f"not a tokenizer ({error!r})") from None
+        raise DataError(f"not a tokenizer ({error!r:.200})") from None
 
 
 def read(path: Path) -> Tokenizer:
