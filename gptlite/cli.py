@@ -103,7 +103,7 @@ def resumed_directory(named: str) -> Path:
     directory = Path(named)
     if directory.parent.name == "checkpoints":
         directory = directory.parent.parent
-    if not has_run(directory):
+    if not has_run(directory) or not os.path.isdir(named):
         raise ConfigError(f"--resume {named}: not a gptlite checkpoint or run directory")
     return directory
 
@@ -154,7 +154,9 @@ def generate(
         list[str] | None, typer.Option(help="End before this text; repeat for several.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Names the random draws.")] = 1337,
-    num_samples: Annotated[int, typer.Option(min=1, help="Continuations of each prompt.")] = 1,
+    num_samples: Annotated[
+        int, typer.Option(min=1, max=10_000, help="Continuations of each prompt.")
+    ] = 1,
     checkpoint: CheckpointOption = "best",
     json_: Json = False,
     verbose: Verbose = False,

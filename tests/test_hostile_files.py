@@ -1,6 +1,6 @@
 """No file, whatever it holds, runs code, writes elsewhere, hangs or ends in a traceback.
 
-The cases are in hostile.py, which runs them all in one watched process.
+The cases are in hostile.py; watched.py runs them all in one process.
 """
 
 import json
@@ -16,6 +16,7 @@ from typing import Any
 import hostile
 import pytest
 import torch
+import watched
 from hostile import STEP, Case, reseal
 from safetensors.torch import load_file, save_file
 from test_bad_input import _own_folder, invoke, trained_run  # noqa: F401
@@ -32,7 +33,7 @@ def happened(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What became of every case, by its name."""
     folder = tmp_path_factory.mktemp("hostile")
     surroundings = {**os.environ, "CC": "none", "PYTHONDONTWRITEBYTECODE": "1", "CI": "true"}
-    command = [sys.executable, hostile.__file__, str(folder)]
+    command = [sys.executable, watched.__file__, str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, env=surroundings)
     assert done.returncode == 0, done.stderr[-3000:]
     return dict(json.loads(done.stdout))
@@ -71,20 +72,20 @@ def test_the_canaries_sing(name: str) -> None:
 
 
 def test_the_watch_sees_what_it_is_there_for(tmp_path: Path) -> None:
-    watch = hostile.Watch()
+    watch = watched.Watch()
     watch.folder = tmp_path / "inside"
     (tmp_path / "evil.py").write_text("canary = 1")
     script = compile("canary = 1", str(watch.folder / "evil.py"), "exec")
     events: dict[str, tuple[Any, ...]] = {
-        **{name: ("x",) for name in hostile.WATCHED},
+        **{name: ("x",) for name in watched.WATCHED},
         "compile": ("canary = 1", "x"),
         "exec": (script,),
         "open": (str(tmp_path / "x"), "w", os.O_WRONLY),
-        **{name: (str(tmp_path / "x"), str(tmp_path / "y")) for name in hostile.WRITES},
+        **{name: (str(tmp_path / "x"), str(tmp_path / "y")) for name in watched.WRITES},
     }
     for name, arguments in events.items():
         watch.seen.clear()
-        with pytest.raises(hostile.Forbidden):
+        with pytest.raises(watched.Forbidden):
             watch(name, arguments)
         assert watch.seen, name
 
