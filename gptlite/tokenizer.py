@@ -190,6 +190,7 @@ class CharTokenizer:
         characters, unknown = saved["characters"], known(saved["unknown"], *UNKNOWN)
         if not isinstance(characters, str) or len(characters) != len(set(characters)):
             raise ValueError("characters are not a text of distinct ones")
+        characters.encode()  # half a surrogate pair could never be written out
         return cls(characters, eot=known(saved["eot"], True, False), unknown=unknown)
 
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from gptlite import storage
 from gptlite.checkpoint import FILES
+from gptlite.errors import ConfigError
 
 STEP = Path("copy/checkpoints/step-00000002")
 SECRET = Path("../secret")
@@ -360,6 +361,22 @@ def configs() -> Iterator[Case]:
 
         says = "would need|not fit|differs"
         yield Case(f"config: {key}", used()[0], lay, (2, 3), says)
+
+        def sealed_as_well(lay: Callable[[], None] = lay) -> None:
+            """The checkpoint says the same as the config."""
+            from gptlite.config_reader import load_run
+
+            lay()
+            try:
+                run = load_run(["copy/config.yaml"], [])
+            except ConfigError:
+                return
+            reseal(config=run.model_dump(mode="json"))
+
+        if key != "n_head":  # sealed as well, it is simply another model
+            for command in (used()[0], ["train", "--resume", "copy"]):
+                name = f"config and state: {key}: {command[0]}"
+                yield Case(name, command, sealed_as_well, (2, 3), says)
 
 
 def ranks(more: dict[bytes, Any] | None = None) -> dict[str, Any]:

@@ -21,9 +21,9 @@ from hostile import STEP, Case, reseal
 from safetensors.torch import load_file, save_file
 from test_bad_input import _own_folder, invoke, trained_run  # noqa: F401
 
-from gptlite import checkpoint, storage
+from gptlite import checkpoint, storage, tokenizer
 from gptlite.checkpoint import FILES, State
-from gptlite.errors import CheckpointError
+from gptlite.errors import CheckpointError, DataError
 
 CASES = {case.name: case for case in hostile.cases()}
 
@@ -150,6 +150,24 @@ def test_the_newest_good_checkpoint_stands_in_for_a_damaged_best(copy: Path) -> 
     assert sorted(path.name for path in STEP.parent.iterdir()) == [
         *("best", "last", "step-00000001", "step-00000002", "step-00000003")
     ]
+
+
+@pytest.mark.parametrize("name", ["../../config.yaml", "../last", "state.json"])
+def test_a_state_that_vouches_for_other_files_is_refused(name: str, copy: Path) -> None:
+    files = storage.unsealed((STEP / "state.json").read_text())["files"]
+    reseal(files={**files, name: storage.file_digest(STEP / name)})
+    with pytest.raises(CheckpointError, match="names other files than"):
+        checkpoint.read_state(STEP)
+
+
+HARMLESS = ("name with an escape", "name a number")
+
+
+@pytest.mark.parametrize("name", sorted(set(hostile.TOKENIZERS) - set(HARMLESS)))
+def test_a_hostile_tokenizer_is_refused_by_itself(name: str) -> None:
+    """Not only because the weights would not fit."""
+    with pytest.raises(DataError):
+        tokenizer.from_json(hostile.TOKENIZERS[name]())
 
 
 def weights(**values: torch.Tensor | None) -> None:
