@@ -11,25 +11,26 @@ import errno
 import os
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gptlite import __version__, storage
+from gptlite.config import BYTES_PER_PARAMETER
 from gptlite.errors import CheckpointError, ConfigError, DivergedError, StorageError
 from gptlite.model import GPT
 from gptlite.section import Section
 
 FORMAT = 2
-FOLDER = re.compile(r"step-(\d{8})\Z")
-SET_ASIDE = re.compile(r"step-\d{8}\.corrupt(-\d+)?\Z")
+FOLDER = re.compile(r"step-([0-9]{8})\Z")
+SET_ASIDE = re.compile(r"step-[0-9]{8}\.corrupt(-[0-9]+)?\Z")
 FILES = ("model.safetensors", "optimizer.safetensors")
 ATTEMPTS = 3
 SECONDS_BETWEEN_ATTEMPTS = 2.0
@@ -61,7 +62,7 @@ class State(Section):
     evaluations_without_gain: int
     skipped: list[int]
     """Recent updates whose loss or gradient was not finite."""
-    pending: dict[str, Any] | None
+    pending: dict[str, float | int | None] | None
     """The row of metrics of this step, if a signal came before its evaluation was done."""
     data_digest: str
     tokenizer_sha256: str
@@ -70,6 +71,18 @@ class State(Section):
     """What exactness depends on besides config and data."""
     files: dict[str, str] = {}
     """sha256 of the files beside this one."""
+
+    @field_validator("pending")
+    @classmethod
+    def is_a_row(cls, row: dict[str, Any] | None) -> dict[str, Any] | None:
+        """What will be done with it when a run goes on must be possible."""
+        if row is not None and not (
+            type(row.get("step")) is int
+            and isinstance(row.get("tokens_per_second"), int | float)
+            and "train/loss" in row
+        ):
+            raise ValueError("not a row of metrics")
+        return row
 
 
 class Found(NamedTuple):
@@ -148,7 +161,9 @@ def dumped(state: State, files: dict[str, str]) -> dict[str, Any]:
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    return [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    """Names of tensors with NaN or infinity; of eight bits or less torch cannot always say."""
+    wide = {name: tensor for name, tensor in tensors.items() if tensor.element_size() > 1}
+    return [name for name, tensor in wide.items() if not tensor.isfinite().all()]
 
 
 def point(run_dir: Path, name: str, step: int) -> None:
@@ -191,8 +206,10 @@ def read_state(path: Path) -> State:
     try:
         saved = storage.unsealed(storage.read_regular(at, MOST_STATE_BYTES))
         if saved.get("format") != FORMAT:
-            needs = f"format {saved.get('format')}, this gptlite reads {FORMAT}"
-            raise CheckpointError(f"{path}: written by gptlite {saved.get('gptlite')} ({needs})")
+            needs = f"format {saved.get('format')!r:.20}, this one reads {FORMAT}"
+            raise CheckpointError(
+                f"{path}: written by gptlite {saved.get('gptlite')!r:.20} ({needs})"
+            )
         state = State.model_validate(saved)
         if FOLDER.match(path.name) and folder_name(state.step) != path.name:
             raise CheckpointError(f"{path}: holds step {state.step}, so it was renamed")
@@ -248,7 +265,7 @@ def chosen(run_dir: Path, which: str) -> Found:
 
     If best or last is damaged, the newest good one stands in and `problems` say so.
     """
-    match = re.fullmatch(r"step-(\d{1,8})", which)
+    match = re.fullmatch(r"step-([0-9]{1,8})", which)
     if which not in ("best", "last") and not match:
         raise ConfigError(f"--checkpoint {which}: expected best, last or step-N")
     have = folders(run_dir)
@@ -289,6 +306,21 @@ def model_tensors(model: GPT) -> dict[str, Tensor]:
     return tensors
 
 
+def check_size(path: Path, n_parameters: int) -> None:
+    """Refuse by arithmetic a model that its weights cannot fill, before it takes any memory.
+
+    One that is not much too large is for `load_weights`, which names what does not fit.
+    """
+    try:
+        size = (path / FILES[0]).stat().st_size
+    except OSError as error:
+        raise CheckpointError(f"{path}/{FILES[0]}: {error.strerror}") from None
+    if size + (1 << 16) < BYTES_PER_PARAMETER * n_parameters:
+        raise CheckpointError(
+            f"{path}: {size} bytes of weights do not fit this model of {n_parameters} parameters"
+        )
+
+
 def load_weights(model: GPT, path: Path) -> None:
     """Fill the model from a checkpoint folder. Raises CheckpointError naming what does not fit."""
     tensors = read_tensors(path / FILES[0])
@@ -298,6 +330,14 @@ def load_weights(model: GPT, path: Path) -> None:
     )
     if have != want:
         odd = sorted(name for name in have.keys() | want.keys() if have.get(name) != want.get(name))
-        few = ", ".join(odd[:5])
+        few = ", ".join(odd[:5]) + wrapped(tensors)
         raise CheckpointError(f"{path}: {len(odd)} weights do not fit this model: {few}")
     model.load_state_dict(tensors, strict=False)
+
+
+def wrapped(names: Iterable[str]) -> str:
+    """What to do if the names are those of a model inside another, as other programs save them."""
+    for prefix in ("_orig_mod.", "module."):
+        if all(name.startswith(prefix) for name in names):
+            return f"; every name begins with {prefix!r}: save the model inside the wrapper"
+    return ""

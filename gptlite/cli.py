@@ -103,7 +103,7 @@ def resumed_directory(named: str) -> Path:
     directory = Path(named)
     if directory.parent.name == "checkpoints":
         directory = directory.parent.parent
-    if not has_run(directory):
+    if not has_run(directory) or not os.path.isdir(named):
         raise ConfigError(f"--resume {named}: not a gptlite checkpoint or run directory")
     return directory
 
@@ -154,7 +154,9 @@ def generate(
         list[str] | None, typer.Option(help="End before this text; repeat for several.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Names the random draws.")] = 1337,
-    num_samples: Annotated[int, typer.Option(min=1, help="Continuations of each prompt.")] = 1,
+    num_samples: Annotated[
+        int, typer.Option(min=1, max=10_000, help="Continuations of each prompt.")
+    ] = 1,
     checkpoint: CheckpointOption = "best",
     json_: Json = False,
     verbose: Verbose = False,
@@ -300,7 +302,7 @@ def prepare(
                 f"{split}: {about['tokens']:,} tokens, {about['documents']:,} documents, "
                 f"{about['bytes']:,} bytes"
             )
-        print(f"{files.meta['bytes_per_token']:.3f} bytes per token; {files.folder}")
+        print(f"{files.meta['bytes_per_token']:.3f} bytes per token; {visible(str(files.folder))}")
 
 
 @app.command()
@@ -328,7 +330,7 @@ def plan(
             audited = {} if found is None else {"audit": found}
             print_json({**planned.plan, **audited, "config": planned.run.model_dump(mode="json")})
         else:
-            print("\n".join(plan_table(planned.run, planned.plan)))
+            print("\n".join(map(visible, plan_table(planned.run, planned.plan))))
             if found is not None:
                 print("\naudit of one batch:\n" + "\n".join(auditing.audit_lines(found)))
         if found is not None and found["problems"]:
@@ -348,7 +350,7 @@ def show_config(config: ConfigFiles, overrides: Overrides = None, json_: Json = 
             return
         width = max(len(key) + len(json.dumps(value)) for key, value, _ in rows) + 2
         for key, value, place in rows:
-            print(f"{f'{key}: {json.dumps(value)}':{min(width, 60)}}  # {place}")
+            print(f"{f'{key}: {json.dumps(value)}':{min(width, 60)}}  # {visible(place)}")
 
 
 @config_app.command()

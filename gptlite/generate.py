@@ -25,12 +25,15 @@ from gptlite.tokenizer import Tokenizer
 
 CHANCES = 256
 """Steps for which draws are made together."""
+LARGEST = 1e30
+"""Logits and factors stay below it, so that no option gives infinity less infinity."""
 
 
 def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     """Divide positive and multiply negative logits of seen tokens (CTRL, arXiv:1909.05858)."""
+    penalty = min(max(penalty, 1 / LARGEST), LARGEST)
     punished = torch.where(logits > 0, logits / penalty, logits * penalty)
-    return torch.where(seen, punished, logits)
+    return torch.where(seen, punished.clamp(-LARGEST, LARGEST), logits)
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
@@ -44,7 +47,9 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
     ordered, index = logits.sort(dim=-1, descending=True)
     probability = ordered.softmax(-1)
     before = probability.cumsum(-1) - probability
-    return logits.masked_fill((before >= p).gather(-1, index.argsort(-1)), -math.inf)
+    return logits.masked_fill(
+        (before >= max(p, 1 / LARGEST)).gather(-1, index.argsort(-1)), -math.inf
+    )
 
 
 def keep_min_p(logits: Tensor, p: float) -> Tensor:
@@ -59,7 +64,9 @@ def probabilities(logits: Tensor, seen: Tensor, options: SampleConfig) -> Tensor
         logits = penalise(logits, seen, options.repetition_penalty)
     if options.temperature == 0:
         return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
-    logits = logits / options.temperature
+    if options.temperature < 1e-4:  # the likeliest would become infinite
+        logits = logits - logits.amax(-1, keepdim=True)
+    logits = logits / max(options.temperature, 1 / LARGEST)
     if options.top_k is not None:
         logits = keep_top_k(logits, options.top_k)
     if options.top_p is not None:

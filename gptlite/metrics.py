@@ -91,7 +91,7 @@ def finite(row: dict[str, Any]) -> dict[str, Any]:
 def is_kept(line: bytes, resumed_step: int) -> bool:
     """Whether a line is the row of a step until there, and not what a crash cut short."""
     try:
-        row = json.loads(line)
+        row = json.loads(line.decode())  # of bytes, json guesses the encoding
         return isinstance(row, dict) and type(row["step"]) is int and row["step"] <= resumed_step
     except (ValueError, KeyError, RecursionError):
         return False

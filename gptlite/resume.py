@@ -50,6 +50,8 @@ def start_point(
         return None
     changes = list(differences(stored, run))
     found = checkpoint.recover(directory, lambda state: foreign(state, stored))
+    if found is not None:
+        checkpoint.check_size(found.path, run.model.n_parameters(files.meta["vocab_size"]))
     if found is not None and found.state.data_digest != files.digest:
         changes.append("data: the text is not the one this run was trained on")
     if strict and found is not None:

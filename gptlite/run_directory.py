@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from gptlite import __version__, storage
-from gptlite.errors import ConfigError, RunInUseError, StorageError
+from gptlite.errors import ConfigError, RunInUseError, StorageError, visible
 
 RUNS = Path("runs")
 PARTS = ("checkpoints", "tokenizer", "samples", "eval")
@@ -97,7 +97,7 @@ def locked(directory: Path) -> Iterator[None]:
 
     The lock ends with the process, however that ends.
     """
-    with (directory / ".lock").open("a+") as file:
+    with open_lock(directory) as file:
         if not hold(file):
             raise in_use(directory, file)
         file.truncate(0)
@@ -110,9 +110,15 @@ def locked(directory: Path) -> Iterator[None]:
 def refuse_if_held(directory: Path) -> None:
     """RunInUseError if a run is at work there."""
     if os.path.isfile(directory / ".lock"):
-        with (directory / ".lock").open() as file:
+        with open_lock(directory) as file:
             if not hold(file):
                 raise in_use(directory, file)
+
+
+def open_lock(directory: Path) -> TextIO:
+    """The lock's file; never what a link points to, as it is emptied and written."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND
+    return os.fdopen(storage.open_regular(directory / ".lock", flags), "a+", errors="replace")
 
 
 def hold(file: TextIO) -> bool:
@@ -128,7 +134,7 @@ def hold(file: TextIO) -> bool:
         except (ImportError, OSError) as error:  # Windows, and some network file systems
             why = getattr(error, "strerror", None) or "not on this system"
             warning = f"{file.name}: cannot be locked ({why}); let no other run write here"
-            print(warning, file=sys.stderr)
+            print(visible(warning), file=sys.stderr)
             return True
     return False
 
@@ -136,7 +142,7 @@ def hold(file: TextIO) -> bool:
 def in_use(directory: Path, file: TextIO) -> RunInUseError:
     """Names who holds the lock; it says so a moment after taking it."""
     file.seek(0)
-    holder = file.read().strip() or "another process"
+    holder = file.read(200).strip() or "another process"
     return RunInUseError(f"{directory}: in use by {holder}; give another --out-dir")
 
 

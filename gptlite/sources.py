@@ -31,6 +31,10 @@ from gptlite.config import DataConfig, RunConfig
 from gptlite.errors import ConfigError, DataError, StorageError
 
 SUFFIXES = (".txt", ".md", ".jsonl", ".csv")
+NO_TEXT = {
+    *(".parquet", ".bin", ".gz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".tar", ".npy", ".npz"),
+    *(".pkl", ".pickle", ".pt", ".pth", ".ckpt", ".joblib", ".safetensors", ".gguf", ".h5"),
+}
 CHUNK = 1 << 20
 TIMEOUT_SECONDS = 10
 MAX_DOWNLOAD = 1 << 37
@@ -80,7 +84,7 @@ def check_regular(path: Path) -> None:
         raise DataError(f"data.source: {path}: {why}") from None
     if not stat.S_ISREG(mode):
         raise DataError(f"data.source: {path}: not a regular file")
-    if path.suffix in (".parquet", ".pkl", ".pt", ".bin", ".gz", ".zst", ".zip"):
+    if path.suffix.lower() in NO_TEXT:
         kinds = " ".join(SUFFIXES)
         raise DataError(f"data.source: {path}: {path.suffix} is not text; give {kinds}")
     if not os.access(path, os.R_OK):

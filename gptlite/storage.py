@@ -35,7 +35,7 @@ class Disk:
         write(path)
 
     def append(self, path: Path, data: bytes) -> None:
-        handle = os.open(path, os.O_CREAT | os.O_APPEND | NO_LINKS | os.O_WRONLY, 0o666)
+        handle = open_regular(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY)
         try:
             while data:
                 data = data[os.write(handle, data) :]
@@ -142,21 +142,24 @@ def unsealed(text: str) -> dict[str, Any]:
     """The mapping that was sealed. Raises ValueError if one character is not as it was."""
     try:
         value = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        if not isinstance(value, dict) or "sha256" not in value:
+            raise ValueError("has no sha256 of its own, so gptlite did not write it")
+        inside = {name: part for name, part in value.items() if name != "sha256"}
+        whole = sealed(inside) == text
+    except json.JSONDecodeError as error:
         raise ValueError(f"not JSON ({error})") from None
-    if not isinstance(value, dict) or "sha256" not in value:
-        raise ValueError("has no sha256 of its own, so gptlite did not write it")
-    inside = {name: part for name, part in value.items() if name != "sha256"}
-    if sealed(inside) != text:
+    except RecursionError:
+        raise ValueError("not JSON of ours (nested too deep)") from None
+    if not whole:
         raise ValueError("damaged (sha256 differs)")
     return inside
 
 
-def open_regular(path: Path, *, links: bool = False) -> int:
-    """A handle for reading. Raises OSError for what is no file: a pipe, a device, or a link."""
+def open_regular(path: Path, flags: int = os.O_RDONLY, *, links: bool = False) -> int:
+    """A handle. Raises OSError for what is no file: a pipe, a device, or a link."""
     if path.is_symlink() and not links:
-        raise OSError(errno.ELOOP, "is a symbolic link; only files themselves are read", str(path))
-    handle = os.open(path, os.O_RDONLY | NO_WAITING | (0 if links else NO_LINKS))
+        raise OSError(errno.ELOOP, "is a symbolic link; only files themselves are used", str(path))
+    handle = os.open(path, flags | NO_WAITING | (0 if links else NO_LINKS), 0o666)
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
         raise OSError(errno.EINVAL, "not a regular file", str(path))

@@ -28,6 +28,9 @@ PIECE = 1 << 16
 MOST_TOKENS = 1 << 21
 MOST_BYTES = 1 << 27
 """Of a tokenizer's file."""
+MOST_PATTERN = 4096
+PROBE = "It's 12 o'clock,\n\n  café\t漢字 😀... \r\n_x  "
+"""A pattern that is none, or leaves text out, shows here."""
 DOWNLOAD_SECONDS = 8.0
 LONG_RUN = re.compile(r"\s{1024}|\S{1024}")
 
@@ -187,6 +190,7 @@ class CharTokenizer:
         characters, unknown = saved["characters"], known(saved["unknown"], *UNKNOWN)
         if not isinstance(characters, str) or len(characters) != len(set(characters)):
             raise ValueError("characters are not a text of distinct ones")
+        characters.encode()  # half a surrogate pair could never be written out
         return cls(characters, eot=known(saved["eot"], True, False), unknown=unknown)
 
 
@@ -218,7 +222,12 @@ class BPETokenizer:
 
     def encode(self, text: str) -> list[int]:
         pieces, _ = cut(text, final=True)
-        return [token for piece in pieces for token in self.encoding.encode_ordinary(piece)]
+        try:
+            return [token for piece in pieces for token in self.encoding.encode_ordinary(piece)]
+        except BaseException as error:  # noqa: BLE001 - a panic of tiktoken is no Exception
+            if type(error).__name__ != "PanicException":
+                raise
+            raise DataError("tokenizer: its pattern cannot split this text") from None
 
     def encode_array(self, text: str) -> NDArray[Any]:
         try:
@@ -245,7 +254,8 @@ class BPETokenizer:
         if not all(bytes([byte]) in ranks for byte in range(256)) or b"" in ranks:
             raise ValueError("not every byte has an id of its own")
         made = cls(saved["kind"], saved["name"], saved["pattern"], ranks, saved["eot"])
-        made.encoding.encode_ordinary("a b")  # a pattern that is none fails here
+        if len(made.pattern) > MOST_PATTERN or decode(made, made.encode(PROBE)) != PROBE:
+            raise ValueError("its pattern loses text")
         return made
 
 
@@ -268,7 +278,7 @@ def from_json(saved: dict[str, Any]) -> Tokenizer:
     try:
         return TOKENIZERS[saved["kind"]](saved)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DataError(f"not a tokenizer ({error!r})") from None
+        raise DataError(f"not a tokenizer ({error!r:.200})") from None
 
 
 def read(path: Path) -> Tokenizer:

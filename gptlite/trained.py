@@ -47,6 +47,9 @@ def load(run_dir: Path, found: Found) -> Trained:
     text = load_tokenizer(run_dir)
     if tokenizer.digest(text) != state.tokenizer_sha256:
         raise CheckpointError(f"{run_dir}/tokenizer: differs from the one of {path.name}")
+    if run.model.model_dump(mode="json") != state.config.get("model"):
+        raise CheckpointError(f"{run_dir}/config.yaml: model differs from the one of {path.name}")
+    checkpoint.check_size(path, run.model.n_parameters(text.vocab_size))
     model = GPT.of_run(run, text.vocab_size)
     checkpoint.load_weights(model, path)
     return Trained(run, model.to(run.device).eval(), text, state, problems)

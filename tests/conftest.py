@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from gptlite.checkpoint import State
 from gptlite.config import RunConfig
@@ -14,6 +15,14 @@ from gptlite.data import TokenFiles
 from gptlite.dropout_config import SITES, DropoutConfig
 from gptlite.prepare import prepare
 from gptlite.strict_yaml import Document
+
+for name, examples in (("short", 300), ("long", 20_000)):
+    settings.register_profile(
+        *(name,),
+        **{"max_examples": examples, "derandomize": True, "database": None, "deadline": None},
+        suppress_health_check=[HealthCheck.too_slow],
+    )
+settings.load_profile("short")  # `--hypothesis-profile=long` takes the other
 
 WORDS = "the of and to a in is it you that he was for on are with as his they be at one have this"
 

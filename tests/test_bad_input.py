@@ -114,8 +114,11 @@ def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module", name="run")
 def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run(tmp_path_factory.mktemp("trained"))
+
+
+def make_run(folder: Path) -> Path:
     """A run of two updates on text of lower-case letters."""
-    folder = tmp_path_factory.mktemp("trained")
     (folder / "text.txt").write_text(re.sub(r"[^a-z \n]", "", prose(300).lower()))
     config = {
         "data": {"source": str(folder / "text.txt"), "cache_dir": str(folder / "cache")},

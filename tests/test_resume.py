@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from gptlite import checkpoint, resume, run_directory
 from gptlite.cli import app
+from gptlite.config_reader import load_run
 from gptlite.errors import (
     CheckpointError,
     ConfigError,
@@ -111,6 +112,21 @@ def test_what_has_changed_around_a_run_is_said_and_strictly_refused(
     assert f"not as when it was saved: {change}" in capsys.readouterr().err
     with pytest.raises(ConfigError, match=f"--resume: {change}".replace("+", r"\+")):
         train(workshop.run(), trained, resume=True, strict=True)
+
+
+def test_a_run_does_not_stand_on_the_file_it_came_from(workshop: Workshop, trained: Path) -> None:
+    """What safetensors reads is mapped; a file that changes meanwhile must not change the run."""
+    found = checkpoint.chosen(trained, "last")
+    resumed = Trainer(load_run([str(trained / "config.yaml")]), workshop.files())
+    resumed.restore(found.path, found.state)
+    before = {k: v.clone() for part in resumed.tensors().values() for k, v in part.items()}
+    for name in checkpoint.FILES:
+        size = (found.path / name).stat().st_size
+        with (found.path / name).open("r+b") as file:
+            file.seek(size // 2)
+            file.write(bytes(size // 2))
+    after = {k: v for part in resumed.tensors().values() for k, v in part.items()}
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 # Signals

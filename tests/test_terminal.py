@@ -1,0 +1,185 @@
+"""What a terminal would obey is shown, not obeyed, wherever the text comes from."""
+
+import json
+import os
+import re
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from test_bad_input import invoke
+
+from gptlite.cli import app
+from gptlite.errors import CONTROL, visible
+
+ESCAPES = "\x1b[31m\x1b]0;title\x07\x9b2J\r\x08\x7f"
+SHOWN = r"\x1b[31m\x1b]0;title\x07\x9b2J\r\x08\x7f"
+OBEYED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on text of escapes, in a folder and with a config whose names have some."""
+    folder = tmp_path_factory.mktemp("escapes") / "in \x1b[31m\r\x07"
+    folder.mkdir()
+    text = folder / f"text {ESCAPES}.txt"
+    text.write_bytes(("\x1b[31m \x9b\r\x07" * 100).encode())
+    config = {
+        "data": {"source": str(text), "cache_dir": str(folder / "cache")},
+        "tokenizer": {"kind": "char"},
+        "model": {"n_layer": 1, "n_head": 1, "n_embd": 8, "context_length": 8},
+        "optim": {"warmup_steps": 0},
+        "train": {"max_steps": 2, "batch_size": 2, "eval_batches": 1, "threads": 1},
+        "sample": {"max_new_tokens": 30, "prompts": ["\x1b[31m\x07"], "interval": 1},
+    }
+    (folder / f"config {ESCAPES}.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def told(trained: Path) -> Any:
+    """How the run of `trained` was made."""
+    config = str(trained / f"config {ESCAPES}.yaml")
+    result = invoke("train", "-c", config, "--out-dir", str(trained / "run"))
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def on_a_terminal(*arguments: str) -> tuple[str, Any]:
+    """What a terminal gets on stdout, and the exit code."""
+    ours, theirs = os.openpty()
+    got: list[bytes] = []
+
+    def read() -> None:
+        try:
+            while data := os.read(ours, 65536):
+                got.append(data)
+        except OSError:  # the other end is closed
+            pass
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    with pytest.MonkeyPatch.context() as patch:
+        with open(theirs, "w", encoding="utf-8") as screen:
+            patch.setattr("sys.stdout", screen)
+            try:
+                app(arguments)
+            except SystemExit as ended:
+                code = ended.code
+        reader.join()
+    os.close(ours)
+    return b"".join(got).decode().replace("\r\n", "\n"), code
+
+
+def generate(folder: Path, *more: str) -> list[str]:
+    run = ["generate", "--run", str(folder / "run"), "--max-new-tokens", "40"]
+    return [*run, "--prompt", "\x1b[31m\r\x9b\x07", *more]
+
+
+@pytest.mark.parametrize("more", [[], ["--num-samples", "2"], ["--json"]], ids=" ".join)
+def test_a_terminal_is_shown_what_a_model_writes(more: list[str], trained: Path, told: Any) -> None:
+    out, code = on_a_terminal(*generate(trained, *more))
+    assert code == 0
+    assert not OBEYED.search(out)
+    shown = r"\u001b[31m\r\u009b\u0007" if "--json" in more else r"\x1b[31m\r\x9b\x07"
+    assert shown in out
+
+
+def test_a_pipe_gets_every_byte(trained: Path, told: Any) -> None:
+    result = invoke(*generate(trained))
+    assert result.stdout_bytes.startswith("\x1b[31m\r\x9b\x07".encode())
+
+
+def test_json_is_plain_text_that_says_the_same(trained: Path, told: Any) -> None:
+    result = invoke(*generate(trained, "--json"))
+    assert not OBEYED.search(result.stdout)
+    told_in_json = json.loads(result.stdout)
+    assert told_in_json["results"][0]["prompt"] == "\x1b[31m\r\x9b\x07"
+    assert told_in_json["run"] == str(trained / "run")
+
+
+def test_training_shows_samples_and_names_in_its_lines(trained: Path, told: Any) -> None:
+    log = (trained / "run" / "train.log").read_text()
+    for text in (told.stderr, log):
+        assert not OBEYED.search(text)
+        assert r"\x1b[31m\x07" in text.split("sample at step 2:")[1]
+        assert SHOWN in text
+    assert "\x1b[31m\x07" in (trained / "run/samples/step-00000002.txt").read_text()
+
+
+COMMANDS: dict[str, list[str]] = {
+    "show": ["config", "show", "-c", "{config}"],
+    "show json": ["config", "show", "-c", "{config}", "--json"],
+    "check": ["config", "check", "-c", "{config}"],
+    "prepare": ["prepare", "-c", "{config}"],
+    "prepare json": ["prepare", "-c", "{config}", "--json"],
+    "plan": ["plan", "-c", "{config}"],
+    "plan json": ["plan", "-c", "{config}", "--json"],
+    "eval": ["eval", "--run", "{run}"],
+    "eval json": ["eval", "--run", "{run}", "--json"],
+    "eval file": ["eval", "--run", "{run}", "--split", "{text}"],
+    "resume": ["train", "--resume", "{run}"],
+    "resume other": ["train", "--resume", "{run}", "--set", "seed=3"],
+    "taken": ["train", "-c", "{config}", "--out-dir", "{run}"],
+    "prompt file": ["generate", "--run", "{run}", "--prompt-file", "{text}"],
+    "command": ["{escapes}"],
+    "subcommand": ["config", "{escapes}"],
+    "option": ["train", "--{escapes}"],
+    "argument": ["train", "{escapes}"],
+    "no config": ["train", "-c", "{escapes}"],
+    "no config file": ["train", "-c", "{escapes}.yaml"],
+    "no run": ["generate", "--run", "{escapes}"],
+    "no resume": ["train", "--resume", "{escapes}"],
+    "no checkpoint": ["generate", "--run", "{run}", "--checkpoint", "{escapes}"],
+    "no prompt file": ["generate", "--run", "{run}", "--prompt-file", "{escapes}"],
+    "no split": ["eval", "--run", "{run}", "--split", "{escapes}"],
+    "no suite": ["eval", "--run", "{run}", "--suite", "{escapes}"],
+    "unknown prompt": ["generate", "--run", "{run}", "--prompt", "Z{escapes}"],
+    "no number": ["generate", "--run", "{run}", "--top-k", "{escapes}"],
+    "no fraction": ["generate", "--run", "{run}", "--temperature", "{escapes}"],
+    "no seed": ["generate", "--run", "{run}", "--seed", "{escapes}"],
+    "set": ["config", "check", "-c", "{config}", "--set", "{escapes}"],
+    "set key": ["config", "check", "-c", "{config}", "--set", "{escapes}=1"],
+    "set value": ["config", "check", "-c", "{config}", "--set", "seed={escapes}"],
+    "set text": ["config", "check", "-c", "{config}", "--set", 'device="\\x1b[31m\\x9b"'],
+    "set source": ["prepare", "-c", "{config}", "--set", 'data.source="\\x1b[31m\\x9b"'],
+    "set cache": ["prepare", "-c", "{config}", "--set", 'data.cache_dir="{folder}/\\x1b[31m"'],
+    "set init": [
+        "train",
+        "-c",
+        "{config}",
+        "--out-dir",
+        "{folder}/new",
+        "--set",
+        'init_from="\\e"',
+    ],
+    "config": ["config", "check", "-c", "{folder}/bad.yaml"],
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
+def test_no_command_says_what_a_terminal_obeys(
+    command: list[str], trained: Path, told: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (trained / "bad.yaml").write_text('"\\e[31m": 1\nseed: "\\e[31m\\x9b\\a"\n')
+    names = {
+        "{config}": str(trained / f"config {ESCAPES}.yaml"),
+        "{text}": str(trained / f"text {ESCAPES}.txt"),
+        **{"{run}": str(trained / "run"), "{folder}": str(trained), "{escapes}": ESCAPES},
+    }
+    for name, value in names.items():
+        command = [word.replace(name, value) for word in command]
+    result = invoke(*command)
+    assert result.exit_code in (0, 2, 3)
+    said = result.stderr if command[0] == "generate" else result.output
+    assert not OBEYED.search(said), [c for c in said if OBEYED.match(c)]
+
+
+def test_what_is_shown_has_nothing_left_to_obey() -> None:
+    every = "".join(map(chr, range(0x3000)))
+    assert not CONTROL.search(visible(every))
+    assert CONTROL.sub("", every) in re.sub(r"\\(x|u)[0-9a-f]+|\\[nrt]", "", visible(every))
+    assert visible(ESCAPES) == SHOWN
+    assert visible("a\nb\tc", keep="\n\t") == "a\nb\tc"
