@@ -29,7 +29,7 @@ BUSY = {
 
 def signals(place: Workplace, rng: random.Random, n: int) -> Iterator[Outcome]:
     """One run, told n times to stop: each time it saves where it is and leaves."""
-    steps = 60 * n
+    steps = 30 * n
     config = place.config("busy", **{**BUSY, "train": {**BUSY["train"], "max_steps": steps}})
     assert place.run(config, "straight", prepared=leave_when_terminated) == 0
     slowest, saved, early = 0.0, 0, 0

@@ -82,7 +82,7 @@ class Workplace:
 
     def run(self, config: Path, name: str, *more: str, **options: Any) -> int:
         """Train to the end, in a child; its exit code."""
-        return wait(self.start(config, name, *more, **options))
+        return wait(self.start(config, name, *more, **options), 900)
 
     def start(self, config: Path, name: str, *more: str, **options: Any) -> int:
         """The child that trains a run, or goes on with it."""
@@ -138,6 +138,8 @@ def wait(pid: int, seconds: float = 60.0) -> int:
         if done:
             return os.waitstatus_to_exitcode(status)
         time.sleep(0.002)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
     raise AssertionError(f"process {pid} hangs")
 
 
