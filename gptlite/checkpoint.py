@@ -291,7 +291,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         if header > MOST_HEADER_BYTES:
             raise CheckpointError(f"{path}: bad checkpoint (header of {header} bytes)")
         tensors = load_file(path)
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
+    except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
+        # RuntimeError is torch's, where the file is pruned before it opens it once more.
         raise CheckpointError(f"{path}: bad checkpoint ({error})") from None
     if broken := not_finite(tensors):
         raise CheckpointError(f"{path}: not finite in {', '.join(broken[:5])}")

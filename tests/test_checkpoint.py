@@ -169,6 +169,20 @@ def test_weights_that_are_not_finite_are_refused(run_dir: Path) -> None:
         checkpoint.load_weights(GPT(SMALL, 20), run_dir)
 
 
+def test_weights_that_vanish_while_they_are_opened_are_no_bug(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """safetensors opens a file, and torch opens it again; a run may prune it between the two."""
+    path = save(run_dir, 1)
+
+    def gone(file: Path) -> None:
+        raise RuntimeError(f"unable to open file <{file}> in read-only mode")
+
+    monkeypatch.setattr(checkpoint, "load_file", gone)
+    with pytest.raises(CheckpointError, match="bad checkpoint .unable to open"):
+        checkpoint.load_weights(GPT(SMALL, 20), path)
+
+
 @pytest.mark.parametrize("content", [b"", b"\x80\x04K\x01.", b"PK\x03\x04" + bytes(40)])
 def test_files_that_may_be_pickles_are_not_opened(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "ckpt.pt"
