@@ -2,16 +2,16 @@
 
 import json
 import os
-import re
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from gptlite import __version__
 from gptlite.errors import ConfigError, UserError, visible
 from gptlite.exits import leave_when_terminated, user_errors
+from gptlite.output import print_json, stream, tell_passed_over
 
 app = typer.Typer(
     name="gptlite",
@@ -82,51 +82,22 @@ def train(
             [] if out_dir is None else [f"out_dir={json.dumps(out_dir, ensure_ascii=False)}"]
         )
         values = [*(overrides or []), *named_dir]
-        named = None if resume in (None, "auto") else resumed_directory(str(resume))
+        from gptlite import run_directory
+
+        named = None if resume in (None, "auto") else run_directory.resumed(str(resume))
         files = list(config or [])
         if named is not None and not files:
             files = [str(named / "config.yaml")]
         run = load_run(files, values)
-        directory, resumes = (named, True) if named else where(run.out_dir, files, resume)
+        directory, resumes = (
+            (named, True) if named else run_directory.where(run.out_dir, files, resume)
+        )
         from gptlite import loops
 
         loops.building()  # while torch loads; an error above shows before either
         from gptlite.session import train
 
         train(run, directory, resume=resumes, strict=strict_resume)
-
-
-def resumed_directory(named: str) -> Path:
-    """The run directory that `--resume PATH` means: itself, or that of a checkpoint in it."""
-    from gptlite.run_directory import has_run
-
-    directory = Path(named)
-    if directory.parent.name == "checkpoints":
-        directory = directory.parent.parent
-    if not has_run(directory) or not os.path.isdir(named):
-        raise ConfigError(f"--resume {named}: not a gptlite checkpoint or run directory")
-    return directory
-
-
-def where(out_dir: str | None, files: list[str], resume: str | None) -> tuple[Path, bool]:
-    """The run directory, and whether a run there goes on."""
-    from gptlite import run_directory
-
-    if out_dir is None:
-        name = run_directory.name_of(files)
-        earlier = run_directory.siblings(name)
-        if resume == "auto" and earlier:
-            return earlier[-1], True
-        return run_directory.free_directory(name), False
-    directory = Path(os.path.expanduser(out_dir))
-    directory = directory.resolve() if ".." in directory.parts else directory
-    exists = run_directory.has_run(directory)
-    if exists and resume is None:
-        run_directory.refuse_if_held(directory)
-        raise ConfigError(
-            f"out_dir: {directory} contains a run; use --resume auto or another --out-dir"
-        )
-    return directory, exists
 
 
 @app.command()
@@ -200,38 +171,7 @@ def generate(
         if json_:
             print_json({"run": str(directory), "results": generation.results()})
         else:
-            show(generation)
-
-
-def show(generation: Any) -> None:
-    """Stream a single continuation; several are printed one after the other when all are done."""
-    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
-    on_screen = sys.stdout.isatty()
-
-    def write(text: str) -> None:
-        print(visible(text, keep="\n\t") if on_screen else text, end="", flush=True)
-
-    if len(generation.index) == 1:
-        write(generation.prompts[0])
-        for piece in generation.pieces():
-            write(piece.text)
-        write("\n")
-        return
-    for number, result in enumerate(generation.results()):
-        write("\n" if number else "")
-        write(f"--- prompt {result['prompt']!r}, sample {result['sample']}\n")
-        write(result["prompt"] + result["text"] + "\n")
-
-
-def tell_passed_over(trained: Any) -> None:
-    for problem in trained.problems:
-        step = trained.state.step
-        print(f"{visible(problem)}; using the one of step {step}", file=sys.stderr)
-
-
-def print_json(value: Any) -> None:
-    text = json.dumps(value, indent=2, ensure_ascii=not sys.stdout.encoding.startswith("utf"))
-    print(re.sub("[\x7f-\x9f]", lambda found: f"\\u{ord(found[0]):04x}", text))
+            stream(generation)
 
 
 @app.command(name="eval")

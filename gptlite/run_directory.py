@@ -64,6 +64,35 @@ def latest_run() -> Path:
     return max(found, key=written)
 
 
+def where(out_dir: str | None, configs: list[str], resume: str | None) -> tuple[Path, bool]:
+    """The directory that a run trains in, and whether a run there goes on."""
+    if out_dir is None:
+        name = name_of(configs)
+        earlier = siblings(name)
+        if resume == "auto" and earlier:
+            return earlier[-1], True
+        return free_directory(name), False
+    directory = Path(os.path.expanduser(out_dir))
+    directory = directory.resolve() if ".." in directory.parts else directory
+    exists = has_run(directory)
+    if exists and resume is None:
+        refuse_if_held(directory)
+        raise ConfigError(
+            f"out_dir: {directory} contains a run; use --resume auto or another --out-dir"
+        )
+    return directory, exists
+
+
+def resumed(named: str) -> Path:
+    """The run directory that `--resume PATH` means: itself, or that of a checkpoint in it."""
+    directory = Path(named)
+    if directory.parent.name == "checkpoints":
+        directory = directory.parent.parent
+    if not has_run(directory) or not os.path.isdir(named):
+        raise ConfigError(f"--resume {named}: not a gptlite checkpoint or run directory")
+    return directory
+
+
 def existing_run(given: str | None) -> Path:
     """The run a command reads: the one named, or the latest."""
     directory = latest_run() if given is None else Path(given)

@@ -18,6 +18,7 @@ MAY_IMPORT = {
     "storage": "errors",
     "interrupts": "errors",
     "exits": "errors",
+    "output": "errors",
     "keys": "",
     "section": "",
     "dropout_config": "section",
@@ -53,7 +54,7 @@ MAY_IMPORT = {
         "metrics plan prepare resume run_directory storage tokenizer train"
     ),
     "cli": (
-        "audit config config_reader errors evaluate exits generate loops plan prepare "
+        "audit config config_reader errors evaluate exits generate loops output plan prepare "
         "run_directory session sources storage trained"
     ),
     "__main__": "cli",
@@ -62,8 +63,8 @@ MAY_IMPORT = {
 """An arrow that is not listed is an error; importing the package for its version is not."""
 
 TORCH_FREE = (
-    "errors storage interrupts exits keys section dropout_config config strict_yaml config_words "
-    "config_reader tokenizer sources data prepare loops"
+    "errors storage interrupts exits output keys section dropout_config config strict_yaml "
+    "config_words config_reader tokenizer sources data prepare loops"
 )
 UNPICKLERS = {"pickle", "_pickle", "shelve", "marshal", "dill", "cloudpickle", "joblib", "code"}
 ONLY_IN = {"ctypes": {"loops", "memory"}, "subprocess": {"loops"}, "runpy": set(), "imp": set()}
