@@ -11,7 +11,7 @@ import typer
 from gptlite import __version__
 from gptlite.errors import ConfigError, UserError, visible
 from gptlite.exits import leave_when_terminated, user_errors
-from gptlite.output import print_json, stream, tell_passed_over
+from gptlite.output import print_json, print_results, stream, tell_passed_over
 
 app = typer.Typer(
     name="gptlite",
@@ -178,7 +178,16 @@ def generate(
 def evaluate(
     run: RunOption = None,
     split: Annotated[str, typer.Option(help="val, train or a text file.")] = "val",
-    suite: Annotated[str, typer.Option(help="loss or all; a comma list takes several.")] = "loss",
+    suite: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="loss (the default), calibration, knockout, importance, mc-dropout or all; "
+            "a comma list or repeated."
+        ),
+    ] = None,
+    fast: Annotated[
+        bool, typer.Option("--fast", help="Fewer units, masks and tokens: wider intervals.")
+    ] = False,
     dropout_active: Annotated[
         bool, typer.Option("--dropout-active", help="Leave dropout on, to see what that costs.")
     ] = False,
@@ -186,35 +195,31 @@ def evaluate(
     json_: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Measure a trained model on a whole split; results go to eval/ in the run directory."""
+    """Measure a trained model on a split; results go to eval/ in the run directory."""
     with user_errors(verbose):
         from gptlite import run_directory
 
         directory = run_directory.existing_run(run)
-        from gptlite import storage
-        from gptlite.evaluate import evaluate
+        from gptlite import suites
         from gptlite.prepare import prepare
         from gptlite.trained import load_trained
 
+        names = suites.named(",".join(suite or ["loss"]).replace(" ", "").split(","))
         trained = load_trained(directory, checkpoint)
         tell_passed_over(trained)
-        suites = [name.strip() for name in suite.split(",")]
-        active = {"dropout_active": dropout_active}
-        results = evaluate(trained, split, suites, lambda: prepare(trained.run), **active)
-        about = {"run": str(directory), "step": trained.state.step, "split": split}
+        effort = suites.FAST if fast else suites.FULL
+        results = suites.evaluate(
+            *(trained, split, names, lambda: prepare(trained.run)),
+            effort=effort,
+            dropout_active=dropout_active,
+        )
+        step = trained.state.step
         if json_:
-            print_json({**about, **results})
+            print_json({"run": str(directory), "step": step, "split": split, **results})
         else:
-            print(f"{visible(str(directory))}, step {about['step']}, {visible(split)}:")
-            for result in results.values():
-                for name, value in result.items():
-                    number = f"{value:,.4f}" if isinstance(value, float) else value
-                    print(f"  {name:20} {number}")
-        storage.make_folders(directory / "eval")
-        for name, result in results.items():
-            stem = f"{name}-{Path(split).name}-step-{about['step']:08d}"
-            stem += "-dropout-active" * dropout_active
-            storage.write_json(directory / "eval" / f"{stem}.json", {**about, **result})
+            print(f"{visible(str(directory))}, step {step}, {visible(split)}:")
+            print_results(results)
+        suites.write(directory, split, step, results, dropout_active)
 
 
 @app.command()

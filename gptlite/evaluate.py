@@ -5,7 +5,7 @@ depend on the batch size or on padding.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor
 from gptlite import sources, tokenizer
 from gptlite.auto import precision
 from gptlite.config import RunConfig
-from gptlite.data import IGNORED, Batch, Documents, Layout, Stream, TokenFiles
+from gptlite.data import IGNORED, Batch, Documents, Layout, Stream
 from gptlite.dropout import evaluating
 from gptlite.errors import ConfigError, DataError
 from gptlite.keys import key
@@ -29,6 +29,8 @@ from gptlite.trained import Trained
 
 LOGIT_BYTES = 1 << 28
 """Largest block of logits that an evaluation makes."""
+TRAIN_SUBSET_ROWS = 256
+"""Rows of training text on which the loss without dropout is measured, always the same."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ class Measured:
     text_nats: float
     """Nats of the targets that stand for bytes: all but end-of-text."""
     text_bytes: int
+    loss_by_position: list[float | None]
+    """Mean nats of the targets at each place of the context."""
 
     @property
     def loss(self) -> float:
@@ -62,6 +66,7 @@ class Measured:
             "accuracy": self.correct / self.targets,
             "targets": self.targets,
             "bytes": self.text_bytes,
+            "loss_by_position": self.loss_by_position,
         }
 
 
@@ -97,6 +102,7 @@ def measure(
     """
     device = next(model.parameters()).device
     row_nats, row_targets = [], []
+    place_nats, place_targets = torch.zeros(2, run.model.context_length, dtype=torch.float64)
     correct, text_nats, text_bytes = 0, 0.0, 0
     n_rows = 0
     if dropout_active:  # native masks: one number, not another at each call
@@ -114,6 +120,8 @@ def measure(
             n_bytes = lengths[target] * scored
             row_nats.append(nats.sum(1))
             row_targets.append(scored.sum(1))
+            place_nats[: nats.shape[1]] += nats.sum(0)
+            place_targets[: nats.shape[1]] += scored.sum(0)
             correct += int(((logits.argmax(-1) == targets).cpu() & scored).sum())
             text_nats += float(nats[n_bytes > 0].sum())
             text_bytes += int(n_bytes.sum())
@@ -122,7 +130,9 @@ def measure(
     sums, counts = torch.cat(row_nats), torch.cat(row_targets)
     total, n = float(sums.sum()), int(counts.sum())
     variance = float((sums - total / n * counts).square().sum())
-    return Measured(total, variance, n, correct, text_nats, text_bytes)
+    by_place = (place_nats / place_targets).tolist()
+    places = [None if math.isnan(loss) else loss for loss in by_place]
+    return Measured(total, variance, n, correct, text_nats, text_bytes, places)
 
 
 def rows_of_file(trained: Trained, file: str) -> Layout:
@@ -146,38 +156,3 @@ def rows_of_file(trained: Trained, file: str) -> Layout:
         raise DataError(f"--split {file}: has {len(ids)} tokens, needs >= 2")
     tokens, context_length = np.array(ids), run.model.context_length
     return Stream(tokens, context_length) if eot is None else Documents(tokens, context_length, eot)
-
-
-def loss_suite(
-    trained: Trained, rows: Callable[[], Layout], *, dropout_active: bool = False
-) -> dict[str, Any]:
-    run, text = trained.run, trained.tokenizer
-    batches: Iterator[Batch] = rows().sweep(eval_rows(run, text.vocab_size))
-    active = {"dropout_active": dropout_active}
-    measured = measure(trained.model, batches, run, byte_lengths(text), **active)
-    return {**measured.report(), **active}
-
-
-SUITES = {"loss": loss_suite}
-
-
-def evaluate(
-    trained: Trained,
-    split: str,
-    suites: Iterable[str],
-    files: Callable[[], TokenFiles],
-    *,
-    dropout_active: bool = False,
-) -> dict[str, Any]:
-    """Results by suite; `split` is val, train or a text file, `files` opens the run's data."""
-
-    def rows() -> Layout:
-        if split in ("val", "train"):
-            return files().rows(split, trained.run.model.context_length)
-        return rows_of_file(trained, split)
-
-    unknown = [suite for suite in suites if suite not in SUITES and suite != "all"]
-    if unknown:
-        raise ConfigError(f"--suite: no suite {unknown[0]!r}; there are: {', '.join(SUITES)}, all")
-    names = SUITES if "all" in suites else suites
-    return {name: SUITES[name](trained, rows, dropout_active=dropout_active) for name in names}

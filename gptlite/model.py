@@ -262,6 +262,20 @@ class GPT(nn.Module):
         samples: Tensor | None = None,
     ) -> Tensor:
         """What the output matrix reads, (B, T, C)."""
+        x, scene = self.begin(ids, real, cache, samples)
+        x = self.onward(x, scene, cache=cache)
+        if cache is not None:
+            cache.length += ids.shape[1]
+        return x
+
+    def begin(
+        self,
+        ids: Tensor,
+        real: Tensor | None = None,
+        cache: KVCache | None = None,
+        samples: Tensor | None = None,
+    ) -> tuple[Tensor, Scene]:
+        """What the first block reads, (B, T, C), and what every block needs to know."""
         position, visible = place(ids, real, cache)
         keys = None if samples is None else mask_keys(samples, position, real)
         x = self.drop_token(self.token_embedding(ids).float(), keys)  # weights may be bfloat16
@@ -270,14 +284,16 @@ class GPT(nn.Module):
             x = x + self.position_embedding(position)
         else:
             rotation = angles(position, self.config.n_embd // self.config.n_head)
-        x = self.drop_embedding(x, keys)
-        scene = Scene(visible, rotation, keys)
-        for block in self.blocks:
+        return self.drop_embedding(x, keys), Scene(visible, rotation, keys)
+
+    def onward(
+        self, x: Tensor, scene: Scene, first: int = 0, cache: KVCache | None = None
+    ) -> Tensor:
+        """From what block `first` reads to what the output matrix reads, (B, T, C)."""
+        for block in self.blocks[first:]:
             again = self.recompute and self.training
             x = self.run_again(block, x, scene) if again else block(x, scene, cache)
-        if cache is not None:
-            cache.length += ids.shape[1]
-        return self.drop_final(self.norm(x), keys)
+        return self.drop_final(self.norm(x), scene.keys)
 
     def run_again(self, block: nn.Module, x: Tensor, scene: Scene) -> Tensor:
         """Keeps nothing of a block but its input; going back runs it again, with equal masks."""

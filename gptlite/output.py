@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from gptlite.errors import visible
@@ -11,6 +12,31 @@ from gptlite.errors import visible
 def print_json(value: Any) -> None:
     text = json.dumps(value, indent=2, ensure_ascii=not sys.stdout.encoding.startswith("utf"))
     print(re.sub("[\x7f-\x9f]", lambda found: f"\\u{ord(found[0]):04x}", text))
+
+
+def print_results(results: dict[str, Any]) -> None:
+    """Numbers by their names; lists are for the file."""
+    for suite, result in results.items():
+        rows = list(scalars(result))
+        width = max(len(name) for name, _ in rows)
+        print("\n".join([f"{suite}:", *(f"  {name:{width}}  {value}" for name, value in rows)]))
+
+
+def scalars(result: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for name, value in result.items():
+        if isinstance(value, dict) and set(value) == {"value", "low", "high"}:
+            number, low, high = (written(value[part]) for part in ("value", "low", "high"))
+            yield prefix + name, number if value["low"] is None else f"{number}  [{low}, {high}]"
+        elif isinstance(value, dict):
+            yield from scalars(value, f"{prefix}{name}.")
+        elif not isinstance(value, list):
+            yield prefix + name, written(value)
+
+
+def written(value: Any) -> str:
+    if value is None:
+        return "none"
+    return f"{value:,.4f}" if isinstance(value, float) else str(value)
 
 
 def stream(generation: Any) -> None:

@@ -14,7 +14,7 @@ from gptlite.checkpoint import Best, Found, State, load_weights
 from gptlite.config import RunConfig
 from gptlite.config_reader import dump, load_run
 from gptlite.errors import ConfigError, DivergedError, Stopped
-from gptlite.evaluate import byte_lengths, eval_rows, measure
+from gptlite.evaluate import TRAIN_SUBSET_ROWS, byte_lengths, eval_rows, measure
 from gptlite.generate import Generation, encode_prompt
 from gptlite.interrupts import Cut, Interrupts
 from gptlite.keys import key
@@ -30,9 +30,6 @@ from gptlite.resume import (
 )
 from gptlite.tokenizer import digest
 from gptlite.train import MOST_SKIPPED, SKIP_WINDOW, Trainer, Update
-
-TRAIN_SUBSET_ROWS = 256
-"""Rows of training text on which the loss without dropout is measured, always the same."""
 
 
 class Session:

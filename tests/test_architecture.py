@@ -43,7 +43,15 @@ MAY_IMPORT = {
     "memory": "config errors loss",
     "auto": "config dropout errors loops masks memory model",
     "trained": "auto checkpoint config config_reader errors model tokenizer",
-    "evaluate": ("auto config data dropout errors keys loss masks model sources tokenizer trained"),
+    "evaluate": "auto config data dropout errors keys loss masks model sources tokenizer trained",
+    "intervals": "keys",
+    "knockout": "auto config data dropout evaluate intervals keys loss model",
+    "importance": "intervals knockout model",
+    "calibration": "auto config data dropout evaluate intervals keys masks model",
+    "suites": (
+        "calibration data dropout errors evaluate importance intervals knockout metrics storage "
+        "trained"
+    ),
     "generate": "config dropout errors keys model tokenizer",
     "audit": "auto config data dropout dropout_config evaluate loss masks model",
     "plan": "audit auto config data evaluate masks memory metrics model prepare",
@@ -54,8 +62,8 @@ MAY_IMPORT = {
         "metrics plan prepare resume run_directory storage tokenizer train"
     ),
     "cli": (
-        "audit config config_reader errors evaluate exits generate loops output plan prepare "
-        "run_directory session sources storage trained"
+        "audit config config_reader errors exits generate loops output plan prepare "
+        "run_directory session sources suites trained"
     ),
     "__main__": "cli",
     "__init__": "",

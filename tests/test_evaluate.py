@@ -6,9 +6,10 @@ import pytest
 import torch
 from conftest import EVERYWHERE, Workshop
 
+from gptlite.data import IGNORED
 from gptlite.dropout import evaluating
-from gptlite.errors import ConfigError, DataError
-from gptlite.evaluate import byte_lengths, evaluate, measure
+from gptlite.errors import DataError
+from gptlite.evaluate import byte_lengths, measure
 from gptlite.model import GPT
 
 
@@ -97,6 +98,20 @@ def test_no_target_is_said(workshop: Workshop) -> None:
         measure(model, [], run, byte_lengths(files.tokenizer))
 
 
-def test_an_unknown_suite_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match="no suite 'losss'; there are: loss"):
-        evaluate(None, "val", ["losss"], lambda: None)  # type: ignore[arg-type, return-value]
+def test_positions_add_up_to_the_loss(workshop: Workshop) -> None:
+    run, files = workshop.run(), workshop.files()
+    model = GPT(run.model, files.meta["vocab_size"])
+    (whole,) = files.rows("val", 16).sweep(10_000)
+    result = measure(model, [whole], run, byte_lengths(files.tokenizer))
+    counts = (whole.targets != IGNORED).sum(0)
+    places = [place for place in result.loss_by_position if place is not None]
+    assert sum(places * counts) == pytest.approx(result.nats, rel=1e-6)
+    first = measure(
+        *(
+            model,
+            [whole.part(0, 1)._replace(targets=whole.targets[:1, :1], inputs=whole.inputs[:1, :1])],
+        ),
+        *(run, byte_lengths(files.tokenizer)),
+    )
+    assert first.loss_by_position[0] is not None
+    assert first.loss_by_position[1:] == [None] * 15
