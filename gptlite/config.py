@@ -43,6 +43,9 @@ class DataConfig(Section):
     split_by: Literal["auto", "tail", "document"] = "auto"
     """tail: the last part of the text; document: whole documents chosen by their digest. auto:
     tail for the stream layout, document for the documents layout."""
+    train_tokens: Annotated[int, Field(ge=2, lt=2**40)] | None = None
+    """Train on the first so many tokens of the training split only; null: all of it. Validation
+    text and vocabulary stay the same, so what less data does can be compared."""
     cache_dir: str = Field("data/cache", min_length=1)
     """Folder for token files and downloads, named by content."""
 

@@ -39,10 +39,23 @@ class TokenFiles:
     folder: Path
     meta: dict[str, Any]
     tokenizer: Tokenizer
+    train_tokens: int | None = None
+    """How many of the training split's tokens count; None: all."""
+
+    def n_tokens(self, split: str) -> int:
+        """Tokens of a split that count. Raises DataError if there are fewer than asked for."""
+        n: int = self.meta["splits"][split]["tokens"]
+        if split != "train" or self.train_tokens is None:
+            return n
+        if self.train_tokens > n:
+            raise DataError(
+                f"data.train_tokens: the training split has {n} tokens (got {self.train_tokens})"
+            )
+        return self.train_tokens
 
     def tokens(self, split: str) -> NDArray[Any]:
         """The ids of a split, mapped if large. Raises DataError if there are too few to learn."""
-        n = self.meta["splits"][split]["tokens"]
+        n = self.n_tokens(split)
         if n < 2:
             raise DataError(
                 f"data.source: {split} has {n} tokens, needs >= 2; give more text, or change "
@@ -50,8 +63,8 @@ class TokenFiles:
             )
         path, dtype = self.folder / f"{split}.bin", token_dtype(self.meta["vocab_size"])
         if n * dtype.itemsize > READ_WHOLE_BYTES:
-            return np.memmap(path, dtype, "r")
-        return np.fromfile(path, dtype)
+            return np.memmap(path, dtype, "r")[:n]
+        return np.fromfile(path, dtype, n)
 
     def rows(self, split: str, context_length: int) -> "Layout":
         tokens = self.tokens(split)
@@ -63,7 +76,9 @@ class TokenFiles:
     def digest(self) -> str:
         """Names the content: equal digests mean equal training."""
         splits = self.meta["splits"]
-        return f"{self.meta['layout']}-{splits['train']['sha256']}-{splits['val']['sha256']}"
+        part = "" if self.train_tokens is None else f"-{self.train_tokens}"
+        sums = f"{splits['train']['sha256']}{part}-{splits['val']['sha256']}"
+        return f"{self.meta['layout']}-{sums}"
 
 
 def open_token_files(

@@ -58,15 +58,14 @@ def make_plan(
     vocab_size, train = files.meta["vocab_size"], run.train
     n_steps = planned_steps(run, rows.n_rows)
     n_parameters = run.model.n_parameters(vocab_size)
-    splits = files.meta["splits"]
     tokens_per_update = mean_targets(rows) * train.batch_size
     flops = flops_per_token(run, vocab_size)
     assert isinstance(train.micro_batch_size, int)
     return {
         "parameters": n_parameters,
         "vocab_size": vocab_size,
-        "train_tokens": splits["train"]["tokens"],
-        "val_tokens": splits["val"]["tokens"],
+        "train_tokens": files.n_tokens("train"),
+        "val_tokens": files.n_tokens("val"),
         "bytes_per_token": files.meta["bytes_per_token"],
         "steps": n_steps,
         "rows_per_epoch": rows.n_rows,

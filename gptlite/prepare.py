@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,10 @@ class Scan:
 
 def prepare(run: RunConfig) -> TokenFiles:
     """The token files of a run: from the cache, from a folder of .bin files, or made now."""
+    return replace(found_or_made(run), train_tokens=run.data.train_tokens)
+
+
+def found_or_made(run: RunConfig) -> TokenFiles:
     folder = Path(os.path.expanduser(run.sources[0]))
     if len(run.sources) == 1 and os.path.isfile(folder / "train.bin"):
         return adopt(folder, run)

@@ -744,3 +744,22 @@ def test_an_error_in_a_thread_is_the_same_one_line_and_leaves_nothing(workshop, 
     with pytest.raises(DataError, match="^cannot encode this$"):
         workshop.files(tokenizer=BYTE)
     assert not [*(workshop.folder / "cache" / "tokens").iterdir()]
+
+
+@pytest.mark.parametrize("layout", ["stream", "documents"])
+def test_train_tokens_takes_the_first_of_the_training_split_and_nothing_else_changes(
+    workshop, layout
+):
+    whole = workshop.files(data={"layout": layout})
+    part = workshop.files(data={"layout": layout, "train_tokens": 500})
+    assert part.folder == whole.folder  # nothing is tokenized twice
+    assert np.array_equal(part.tokens("train"), whole.tokens("train")[:500])
+    assert np.array_equal(part.tokens("val"), whole.tokens("val"))
+    assert part.rows("train", 16).n_rows < whole.rows("train", 16).n_rows
+    assert part.digest != whole.digest
+    assert part.n_tokens("train") == 500
+
+
+def test_more_train_tokens_than_there_are_is_one_line(workshop):
+    with pytest.raises(DataError, match=r"data.train_tokens: .* has \d+ tokens \(got 1000000\)"):
+        workshop.files(data={"train_tokens": 1_000_000}).rows("train", 16)
