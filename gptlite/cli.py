@@ -282,6 +282,33 @@ def plan(
             raise UserError(*found["problems"])
 
 
+@app.command()
+def study(
+    file: Annotated[Path, typer.Argument(help="YAML: base, axes, seeds, what to evaluate.")],
+    workers: Annotated[int, typer.Option(min=1, max=1024, help="Processes on this machine.")] = 1,
+    out_dir: Annotated[
+        Path | None, typer.Option(help="The study's folder; default: studies/NAME of the file.")
+    ] = None,
+    storage: Annotated[
+        str | None, typer.Option(help="Database URL for machines that share no folder.")
+    ] = None,
+    json_: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Train and measure many runs, each once; say what is above the noise of seeds."""
+    with user_errors(verbose):
+        from gptlite import study_config
+
+        study_config.read_study(file)
+        from gptlite.study import STUDIES, run_study, table
+
+        found = run_study(file, out_dir or STUDIES / file.stem, workers, storage)
+        if json_:
+            print_json(found)
+        else:
+            print("\n".join(map(visible, table(found))))
+
+
 @config_app.command(name="show")
 def show_config(config: ConfigFiles, overrides: Overrides = None, json_: Json = False) -> None:
     """Print every value of a config and where it was set."""

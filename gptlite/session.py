@@ -4,6 +4,7 @@ Evaluating, sampling, saving and logging happen between updates and change none 
 """
 
 import math
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -31,14 +32,26 @@ from gptlite.resume import (
 from gptlite.tokenizer import digest
 from gptlite.train import MOST_SKIPPED, SKIP_WINDOW, Trainer, Update
 
+Watch = Callable[[int, float], None]
+"""Is told each step's validation loss; what it raises ends the run."""
+
+
+def unwatched(step: int, val_loss: float) -> None:
+    pass
+
 
 class Session:
     """One stay of a run in its directory: metrics, evaluations, samples and checkpoints."""
 
     def __init__(
-        self, trainer: Trainer, directory: Path, saved: State | None, interrupts: Interrupts
+        self,
+        trainer: Trainer,
+        directory: Path,
+        saved: State | None,
+        interrupts: Interrupts,
+        watch: Watch = unwatched,
     ) -> None:
-        run = trainer.run
+        run, self.watch = trainer.run, watch
         self.trainer, self.directory, self.run = trainer, directory, run
         self.interrupts = interrupts
         self.run_id = f"{key(dump(run), trainer.files.digest):016x}"
@@ -177,6 +190,8 @@ class Session:
         # After the row is written: a run killed in a save must find it when it resumes.
         if self.is_best(step) or step % train.save_interval == 0:
             self.save()
+        if self.evaluates_at(step):
+            self.watch(step, row["val/loss"])
 
     def is_best(self, step: int) -> bool:
         return self.best is not None and self.best.step == step
@@ -302,7 +317,12 @@ class Session:
 
 
 def train(
-    run: RunConfig, directory: Path, *, resume: bool = False, strict: bool = False
+    run: RunConfig,
+    directory: Path,
+    *,
+    resume: bool = False,
+    strict: bool = False,
+    watch: Watch = unwatched,
 ) -> dict[str, Any]:
     """Train a run in its directory; returns the summary.
 
@@ -333,7 +353,8 @@ def train(
             load_weights(trainer.model, weights)
         plan = planning.make_plan(resolved, trainer.model, files, trainer.rows, reasons)
         write_description(trainer, directory, plan)
-        session = Session(trainer, directory, found.state if found else None, interrupts)
+        saved = found.state if found else None
+        session = Session(trainer, directory, saved, interrupts, watch)
         try:
             session.introduce(plan, found, resume)
             return session.work()

@@ -118,17 +118,23 @@ class Measurement:
 def loss(of: Measurement) -> dict[str, Any]:
     """Loss over the whole split, and the generalisation gap: dropout off on both sides."""
 
-    def measured(rows: Layout, limit: int | None = None) -> Measured:
-        lengths, active = byte_lengths(of.trained.tokenizer), of.dropout_active
+    lengths = byte_lengths(of.trained.tokenizer)
+
+    def measured(rows: Layout, active: bool, limit: int | None = None) -> Measured:
         batches = rows.sweep(of.rows_at_once, limit)
         return measure(of.model, batches, of.run, lengths, dropout_active=active)
 
-    found = measured(of.rows)
-    gap = {}
+    found, gap = measured(of.rows, of.dropout_active), {}
     if of.split == "val" and not of.dropout_active:
         train = of.files().rows("train", of.run.model.context_length)
-        seen = measured(train, TRAIN_SUBSET_ROWS).loss
-        gap = {"train_loss": seen, "generalisation_gap": found.loss - seen}
+        seen, dropped = (
+            measured(train, active, TRAIN_SUBSET_ROWS).loss for active in (False, True)
+        )
+        gap = {
+            "train_loss": seen,
+            "generalisation_gap": found.loss - seen,
+            "dropout_penalty": dropped - seen,
+        }
     return {**found.report(), **gap, "dropout_active": of.dropout_active}
 
 

@@ -1,0 +1,177 @@
+"""Who does which run of a study: a queue in Optuna's storage, shared by processes and machines.
+
+A trial is a run of a grid, or a point of a search with all its seeds. Its user attributes say
+which, who works on it and what came of it. A worker holds a lock for as long as it lives; when it
+dies its trials are taken up by others, but for those on disks where its lock cannot be seen.
+"""
+
+import os
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from gptlite import run_directory, storage
+from gptlite.errors import ConfigError, RunInUseError, StorageError, UserError
+from gptlite.keys import key
+from gptlite.study_config import Job, Range, Study, shown
+
+
+def optuna() -> Any:
+    try:
+        import optuna
+    except ImportError:
+        raise UserError("studies need scipy and optuna: pip install 'gptlite[study]'") from None
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    return optuna
+
+
+class Queue:
+    """The trials of a study in its folder; `url` is a database instead of the folder's journal."""
+
+    def __init__(self, study: Study, folder: Path, url: str | None = None) -> None:
+        self.study, self.folder = study, folder
+        storage.make_folders(folder / "workers")
+        with self.alone():
+            self.trials = self.open(url)
+        self.states = optuna().trial.TrialState
+
+    def open(self, url: str | None) -> Any:
+        library, config = optuna(), self.study.config
+        place: Any = url
+        if url is None:
+            backend = library.storages.journal.JournalFileBackend(str(self.folder / "journal.log"))
+            place = library.storages.JournalStorage(backend)
+        steps = self.study.base.values.get("train", {}).get("max_steps") or 0
+        try:
+            trials = library.create_study(
+                storage=place,
+                study_name=self.study.name,
+                load_if_exists=True,
+                pruner=library.pruners.MedianPruner(4, n_warmup_steps=steps // 4),
+            )
+            n = len(trials.trials)
+        except (ValueError, OSError, library.exceptions.OptunaError) as error:
+            why = str(error).splitlines()[0]
+            raise StorageError(f"{url or self.folder / 'journal.log'}: {why}") from None
+        # Named by how far the study is: who goes on must not draw again what was drawn before.
+        seed = key(self.study.name, config.seeds[0], n) % 2**32
+        trials.sampler = library.samplers.TPESampler(seed=seed, constant_liar=True)
+        return trials
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """While one worker looks for work, the others on this disk wait."""
+        with run_directory.open_lock(self.folder) as file:
+            while not run_directory.hold(file):
+                time.sleep(0.05)
+            yield
+
+    @contextmanager
+    def working(self) -> Iterator[str]:
+        """Alive as a worker; the name is free to be taken over afterwards."""
+        name = f"{platform.node()}-{os.getpid()}"
+        storage.make_folders(self.folder / "workers" / name)
+        with run_directory.locked(self.folder / "workers" / name):
+            yield name
+
+    def claim(self, worker: str) -> Any:
+        """A trial to work on, now this worker's; None if none is left."""
+        with self.alone():
+            self.take_up()
+            trial = self.next_of_grid() if self.study.config.search == "grid" else self.next_tried()
+            if trial is not None:
+                trial.set_user_attr("worker", worker)
+            return trial
+
+    def take_up(self) -> None:
+        """Free the trials of workers that have died."""
+        for trial in self.of_state(self.states.RUNNING):
+            if self.is_dead(trial.user_attrs.get("worker", "")):
+                self.trials.tell(trial.number, state=self.states.FAIL)
+                if self.study.config.search == "tpe":
+                    self.trials.enqueue_trial(trial.params)
+
+    def is_dead(self, worker: str) -> bool:
+        """Whether a worker that this disk knows holds its lock no more. One that has just claimed
+        its first trial and not said so died in between, or `alone` would still keep us out."""
+        folder = self.folder / "workers" / worker
+        if worker and not folder.is_dir():
+            return False
+        try:
+            run_directory.refuse_if_held(folder)
+        except RunInUseError:
+            return False
+        return True
+
+    def of_state(self, *states: Any) -> list[Any]:
+        found: list[Any] = self.trials.get_trials(deepcopy=False, states=states)
+        return found
+
+    def next_of_grid(self) -> Any:
+        """The first run that nobody has done or does."""
+        standing = filter(self.stands, self.trials.get_trials())
+        taken = {trial.user_attrs.get("job") for trial in standing}
+        for job in self.study.jobs:
+            if job.name not in taken:
+                trial = self.trials.ask()
+                trial.set_user_attr("job", job.name)
+                return trial
+        return None
+
+    def next_tried(self) -> Any:
+        n = sum(map(self.stands, self.trials.get_trials()))
+        return self.trials.ask() if n < self.study.config.trials else None
+
+    def stands(self, trial: Any) -> bool:
+        """Whether a trial is being done, or done and measured as the study says now."""
+        if trial.state == self.states.RUNNING:
+            return True
+        runs = trial.user_attrs.get("runs", [])
+        return bool(runs) and all(run["measured"] == self.study.measured for run in runs)
+
+    def jobs(self, trial: Any) -> list[Job]:
+        """What has to be run for a trial."""
+        if self.study.config.search == "grid":
+            name = trial.user_attrs["job"]
+            return [job for job in self.study.jobs if job.name == name]
+        point = self.study.point(self.coordinates(trial))
+        return [self.study.job(point, seed) for seed in self.study.config.seeds]
+
+    def coordinates(self, trial: Any) -> dict[str, Any]:
+        """Where a search looks next. Raises ConfigError if the axes are not what they were."""
+        try:
+            return dict(self.suggested(trial))
+        except ValueError as error:
+            why = str(error).splitlines()[0]
+            raise ConfigError(f"axes: changed since the search began ({why})") from None
+
+    def suggested(self, trial: Any) -> Iterator[tuple[str, Any]]:
+        for axis, values in self.study.axes.items():
+            if isinstance(values, Range):
+                limits = values.low, values.high
+                yield axis, trial.suggest_float(axis, *limits, log=values.log)
+            else:
+                names = [shown(value) for value in values]
+                yield axis, values[names.index(trial.suggest_categorical(axis, names))]
+
+    def done(self, trial: Any, runs: list[dict[str, Any]]) -> None:
+        """What came of a trial: one record per run."""
+        trial.set_user_attr("runs", runs)
+        losses = [run["metrics"].get("best_val_loss") for run in runs]
+        if any(run["state"] == "pruned" for run in runs):
+            self.trials.tell(trial, state=self.states.PRUNED)
+        elif any(loss is None for loss in losses):
+            self.trials.tell(trial, state=self.states.FAIL)
+        else:
+            self.trials.tell(trial, sum(losses) / len(losses))
+
+    def records(self) -> list[dict[str, Any]]:
+        """Every run with an outcome, in the order of the study."""
+        found = [run for t in self.trials.get_trials() for run in t.user_attrs.get("runs", [])]
+        if self.study.config.search == "tpe":
+            return found
+        by_name = {record["name"]: record for record in found}
+        return [by_name[job.name] for job in self.study.jobs if job.name in by_name]
