@@ -6,6 +6,7 @@ time; decisions rest on the paired t test with Holm's correction over the compar
 """
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -13,14 +14,28 @@ import numpy as np
 from gptlite.errors import UserError
 from gptlite.intervals import LEVEL, Floats, holm, interval, resamples
 
+NOISE = 0.02
+"""Of studies of nothing but noise, the share that may find something above it."""
 
-def student(n: int) -> Any:
-    """Student's t distribution for n values."""
+
+def student() -> Any:
+    """Student's t distribution."""
     try:
-        from scipy import stats
+        from scipy.stats import t
     except ImportError:
         raise UserError("studies need scipy and optuna: pip install 'gptlite[study]'") from None
-    return stats.t(n - 1)
+    return t
+
+
+@cache
+def half_width(n: int) -> float:
+    """Of the 95 % interval of the mean of n values, in standard errors."""
+    return float(student().ppf((1 + LEVEL) / 2, n - 1))
+
+
+@cache
+def drawn(n: int) -> Floats:
+    return resamples(n, "seeds")
 
 
 def over_seeds(values: Sequence[float]) -> dict[str, Any]:
@@ -29,9 +44,9 @@ def over_seeds(values: Sequence[float]) -> dict[str, Any]:
     low = high = None
     bootstrap = {"low": None, "high": None}
     if len(x) > 1:
-        half = half_width(x)
+        half = half_width(len(x)) * standard_error(x)
         low, high = float(x.mean() - half), float(x.mean() + half)
-        bootstrap = interval(float(x.mean()), resamples(len(x), "seeds") @ x / len(x))
+        bootstrap = interval(float(x.mean()), drawn(len(x)) @ x / len(x))
     return {
         "mean": float(x.mean()),
         "low": low,
@@ -42,9 +57,8 @@ def over_seeds(values: Sequence[float]) -> dict[str, Any]:
     }
 
 
-def half_width(x: Floats) -> float:
-    error = x.std(ddof=1) / np.sqrt(len(x))
-    return float(student(len(x)).ppf((1 + LEVEL) / 2) * error)
+def standard_error(x: Floats) -> float:
+    return float(x.std(ddof=1) / np.sqrt(len(x)))
 
 
 def paired(values: Sequence[float], baseline: Sequence[float]) -> dict[str, Any]:
@@ -53,8 +67,9 @@ def paired(values: Sequence[float], baseline: Sequence[float]) -> dict[str, Any]
     mean = over_seeds(x.tolist())
     p = None
     if len(x) > 1:
-        error = x.std(ddof=1) / np.sqrt(len(x))
-        p = float(2 * student(len(x)).sf(abs(x.mean()) / error)) if error else float(x.mean() == 0)
+        error = standard_error(x)
+        t = abs(x.mean()) / error if error else 0.0 if x.mean() == 0 else np.inf
+        p = float(2 * student().sf(t, len(x) - 1))
     return {
         "difference": mean["mean"],
         **{name: mean[name] for name in ("low", "high", "bootstrap_low", "bootstrap_high")},
@@ -66,7 +81,7 @@ def paired(values: Sequence[float], baseline: Sequence[float]) -> dict[str, Any]
 def decide(found: list[dict[str, Any]]) -> None:
     """Adds `above_seed_noise` to the comparisons of one metric; None where nobody can know."""
     known = [comparison for comparison in found if comparison["p"] is not None]
-    falls = holm(np.array([comparison["p"] for comparison in known]), 1 - LEVEL)
+    falls = holm(np.array([comparison["p"] for comparison in known]), NOISE)
     for comparison in found:
         comparison["above_seed_noise"] = None
     for comparison, above in zip(known, falls.tolist(), strict=True):

@@ -6,12 +6,12 @@ Workers take one run after the other from the queue in `trials.py`. A run that w
 where it stopped; a finished one is at most measured again. study.json is made anew after each.
 """
 
-import contextlib
 import json
 import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +89,7 @@ def work(study: Study, queue: Queue, threads: int) -> None:
         while (trial := queue.claim(worker)) is not None:
             runs: list[Record] = []
             for job in queue.jobs(trial):
-                runs.append(do(study, job, queue.folder, threads, watcher(trial, study, runs)))
+                runs.append(do(queue, job, threads, watcher(trial, study, runs)))
                 if runs[-1]["state"] != "done":
                     break
             queue.done(trial, runs)
@@ -112,16 +112,14 @@ def watcher(trial: Any, study: Study, earlier: list[Record]) -> Callable[[int, f
     return watch
 
 
-def do(
-    study: Study, job: Job, folder: Path, threads: int, watch: Callable[[int, float], None]
-) -> Record:
+def do(queue: Queue, job: Job, threads: int, watch: Callable[[int, float], None]) -> Record:
     """Train and measure one run, or what is left of it; a run that diverges is an outcome too."""
-    directory = folder / "runs" / job.name
+    study, directory = queue.study, queue.folder / "runs" / job.name
     state, why, results = "done", None, {}
     try:
-        with contextlib.redirect_stderr(open(os.devnull, "w")):  # noqa: SIM115 - train.log has it
+        with open(os.devnull, "w") as silent, redirect_stderr(silent):  # train.log has it all
             if not (directory / "summary.json").is_file():
-                train(job.run, directory, threads, watch)
+                train(queue, job.run, directory, threads, watch)
             results = measured(study, directory)
     except (DivergedError, Pruned) as error:
         state, why = "failed" if isinstance(error, DivergedError) else "pruned", str(error)
@@ -139,13 +137,26 @@ def do(
 
 
 def train(
-    run: RunConfig, directory: Path, threads: int, watch: Callable[[int, float], None]
+    queue: Queue,
+    run: RunConfig,
+    directory: Path,
+    threads: int,
+    watch: Callable[[int, float], None],
 ) -> None:
-    from gptlite import session
+    """One run, with the precision and number of threads of all runs of the study."""
+    from gptlite import auto, session
+    from gptlite.prepare import prepare
+
+    def fastest() -> str:
+        files = prepare(run)
+        sizes = files.meta["vocab_size"], files.rows("train", run.model.context_length).n_rows
+        return auto.resolve(run, vocab_size=sizes[0], n_rows=sizes[1])[0].dtype
 
     if run.train.threads == "auto":
         shared = run.train.model_copy(update={"threads": threads})
         run = run.model_copy(update={"train": shared})
+    if run.dtype == "auto":  # chosen by a clock, which could say otherwise for the next run
+        run = run.model_copy(update={"dtype": queue.settled("dtype", fastest)})
     session.train(run, directory, resume=run_directory.has_run(directory), watch=watch)
 
 

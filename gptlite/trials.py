@@ -8,7 +8,7 @@ dies its trials are taken up by others, but for those on disks where its lock ca
 import os
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -53,8 +53,8 @@ class Queue:
                 pruner=library.pruners.MedianPruner(4, n_warmup_steps=steps // 4),
             )
             n = len(trials.trials)
-        except (ValueError, OSError, library.exceptions.OptunaError) as error:
-            why = str(error).splitlines()[0]
+        except Exception as error:  # whatever the library of that database raises
+            why = (str(error) or type(error).__name__).splitlines()[0]
             raise StorageError(f"{url or self.folder / 'journal.log'}: {why}") from None
         # Named by how far the study is: who goes on must not draw again what was drawn before.
         seed = key(self.study.name, config.seeds[0], n) % 2**32
@@ -72,10 +72,17 @@ class Queue:
     @contextmanager
     def working(self) -> Iterator[str]:
         """Alive as a worker; the name is free to be taken over afterwards."""
-        name = f"{platform.node()}-{os.getpid()}"
+        name = f"{platform.node()}-{os.getpid()}-{time.time_ns()}"
         storage.make_folders(self.folder / "workers" / name)
         with run_directory.locked(self.folder / "workers" / name):
             yield name
+
+    def settled(self, name: str, choose: Callable[[], str]) -> str:
+        """What the first worker chose for all runs of the study."""
+        with self.alone():
+            if name not in self.trials.user_attrs:
+                self.trials.set_user_attr(name, choose())
+            return str(self.trials.user_attrs[name])
 
     def claim(self, worker: str) -> Any:
         """A trial to work on, now this worker's; None if none is left."""

@@ -19,6 +19,13 @@ MAY_IMPORT = {
     "interrupts": "errors",
     "exits": "errors",
     "output": "errors",
+    "study_config": "config config_reader config_words errors section strict_yaml",
+    "trials": "errors keys run_directory storage study_config",
+    "comparison": "errors intervals",
+    "study": (
+        "auto comparison config errors exits metrics prepare run_directory session storage "
+        "study_config suites trained trials"
+    ),
     "keys": "",
     "section": "",
     "dropout_config": "section",
@@ -63,7 +70,7 @@ MAY_IMPORT = {
     ),
     "cli": (
         "audit config config_reader errors exits generate loops output plan prepare "
-        "run_directory session sources suites trained"
+        "run_directory session sources study study_config suites trained"
     ),
     "__main__": "cli",
     "__init__": "",
@@ -72,7 +79,7 @@ MAY_IMPORT = {
 
 TORCH_FREE = (
     "errors storage interrupts exits output keys section dropout_config config strict_yaml "
-    "config_words config_reader tokenizer sources data prepare loops"
+    "config_words config_reader study_config trials tokenizer sources data prepare loops"
 )
 UNPICKLERS = {"pickle", "_pickle", "shelve", "marshal", "dill", "cloudpickle", "joblib", "code"}
 ONLY_IN = {"ctypes": {"loops", "memory"}, "subprocess": {"loops"}, "runpy": set(), "imp": set()}

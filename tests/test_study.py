@@ -1,0 +1,332 @@
+"""Studies: every run is checked before the first is trained, and none is done twice."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import TINY, Workshop, merged
+from typer.testing import CliRunner
+
+from gptlite import auto, session, study, suites
+from gptlite.cli import app
+from gptlite.config_reader import shipped_configs
+from gptlite.data import batch_at
+from gptlite.errors import ConfigError, DivergedError
+from gptlite.model import GPT
+from gptlite.prepare import prepare
+from gptlite.study_config import StudyConfig, read_study
+from gptlite.trials import Queue
+
+
+class Bench:
+    """A folder with a base config and a study over it."""
+
+    def __init__(self, workshop: Workshop) -> None:
+        self.folder = workshop.folder
+        data = {"source": str(workshop.text), "cache_dir": str(self.folder / "cache")}
+        self.base = self.folder / "base.yaml"
+        self.base.write_text(yaml.safe_dump(merged(TINY, {"data": data})))
+        self.out = self.folder / "out"
+
+    def write(self, **keys: Any) -> Path:
+        path = self.folder / "tiny.yaml"
+        plain = {"base": str(self.base), "seeds": [1, 2], **keys}
+        path.write_text(yaml.safe_dump(plain, sort_keys=False))
+        return path
+
+    def run(self, **keys: Any) -> dict[str, Any]:
+        return study.run_study(self.write(**keys), self.out, 1, None)
+
+    def summaries(self) -> dict[str, int]:
+        """When each run was finished, by its directory."""
+        found = self.out.glob("runs/*/summary.json")
+        return {path.parent.name: path.stat().st_mtime_ns for path in found}
+
+
+@pytest.fixture
+def bench(workshop: Workshop) -> Bench:
+    return Bench(workshop)
+
+
+RATES = {"axes": {"dropout.rate": [0, 0.3]}}
+
+
+def test_a_grid_is_the_product_of_its_axes_seed_by_seed(bench: Bench) -> None:
+    axes = {"dropout.rate": [0, 0.1], "model.n_layer": [1, 2]}
+    made = read_study(bench.write(axes=axes, points={"a": {}, "b": {"optim.lr": 0.01}}))
+    labels = [(job.point.label, job.seed) for job in made.jobs]
+    assert labels[:3] == [
+        ("rate=0, n_layer=1, a", 1),
+        ("rate=0, n_layer=1, b", 1),
+        ("rate=0, n_layer=2, a", 1),
+    ]
+    assert len(labels) == len({job.name for job in made.jobs}) == 16
+    assert [seed for _, seed in labels] == [1] * 8 + [2] * 8
+    last = made.jobs[-1].run
+    assert (last.dropout.rate, last.model.n_layer, last.optim.lr, last.seed) == (0.1, 2, 0.01, 2)
+
+
+def test_every_run_is_checked_first_and_all_problems_are_told(bench: Bench) -> None:
+    path = bench.folder / "bad.yaml"
+    path.write_text(
+        f"base: {bench.base}\nset: {{train.max_step: 9}}\n"
+        "axes:\n  dropout.rate: [0, 1.5]\n  model.n_embd: [32, 33]\n"
+    )
+    with pytest.raises(ConfigError) as caught:
+        read_study(path)
+    assert list(caught.value.problems) == [
+        f"{path}:2:7: train.max_step: unknown key 'max_step'; did you mean 'max_steps'?",
+        f"{path}:5:22: model.n_embd: 33 is not divisible by model.n_head 2",
+        f"{path}:4:21: dropout.rate: must be at least 0 and less than 1, or auto (got 1.5)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("axs: 3", "axs: unknown key; a study has: base, set,"),
+        ("seeds: []", "seeds: expected a list of"),
+        ("seeds: [1, 1]", "seeds: lists a seed twice"),
+        ("axes: {seed: [1]}", "axes.seed: list them under seeds"),
+        ("set: {out_dir: x}", "set.out_dir: the study names the directories"),
+        ("axes: {dropout.rate: []}", "axes.dropout.rate: is empty"),
+        ("axes: {dropout.rate: [0, 0]}", "axes.dropout.rate: lists a value twice"),
+        ("axes: {dropout.rate: {low: 0, high: 1}}", "a range needs search: tpe"),
+        ("search: tpe", "search: tpe needs axes"),
+        ("baseline: x", "baseline: no point 'x'; there are: none"),
+        ("baseline: {dropout.rate: 3}", "baseline.dropout.rate: 3 is not on that axis"),
+        ("evaluate: [los]", "evaluate.0: expected one of loss, calibration,"),
+        ("search: tpe\naxes: {optim.lr: {low: 1, high: 0}}", "low must be below high"),
+    ],
+)
+def test_a_study_that_cannot_be_meant_is_refused(bench: Bench, text: str, why: str) -> None:
+    path = bench.folder / "bad.yaml"
+    path.write_text(f"base: {bench.base}\n{text}\n")
+    with pytest.raises(ConfigError) as caught:
+        read_study(path)
+    (problem,) = caught.value.problems
+    assert problem.startswith(f"{path}:2:" if "\n" not in text else f"{path}:3:")
+    assert why in problem
+
+
+def test_a_missing_base_is_said(bench: Bench) -> None:
+    path = bench.folder / "bad.yaml"
+    path.write_text("seeds: [1]\n")
+    with pytest.raises(ConfigError, match="base: required"):
+        read_study(path)
+
+
+def test_a_study_knows_the_suites_there_are() -> None:
+    schema = StudyConfig.model_json_schema()["properties"]["evaluate"]
+    assert schema["items"]["enum"] == list(suites.SUITES)
+
+
+def test_shipped_studies_are_valid() -> None:
+    paths = sorted((shipped_configs() / "studies").glob("*.yaml"))
+    assert len(paths) >= 5
+    for path in paths:
+        assert all(len(job.run.sources) == 1 for job in read_study(path).jobs)
+
+
+def test_runs_with_one_seed_are_pairs(bench: Bench) -> None:
+    """The same initial weights and the same batches, whatever else differs."""
+    jobs = read_study(bench.write(**RATES)).jobs
+    assert [job.seed for job in jobs] == [1, 1, 2, 2]
+    files = prepare(jobs[0].run)
+    rows = files.rows("train", 16)
+    weights, batches = [], []
+    for job in jobs:
+        model = GPT.of_run(job.run, files.meta["vocab_size"])
+        weights.append(model.token_embedding.weight.sum().item())
+        batches.append(batch_at(rows, seed=job.run.seed, step=3, batch_size=4).inputs.tolist())
+    assert weights[0] == weights[1] != weights[2] == weights[3]
+    assert batches[0] == batches[1] != batches[2] == batches[3]
+
+
+def test_a_study_trains_measures_and_compares(bench: Bench) -> None:
+    found = bench.run(**RATES, evaluate=["loss", "calibration"])
+    assert json.loads((bench.out / "study.json").read_text()) == found
+    assert [run["state"] for run in found["runs"]] == ["done"] * 4
+    run = found["runs"][0]
+    rows = (Path(run["directory"]) / "metrics.jsonl").read_text().splitlines()
+    losses = [json.loads(row)["val/loss"] for row in rows if "val/loss" in row]
+    assert run["metrics"]["best_val_loss"] == min(losses)
+    assert {"loss.loss", "calibration.ece", "loss.dropout_penalty"} <= set(run["metrics"])
+    assert list(Path(run["directory"]).glob("eval/calibration-val-*.json"))
+    none, some = found["points"]
+    assert (none["label"], some["label"]) == ("rate=0", "rate=0.3")
+    values = some["metrics"]["best_val_loss"]["values"]
+    assert values == [
+        r["metrics"]["best_val_loss"] for r in found["runs"] if r["point"] == some["point"]
+    ]
+    (compared,) = (c for c in found["comparisons"] if c["metric"] == "best_val_loss")
+    gains = [a - b for a, b in zip(values, none["metrics"]["best_val_loss"]["values"], strict=True)]
+    assert compared["difference"] == pytest.approx(sum(gains) / 2)
+    assert (compared["label"], compared["against"], compared["n"]) == ("rate=0.3", "rate=0", 2)
+    lines = list(study.table(found))
+    assert lines[0] == "tiny: 4 of 4 runs done"
+    assert any("above seed noise" in line for line in lines)
+
+
+def test_what_is_finished_is_not_done_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither by the same command, nor when points or measurements are added to the study."""
+    first = bench.run(**RATES, evaluate=[])
+    before = bench.summaries()
+    trained = []
+    train = session.train
+
+    def noting(run: Any, directory: Path, **rest: Any) -> Any:
+        trained.append(directory.name)
+        return train(run, directory, **rest)
+
+    monkeypatch.setattr(session, "train", noting)
+    assert bench.run(**RATES, evaluate=[]) == first
+    assert not trained
+    more = bench.run(**RATES, evaluate=["loss"])
+    assert not trained
+    assert all("loss.loss" in run["metrics"] for run in more["runs"])
+    bench.run(axes={"dropout.rate": [0, 0.3, 0.5]}, evaluate=["loss"])
+    assert len(trained) == 2
+    bench.run(axes={"dropout.rate": [0, 0.3]}, evaluate=["loss"], set={"optim.lr": 0.002})
+    assert len(trained) == 6
+    assert before.items() <= bench.summaries().items()
+
+
+def test_each_point_is_compared_with_the_baseline_of_its_own_other_axes(bench: Bench) -> None:
+    axes = {"dropout.rate": [0, 0.3], "optim.lr": [0.001, 0.002]}
+    found = bench.run(axes=axes, baseline={"dropout.rate": 0}, evaluate=[], seeds=[1])
+    pairs = {(c["label"], c["against"]) for c in found["comparisons"]}
+    assert pairs == {
+        ("rate=0.3, lr=0.001", "rate=0, lr=0.001"),
+        ("rate=0.3, lr=0.002", "rate=0, lr=0.002"),
+    }
+    assert all(c["above_seed_noise"] is None for c in found["comparisons"])
+
+
+def test_a_run_that_diverges_is_an_outcome(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    train = session.train
+
+    def wild(run: Any, directory: Path, **rest: Any) -> Any:
+        if run.optim.lr > 1:
+            raise DivergedError("step 3: loss nan")
+        return train(run, directory, **rest)
+
+    monkeypatch.setattr(session, "train", wild)
+    points = {"wild": {"optim.lr": 2.0}, "tame": {}}
+    found = bench.run(points=points, seeds=[1], evaluate=[])
+    assert [run["state"] for run in found["runs"]] == ["failed", "done"]
+    assert found["runs"][0]["why"] == "step 3: loss nan"
+    assert found["points"][0]["metrics"] == {}
+    assert bench.run(points=points, seeds=[1], evaluate=[]) == found
+
+
+def test_all_runs_of_a_study_have_one_precision(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`auto` asks a clock; it is asked once."""
+    base = yaml.safe_load(bench.base.read_text())
+    bench.base.write_text(yaml.safe_dump({**base, "dtype": "auto", "attention": "math"}))
+    asked = iter(["bfloat16", "float32"])
+
+    def chosen(run: Any, **sizes: Any) -> Any:
+        dtype = next(asked) if run.dtype == "auto" else run.dtype
+        return resolve(run.model_copy(update={"dtype": dtype}), **sizes)
+
+    resolve = auto.resolve
+    monkeypatch.setattr(auto, "resolve", chosen)
+    found = bench.run(**RATES, evaluate=[], seeds=[1])
+    configs = [Path(run["directory"]) / "config.yaml" for run in found["runs"]]
+    assert ["dtype: bfloat16" in path.read_text() for path in configs] == [True, True]
+
+
+def test_a_dead_workers_run_is_taken_up_and_a_living_ones_is_not(bench: Bench) -> None:
+    queue = Queue(read_study(bench.write(**RATES)), bench.out)
+    with queue.working() as worker:
+        mine = queue.claim(worker)
+        other = Queue(queue.study, bench.out)
+        theirs = other.claim(worker)
+        assert mine.user_attrs["job"] != theirs.user_attrs["job"]
+        two = [other.claim(worker).user_attrs["job"] for _ in range(2)]
+        assert other.claim(worker) is None
+    with queue.working() as worker:  # all of them died with their worker
+        again = [queue.claim(worker).user_attrs["job"] for _ in range(4)]
+    assert again == [job.name for job in queue.study.jobs]
+    assert {mine.user_attrs["job"], theirs.user_attrs["job"], *two} == set(again)
+
+
+def test_a_worker_on_a_disk_that_cannot_be_seen_counts_as_living(bench: Bench) -> None:
+    queue = Queue(read_study(bench.write(**RATES, seeds=[1])), bench.out)
+    queue.claim("another-machine-17")
+    with queue.working() as worker:
+        assert queue.claim(worker) is not None
+        assert queue.claim(worker) is None
+
+
+def test_a_search_tries_points_and_gives_hopeless_ones_up(bench: Bench) -> None:
+    keys = {
+        "axes": {"optim.lr": {"low": 1e-4, "high": 1e-1, "log": True}, "model.n_layer": [1, 2]},
+        **{"search": "tpe", "trials": 6, "evaluate": [], "seeds": [1]},
+        "set": {"train.eval_interval": 2},
+    }
+    found = bench.run(**keys)
+    assert len(found["runs"]) == 6
+    assert {run["state"] for run in found["runs"]} <= {"done", "pruned"}
+    assert all(1e-4 <= run["point"]["optim.lr"] <= 1e-1 for run in found["runs"])
+    assert len({run["point"]["optim.lr"] for run in found["runs"]}) == 6
+    assert bench.run(**keys) == found
+    assert len(bench.run(**{**keys, "trials": 7})["runs"]) == 7
+
+
+def test_the_command_prints_and_says_what_is_wrong(bench: Bench) -> None:
+    path, runner = bench.write(**RATES, evaluate=[], seeds=[1]), CliRunner()
+    arguments = ["study", str(path), "--out-dir", str(bench.out)]
+    assert "2 of 2 runs done" in runner.invoke(app, arguments).stdout
+    document = json.loads(runner.invoke(app, [*arguments, "--json"]).stdout)
+    assert document["name"] == "tiny"
+    missing = runner.invoke(app, ["study", str(bench.folder / "no.yaml")])
+    assert (missing.exit_code, missing.stderr.count("\n")) == (2, 1)
+    bad = runner.invoke(app, [*arguments, "--storage", "nosuch://x"])
+    assert (bad.exit_code, bad.stderr.count("\n")) == (5, 1)
+
+
+def test_two_workers_killed_and_started_again_lose_nothing_and_repeat_nothing(bench: Bench) -> None:
+    """And what comes out equals, to the last bit, what one uninterrupted worker makes."""
+    keys = {
+        "axes": {"dropout.rate": [0, 0.3]},
+        **{
+            "seeds": [1, 2],
+            "evaluate": ["loss"],
+            "set": {"train.max_steps": 40, "attention": "math"},
+        },
+    }
+    path = bench.write(**keys)
+    command = [sys.executable, "-m", "gptlite", "study", str(path), "--out-dir", str(bench.out)]
+    first = subprocess.Popen([*command, "--workers", "2"], start_new_session=True)
+    until = time.monotonic() + 120
+    while len(bench.summaries()) < 2 and first.poll() is None and time.monotonic() < until:
+        time.sleep(0.02)
+    for pid in [int(path.name.split("-")[-2]) for path in bench.out.glob("workers/*")]:
+        os.kill(pid, signal.SIGKILL)
+    first.kill()
+    first.wait()
+    before = bench.summaries()
+    assert len(before) >= 2
+    subprocess.run([*command, "--workers", "2"], check=True, timeout=200)
+    assert len(bench.summaries()) == 4
+    assert before.items() <= bench.summaries().items()
+    begun = [path.read_text().count("done: ") for path in bench.out.glob("runs/*/train.log")]
+    assert begun == [1] * 4
+    found = json.loads((bench.out / "study.json").read_text())
+    straight = study.run_study(path, bench.folder / "straight", 1, None)
+    clock = {"seconds"}
+    for a, b in zip(found["runs"], straight["runs"], strict=True):
+        assert (a["label"], a["seed"]) == (b["label"], b["seed"])
+        metrics = ({k: v for k, v in r["metrics"].items() if k not in clock} for r in (a, b))
+        assert next(metrics) == next(metrics)
