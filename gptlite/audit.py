@@ -56,6 +56,7 @@ def site_plan(run: RunConfig, model: GPT, n_rows: int) -> list[dict[str, Any]]:
                 "modules": len(names),
                 "rate": planned.rate,
                 "rates": {m: planned.rate * share for m, share in strength.items()},
+                "by_layer": [planned.rate_in(i, run.model.n_layer) for i in range(len(names))],
                 "profile": planned.profile,
                 "scale": "inverted" if planned.inverted else "none",
                 "shape": shape,

@@ -98,6 +98,9 @@ def train(
         from gptlite.session import train
 
         train(run, directory, resume=resumes, strict=strict_resume)
+        from gptlite.report import after_training
+
+        after_training(directory, lambda line: print(visible(line), file=sys.stderr))
 
 
 @app.command()
@@ -307,6 +310,24 @@ def study(
             print_json(found)
         else:
             print("\n".join(map(visible, table(found))))
+
+
+@app.command()
+def report(
+    sources: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Run directories, or one study; default: the latest run."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The page; default: report.html of the run or study.")
+    ] = None,
+    verbose: Verbose = False,
+) -> None:
+    """Make one self-contained HTML page of a run, several runs, or a study."""
+    with user_errors(verbose):
+        from gptlite import report, run_directory
+
+        print(visible(str(report.write(sources or [run_directory.latest_run()], out))))
 
 
 @config_app.command(name="show")

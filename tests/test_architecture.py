@@ -19,6 +19,12 @@ MAY_IMPORT = {
     "interrupts": "errors",
     "exits": "errors",
     "output": "errors",
+    "charts": "",
+    "verdict": "",
+    "network_drawing": "",
+    "run_files": "errors strict_yaml verdict",
+    "figures": "charts network_drawing run_files verdict",
+    "report": "charts errors figures run_directory run_files storage verdict",
     "study_config": "config config_reader config_words errors section strict_yaml",
     "trials": "errors keys run_directory storage study_config",
     "comparison": "errors intervals",
@@ -70,7 +76,7 @@ MAY_IMPORT = {
     ),
     "cli": (
         "audit config config_reader errors exits generate loops output plan prepare "
-        "run_directory session sources study study_config suites trained"
+        "report run_directory session sources study study_config suites trained"
     ),
     "__main__": "cli",
     "__init__": "",
@@ -79,7 +85,8 @@ MAY_IMPORT = {
 
 TORCH_FREE = (
     "errors storage interrupts exits output keys section dropout_config config strict_yaml "
-    "config_words config_reader study_config trials tokenizer sources data prepare loops"
+    "config_words config_reader study_config trials tokenizer sources data prepare loops "
+    "charts verdict network_drawing run_files figures report"
 )
 UNPICKLERS = {"pickle", "_pickle", "shelve", "marshal", "dill", "cloudpickle", "joblib", "code"}
 ONLY_IN = {"ctypes": {"loops", "memory"}, "subprocess": {"loops"}, "runpy": set(), "imp": set()}

@@ -1,0 +1,263 @@
+"""The page: everything on it, nothing from outside, whatever the files hold; in a real browser."""
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import EVERYWHERE, Workshop
+
+from gptlite import charts, report, suites
+from gptlite.errors import ConfigError, StorageError
+from gptlite.network_drawing import network
+from gptlite.prepare import prepare
+from gptlite.session import train
+from gptlite.suites import Effort
+from gptlite.trained import load_trained
+
+SMALL = Effort(64, 32, (0, 0.5, 1), 2, (1, 3))
+HOSTILE = "</pre><script>alert(1)</script><img src=x onerror=alert(2)> $\\frac{ \x1b[31m \u202e"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with every measurement, another beside it, and a study."""
+    workshop = Workshop(tmp_path_factory.mktemp("report"))
+    dropout = EVERYWHERE.model_dump(mode="json")
+    model = {"n_layer": 2, "n_head": 2, "n_embd": 16, "context_length": 16}
+    for name, over in (("run", {"dropout": dropout}), ("other", {"seed": 7})):
+        train(workshop.run(model=model, sample={"interval": 4}, **over), workshop.folder / name)
+    trained = load_trained(workshop.folder / "run", "best")
+    arguments = (trained, "val", ["all"], lambda: prepare(trained.run))
+    results = suites.evaluate(*arguments, effort=SMALL)
+    suites.write(workshop.folder / "run", "val", trained.state.step, results, False)
+    (workshop.folder / "study").mkdir()
+    (workshop.folder / "study" / "study.json").write_text(json.dumps(study()))
+    return workshop.folder
+
+
+def study() -> dict[str, Any]:
+    """As study.py writes it, with labels that nobody should trust."""
+
+    def summary(x: float) -> dict[str, Any]:
+        return {"mean": x, "low": x - 0.1, "high": x + 0.1, "values": [x - 0.05, x, x + 0.05]}
+
+    labels = {0.0: "rate=0", 0.1: "rate=0.1", 0.3: HOSTILE}
+    points = [
+        {
+            "label": name,
+            "point": {"dropout.rate": rate},
+            "metrics": {"best_val_loss": summary(2 + rate)},
+        }
+        for rate, name in labels.items()
+    ]
+    compared = {"metric": "best_val_loss", "difference": 0.1, "low": 0.05, "high": 0.15, "p": 0.01}
+    return {
+        **{"name": HOSTILE, "axes": {"dropout.rate": [0, 0.1, 0.3]}, "seeds": [1, 2, 3]},
+        "table": ["best_val_loss"],
+        "runs": [
+            {"label": HOSTILE, "seed": 1, "state": "failed", "why": HOSTILE},
+            {"label": "rate=0", "seed": 1, "state": "done"},
+        ],
+        "points": points,
+        "comparisons": [
+            {**compared, "label": "rate=0.1", "above_seed_noise": True},
+            {**compared, "label": HOSTILE, "above_seed_noise": None, "low": None, "high": None},
+        ],
+    }
+
+
+def page(*sources: Path) -> str:
+    return report.html(report.page_of(list(sources)))
+
+
+def test_a_page_of_a_run_has_everything(folder: Path) -> None:
+    html = page(folder / "run")
+    titles = re.findall(r"<h3>(.*?)</h3>", html)
+    assert titles[:4] == ["Losses", "Learning rate", "Gradient norm", "Throughput"]
+    for title in (
+        *("The network and its dropout sites", "Dropout rates over the run"),
+        *("Dropout rates over depth", "Without some of its heads", "Without some of its layers"),
+        *("Importance of heads", "Reliability", "Averaging passes with dropout on"),
+        *("Loss by position", "step 4", "step 8"),
+    ):
+        assert title in titles
+    assert "Not measured yet" not in titles
+    assert "<summary>Config</summary>" in html
+    assert "<summary>Environment</summary>" in html
+    assert "best validation loss" in html
+    assert 'class="verdict"' in html
+    assert "Not readable" not in html
+
+
+def test_what_was_not_measured_is_said_with_the_command(folder: Path) -> None:
+    assert "gptlite eval --suite all" in page(folder / "other")
+
+
+def test_the_same_files_make_the_same_bytes(folder: Path) -> None:
+    assert page(folder / "run") == page(folder / "run")
+
+
+def test_names_within_a_page_are_unique(folder: Path) -> None:
+    names = re.findall(r'\bid="([^"]+)"', page(folder / "run"))
+    assert len(names) == len(set(names)) > 100
+
+
+@pytest.mark.parametrize("sources", [["run"], ["run", "other"], ["study"]])
+def test_nothing_is_asked_of_anybody(folder: Path, sources: list[str]) -> None:
+    html = page(*(folder / name for name in sources))
+    assert "default-src 'none'" in html
+    assert not re.search(r"""(src|href)\s*=\s*["']?\s*(https?:|//|file:)""", html)
+    assert not re.search(r"@import|url\((?!#)", html)
+    assert "<script" not in html.lower()
+
+
+def test_several_runs_are_compared_by_what_differs(folder: Path) -> None:
+    html = page(folder / "run", folder / "other")
+    assert "2 runs compared" in html
+    rows = dict(re.findall(r"<tr><td>(.*?)</td><td>(.*?)</td>", html))
+    assert rows["seed"] == "1337"
+    assert "model.n_embd" not in rows
+
+
+def test_a_study_is_shown_with_what_is_above_noise(folder: Path) -> None:
+    html = page(folder / "study")
+    assert "1 of 2 runs done" in html
+    assert "<td>+0.1000</td><td>0.0500 to 0.1500</td><td>yes</td>" in html
+    assert "best_val_loss over dropout.rate" in html
+
+
+def test_hostile_text_is_shown_and_not_obeyed(folder: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(folder / "other", tmp_path / "run")
+    (run / "samples" / "step-00000008.txt").write_text(HOSTILE + "\x00\ud800"[:1])
+    rows = (run / "metrics.jsonl").read_text().splitlines()
+    row = {**json.loads(rows[-1]), f"dropout/{HOSTILE}": 0.1}
+    (run / "metrics.jsonl").write_text("\n".join([*rows, json.dumps(row)]))
+    plan = json.loads((run / "plan.json").read_text())
+    plan["dropout"][0] |= {"site": HOSTILE, "rate": 0.5}
+    (run / "plan.json").write_text(json.dumps(plan))
+    for html in (page(run), page(folder / "study")):
+        assert "<script" not in html
+        assert "<img" not in html
+        assert not re.search(r"[\x00\x1b\u202e]", html)
+        assert "alert(1)" in html
+
+
+def test_damaged_files_are_named_and_the_rest_is_shown(folder: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(folder / "run", tmp_path / "run")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 9, "val/loss": null}\n{"step": "x"}\n[1]\n{"step": 10, "val/l')
+    (run / "plan.json").unlink()
+    (run / "config.yaml").write_text("model: {n_layer: [1, 2")
+    (run / "env.json").write_text("[" * 100_000)
+    (run / "eval" / "knockout-val-step-00000008.json").write_text('{"kinds": {"head": 3}}')
+    (run / "eval" / "calibration-val-step-00000009.json").write_text("no json")
+    html = page(run)
+    assert "metrics.jsonl: 3 damaged lines left out" in html
+    assert "plan.json: No such file" in html
+    assert "env.json: damaged" in html
+    assert "calibration-val-step-00000009.json: damaged" in html
+    assert "<h3>Losses</h3>" in html
+    assert "<h3>Reliability</h3>" in html
+    assert "Without some of its heads" not in html
+
+
+def test_an_empty_run_has_a_page(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("")
+    assert "Not evaluated" in page(tmp_path)
+
+
+def test_what_is_no_run_is_one_line(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="not a run or study directory"):
+        page(tmp_path)
+    with pytest.raises(ConfigError, match="no such directory"):
+        page(tmp_path / "nothing")
+    with pytest.raises(ConfigError, match="a study is reported alone"):
+        page(folder / "run", folder / "study")
+
+
+def test_without_matplotlib_the_page_says_how_to_get_figures(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(charts, "available", lambda: False)
+    html = page(folder / "run")
+    assert "gptlite[plot]" in html
+    assert "The network and its dropout sites" in html
+    assert "<h3>Losses</h3>" not in html
+    assert "gptlite[plot]" in page(folder / "study")
+
+
+def test_a_page_that_cannot_be_written_fails_no_run(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise StorageError("report.html: No space left on device")
+
+    monkeypatch.setattr(report.storage, "write_text", full)
+    said: list[str] = []
+    report.after_training(folder / "run", said.append)
+    assert said == ["no report: report.html: No space left on device"]
+
+
+def test_the_drawing_names_every_site_and_fills_those_that_drop() -> None:
+    rates = dict.fromkeys(EVERYWHERE.rates(), 0.0) | {"head": 0.2}
+    svg = network(rates, 3)
+    assert set(re.findall(r'class="\w+-name">(\w+)', svg)) == set(rates)
+    assert re.findall(r'class="live-name">(.*?)<', svg) == ["head 0.2"]
+    assert "× 3" in svg
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    program, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if program is None or driver is None:
+        pytest.skip("no chromium and chromedriver on this machine")
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = program
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    for flag in (
+        *("headless=new", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run"),
+        *("disable-background-networking", "disable-component-update", "disable-sync"),
+        *("hide-scrollbars", "disable-dev-shm-usage"),
+    ):
+        options.add_argument(f"--{flag}")
+    chrome = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    yield chrome
+    chrome.quit()
+
+
+@pytest.mark.parametrize("sources", [["run"], ["other"], ["run", "other"], ["study"]])
+@pytest.mark.parametrize("width", [360, 1400])
+def test_a_browser_shows_every_figure_and_complains_of_nothing(
+    folder: Path, browser: Any, sources: list[str], width: int
+) -> None:
+    path = folder / f"{'-'.join(sources)}.html"
+    report.write([folder / name for name in sources], path)
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    papers = []
+    for scheme in ("light", "dark"):
+        feature = {"name": "prefers-color-scheme", "value": scheme}
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+        browser.get(path.as_uri())
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+        boxes = browser.execute_script(
+            "return [...document.querySelectorAll('figure svg')].map(svg => {"
+            "const box = svg.getBoundingClientRect(); const marks = svg.getBBox();"
+            "return [box.width, box.height, marks.width, box.right]})"
+        )
+        assert boxes
+        for wide, high, drawn, right in boxes:
+            assert min(wide, high, drawn) > 50
+            assert right <= width
+        assert browser.execute_script("return performance.getEntriesByType('resource')") == []
+        papers.append(
+            browser.execute_script("return getComputedStyle(document.body).backgroundColor")
+        )
+    assert papers[0] != papers[1]
+    assert browser.get_log("browser") == []
