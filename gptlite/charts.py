@@ -111,6 +111,7 @@ def lines(
     epochs_per_step: float | None = None,
     marks: Sequence[tuple[float, float, str]] = (),
     zero: bool = False,
+    log_x: bool = False,
 ) -> str:
     """Curves over a common x, each with a band if it has one; `marks` are points with a word."""
     with drawing(name, x_label, y_label) as canvas:
@@ -133,6 +134,8 @@ def lines(
             axes.annotate(word, (x, y), xytext=(-3, 6), textcoords="offset points", ha="right")
         if zero:
             axes.set_ylim(bottom=0)
+        if log_x:
+            axes.set_xscale("log")
         if len(series) > 1 or "," in series[0].label:
             axes.legend()
         if epochs_per_step:
