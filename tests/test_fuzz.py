@@ -429,8 +429,8 @@ class Retention(RuleBasedStateMachine):
         if is_best:
             checkpoint.point(self.run_dir, "best", self.step)
             self.best = self.step
-        checkpoint.prune(self.run_dir, self.keep, self.best)
         have = [int(path.name[5:]) for path in checkpoint.folders(self.run_dir)]
+        checkpoint.prune(self.run_dir, self.keep, self.best)
         newest = have if self.keep == "all" else have[-int(self.keep) :]
         self.valid &= {*newest, *([] if self.best is None else [self.best])}
 
@@ -559,7 +559,7 @@ class Spy:
         return Batch(index, index, None)
 
     def sweep(self, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
-        raise NotImplementedError
+        return iter(())
 
 
 @share(3)

@@ -92,32 +92,6 @@ def test_draws_follow_the_probabilities() -> None:
     assert draw(never_the_first, torch.zeros(1, dtype=torch.float64)) == 1
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(
-    logits=st.lists(st.floats(-50, 50), min_size=2, max_size=9),
-    temperature=st.floats(0.05, 5),
-    top_k=st.none() | st.integers(1, 12),
-    top_p=st.none() | st.floats(0.01, 1),
-    min_p=st.none() | st.floats(0, 1),
-    penalty=st.floats(0.5, 2),
-)
-def test_any_chain_gives_a_distribution(
-    logits: list[float],
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    min_p: float | None,
-    penalty: float,
-) -> None:
-    row = torch.tensor([logits])
-    chosen = options(
-        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=penalty
-    )
-    probability = probabilities(row, torch.ones_like(row, dtype=torch.bool), chosen)
-    assert probability.isfinite().all()
-    assert probability.sum().item() == pytest.approx(1, abs=1e-4)
-
-
 @pytest.mark.parametrize("position", ["learned", "rope"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_ragged_batch_writes_what_each_prompt_writes_alone(

@@ -41,6 +41,8 @@ def test_metrics_are_cut_back_to_the_resumed_step(tmp_path: Path) -> None:
     first = MetricsFile(path, 0)
     for step in (10, 20, 30):
         first.write({"step": step, "train/loss": step / 10})
+    with path.open("ab") as file:
+        file.write('{"step": 15}'.encode("utf-16") + b"\n")  # JSON in an encoding of its own
     with path.open("a") as file:
         file.write("[" * 100_000 + "\n")  # deeper than Python can go
         file.write('{"step": 40, "tra')  # a crash cut this short
