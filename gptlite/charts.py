@@ -20,6 +20,8 @@ VARIABLES = {INK: "var(--ink)", GRID: "var(--line)"} | {
 SIZE = 4.1, 2.8
 """Inches: readable on a phone, two or three beside each other on a desk."""
 LONGEST_LABEL = 36
+LEGEND_ROW = 0.17
+"""Inches."""
 Numbers = Sequence[float | None]
 
 
@@ -56,6 +58,14 @@ class Canvas:
         self.axes: Any = self.figure.add_subplot()
         self.svg = ""
 
+    def legend(self) -> None:
+        """Below the axes, where it covers no curve; the figure grows by its height."""
+        labels = self.axes.get_legend_handles_labels()[1]
+        rows = sum(label.count("\n") + 1 for label in labels)
+        width, height = self.figure.get_size_inches()
+        self.figure.set_size_inches(width, height + LEGEND_ROW * rows)
+        self.figure.legend(loc="outside lower left")
+
     def finish(self) -> None:
         buffer = io.StringIO()
         self.figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
@@ -76,12 +86,12 @@ def drawing(name: str, x_label: str = "", y_label: str = "", size: Any = SIZE) -
     from cycler import cycler
 
     style: dict[Any, Any] = {
-        **{"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9, "lines.linewidth": 1.6},
+        **{"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 10, "lines.linewidth": 1.6},
         **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
         **{"axes.edgecolor": GRID, "grid.color": GRID, "grid.linewidth": 0.6, "axes.grid": True},
         "text.parse_math": False,  # a label may have a dollar in it
         **{"axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True},
-        **{"legend.frameon": False, "legend.fontsize": 8, "axes.prop_cycle": cycler(color=SERIES)},
+        **{"legend.frameon": False, "legend.fontsize": 9, "axes.prop_cycle": cycler(color=SERIES)},
         **{"xtick.major.size": 0, "ytick.major.size": 0},
     }
     with matplotlib.rc_context(style), warnings.catch_warnings():
@@ -137,7 +147,7 @@ def lines(
         if log_x:
             axes.set_xscale("log")
         if len(series) > 1 or "," in series[0].label:
-            axes.legend()
+            canvas.legend()
         if epochs_per_step:
             factor = epochs_per_step
             second = axes.secondary_xaxis(
@@ -221,5 +231,5 @@ def dots(name: str, groups: Sequence[tuple[str, Sequence[dict[str, Any]]]], x: s
         if min(every) > 0 and max(every) > 30 * min(every):
             axes.set_xscale("log")
         if len(groups) > 1:
-            axes.legend()
+            canvas.legend()
     return canvas.svg

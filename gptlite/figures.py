@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from gptlite import charts
 from gptlite.charts import Line
 from gptlite.network_drawing import network
-from gptlite.run_files import RunFiles
+from gptlite.run_files import DAMAGED, RunFiles
 from gptlite.verdict import number
 
 KINDS = {"head": "heads", "neuron": "neurons", "layer": "layers", "dimension": "dimensions"}
@@ -30,7 +30,7 @@ def drawn(*makers: tuple[Callable[..., Made], Any]) -> list[Figure]:
     for make, argument in makers:
         try:
             figures += make(argument)
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError):
+        except DAMAGED:
             continue
     return figures
 

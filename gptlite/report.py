@@ -6,16 +6,19 @@ be read is named on the page, never a traceback.
 
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from gptlite import __version__, charts, run_directory, storage
 from gptlite.errors import ConfigError, UserError, visible
 from gptlite.figures import Figure, run_figures, runs_figures, study_figures
-from gptlite.run_files import RunFiles, read_run, read_study, shown
+from gptlite.run_files import DAMAGED, RunFiles, read_run, read_study, shown
 from gptlite.verdict import Verdict, verdict
 
 HINT = "figures need matplotlib: pip install 'gptlite[plot]'"
+
+Part = TypeVar("Part")
 
 
 class Table(NamedTuple):
@@ -56,13 +59,20 @@ def after_training(directory: Path, say: Callable[[str], None]) -> None:
         say(f"report: {write([directory])}")
     except UserError as error:
         say(f"no report: {error}")
+    except Exception as error:  # of a library that draws: what was trained is worth more
+        say(f"no report: {type(error).__name__}: {error}")
 
 
 def page_of(sources: list[Path]) -> Page:
     kinds = {source: kind_of(source) for source in sources}
     if len(sources) == 1:
         (source,) = sources
-        return study_page(source) if kinds[source] == "study" else run_page(read_run(source))
+        if kinds[source] == "run":
+            return run_page(read_run(source))
+        try:
+            return study_page(source)
+        except DAMAGED:
+            raise ConfigError(f"{source / 'study.json'}: damaged") from None
     studies = [str(source) for source, kind in kinds.items() if kind == "study"]
     if studies:
         raise ConfigError(f"{studies[0]}: a study is reported alone")
@@ -78,6 +88,15 @@ def kind_of(source: Path) -> str:
     raise ConfigError(f"{source}: {what}")
 
 
+def readable(notes: list[str], what: str, make: Callable[[], Part], without: Part) -> Part:
+    """A part of the page, or, where the values it is made of are damaged, a note and none."""
+    try:
+        return make()
+    except DAMAGED:
+        notes.append(f"{what}: damaged")
+        return without
+
+
 def html(page: Page) -> str:
     import jinja2
 
@@ -89,6 +108,34 @@ def html(page: Page) -> str:
 
 
 def run_page(run: RunFiles) -> Page:
+    notes = run.notes
+    nothing = Verdict("No verdict", "The logged losses or the config are damaged.", [])
+    return Page(
+        title=run.name,
+        subtitle=readable(notes, "plan.json or config.yaml", lambda: sizes(run), ""),
+        tiles=readable(notes, "metrics.jsonl", lambda: tiles(run), list[tuple[str, str]]()),
+        verdict=readable(
+            *(notes, "config.yaml or metrics.jsonl"),
+            lambda: verdict(run.rows, run.config, run.plan.get("epochs")),
+            nothing,
+        ),
+        groups=run_figures(run),
+        tables=[*readable(notes, "eval/ or plan.json", lambda: tables(run), list[Table]())],
+        samples=run.samples,
+        details=[
+            ("Config", run.config_text),
+            ("Environment", json.dumps(run.environment, indent=2, ensure_ascii=False)),
+        ],
+        notes=notes,
+    )
+
+
+def tables(run: RunFiles) -> list[Table]:
+    return [results_table(run), sites_table(run)]
+
+
+def sizes(run: RunFiles) -> str:
+    """Of the model and the data, in a line."""
     plan = run.plan
     model = run.config.get("model") or {}
     parts = [
@@ -97,20 +144,7 @@ def run_page(run: RunFiles) -> Page:
         f"{plan['train_tokens']:,} training tokens" if "train_tokens" in plan else "",
         f"{plan['epochs']:.2f} epochs" if "epochs" in plan else "",
     ]
-    return Page(
-        title=run.name,
-        subtitle=" · ".join(filter(None, parts)),
-        tiles=tiles(run),
-        verdict=verdict(run.rows, run.config, plan.get("epochs")),
-        groups=run_figures(run),
-        tables=[table for table in (results_table(run), sites_table(run)) if table.rows],
-        samples=run.samples,
-        details=[
-            ("Config", run.config_text),
-            ("Environment", json.dumps(run.environment, indent=2, ensure_ascii=False)),
-        ],
-        notes=run.notes,
-    )
+    return " · ".join(filter(None, parts))
 
 
 def tiles(run: RunFiles) -> list[tuple[str, str]]:
@@ -159,8 +193,12 @@ def comparison_page(runs: list[RunFiles]) -> Page:
     differ = [key for key in keys if len({shown(config.get(key)) for config in flat}) > 1]
     head = ["", *(run.name for run in runs)]
     settings = [[key, *(shown(config.get(key)) for config in flat)] for key in differ]
-    numbers = {name: None for run in runs for name, _ in tiles(run)}
-    results = [[name, *(dict(tiles(run)).get(name, "") for run in runs)] for name in numbers]
+    found = [
+        dict(readable(run.notes, run.name, partial(tiles, run), list[tuple[str, str]]()))
+        for run in runs
+    ]
+    numbers = dict.fromkeys(name for of_run in found for name in of_run)
+    results = [[name, *(of_run.get(name, "") for of_run in found)] for name in numbers]
     return Page(
         title=f"{len(runs)} runs compared",
         subtitle=", ".join(run.name for run in runs),

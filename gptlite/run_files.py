@@ -16,6 +16,8 @@ LONGEST = 4000
 """Characters of a sample that are shown."""
 LARGEST = 1 << 26
 """Bytes of a file that is read."""
+DAMAGED = (KeyError, TypeError, ValueError, IndexError, AttributeError, ArithmeticError)
+"""What comes of numbers that are not what they should be."""
 
 
 @dataclass

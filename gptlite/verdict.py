@@ -4,6 +4,7 @@ Rules, not opinions: each names the numbers it rests on. Differences below NOTIC
 a word: another seed or another validation text moves the loss as much.
 """
 
+import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ NOTICEABLE = 0.02
 """Nats."""
 WIDE_GAP = 0.1
 """Nats between training and validation text, dropout off on both."""
+LARGEST = sys.float_info.max
 Row = dict[str, Any]
 
 
@@ -111,4 +113,4 @@ def largest_rate(row: Row) -> float:
 def number(value: Any) -> float | None:
     """A finite number, or None: a log may have a null where a loss was not finite."""
     known = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if known and abs(value) < float("inf") else None
+    return float(value) if known and abs(value) <= LARGEST else None

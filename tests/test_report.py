@@ -165,6 +165,22 @@ def test_damaged_files_are_named_and_the_rest_is_shown(folder: Path, tmp_path: P
     assert "Without some of its heads" not in html
 
 
+def test_values_of_the_wrong_kind_are_named(folder: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(folder / "other", tmp_path / "run")
+    plan = json.loads((run / "plan.json").read_text())
+    (run / "plan.json").write_text(json.dumps(plan | {"train_tokens": None}))
+    (run / "config.yaml").write_text("model: 3")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 9, "elapsed_seconds": "x", "val/loss": 10**400}))
+    html = page(run)
+    assert "plan.json or config.yaml: damaged" in html
+    assert "metrics.jsonl: damaged" in html
+    assert "<h3>Losses</h3>" in html
+    (tmp_path / "study.json").write_text('{"points": 3, "runs": 4}')
+    with pytest.raises(ConfigError, match="study.json: damaged"):
+        page(tmp_path)
+
+
 def test_an_empty_run_has_a_page(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("")
     assert "Not evaluated" in page(tmp_path)
@@ -196,6 +212,14 @@ def test_a_page_that_cannot_be_written_fails_no_run(
     def full(*_: Any) -> None:
         raise StorageError("report.html: No space left on device")
 
+    def bug(*_: Any) -> None:
+        raise RuntimeError("cannot draw")
+
+    monkeypatch.setattr(report, "page_of", bug)
+    unsaid: list[str] = []
+    report.after_training(folder / "run", unsaid.append)
+    assert unsaid == ["no report: RuntimeError: cannot draw"]
+    monkeypatch.undo()
     monkeypatch.setattr(report.storage, "write_text", full)
     said: list[str] = []
     report.after_training(folder / "run", said.append)
