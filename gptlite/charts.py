@@ -108,6 +108,14 @@ def short(label: str) -> str:
     return label if len(label) <= LONGEST_LABEL else label[: LONGEST_LABEL - 1] + "…"
 
 
+def logarithmic(axes: Any, values: Sequence[float]) -> None:
+    """A logarithmic x axis that is marked where the values are."""
+    axes.set_xscale("log")
+    at = sorted(set(values))
+    axes.set_xticks(at, [f"{x:.2g}" if x < 1000 else f"{x / 1000:g}k" for x in at])
+    axes.minorticks_off()
+
+
 def finite(values: Numbers) -> list[float]:
     return [float("nan") if value is None else float(value) for value in values]
 
@@ -145,7 +153,7 @@ def lines(
         if zero:
             axes.set_ylim(bottom=0)
         if log_x:
-            axes.set_xscale("log")
+            logarithmic(axes, [x for line in series for x in finite(line.x)])
         if len(series) > 1 or "," in series[0].label:
             canvas.legend()
         if epochs_per_step:
@@ -229,7 +237,7 @@ def dots(name: str, groups: Sequence[tuple[str, Sequence[dict[str, Any]]]], x: s
                 axes.plot([point["x"]] * len(values), values, "o", color=color, ms=3, alpha=0.5)
         every = [point["x"] for _, points in groups for point in points]
         if min(every) > 0 and max(every) > 30 * min(every):
-            axes.set_xscale("log")
+            logarithmic(axes, every)
         if len(groups) > 1:
             canvas.legend()
     return canvas.svg

@@ -11,7 +11,7 @@ import typer
 from gptlite import __version__
 from gptlite.errors import ConfigError, UserError, visible
 from gptlite.exits import leave_when_terminated, user_errors
-from gptlite.output import print_json, print_results, stream, tell_passed_over
+from gptlite.output import print_json, print_results, stream, tell, tell_passed_over
 
 app = typer.Typer(
     name="gptlite",
@@ -100,7 +100,7 @@ def train(
         train(run, directory, resume=resumes, strict=strict_resume)
         from gptlite.report import after_training
 
-        after_training(directory, lambda line: print(visible(line), file=sys.stderr))
+        after_training(directory, tell)
 
 
 @app.command()
@@ -303,9 +303,12 @@ def study(
         from gptlite import study_config
 
         study_config.read_study(file)
+        from gptlite.report import after_training
         from gptlite.study import STUDIES, run_study, table
 
-        found = run_study(file, out_dir or STUDIES / file.stem, workers, storage)
+        folder = out_dir or STUDIES / file.stem
+        found = run_study(file, folder, workers, storage)
+        after_training(folder, tell)
         if json_:
             print_json(found)
         else:

@@ -251,5 +251,7 @@ def differences(argument: tuple[dict[str, Any], str]) -> Made:
     rows = [row for row in study["comparisons"] if row["metric"] == metric]
     if rows:
         title = f"{metric}: difference to the baseline"
-        svg = charts.forest(title, rows, "difference, in pairs of one seed")
-        yield Figure(title, svg, "95 % intervals; filled where above seed noise.")
+        svg = charts.forest(title, rows, "difference")
+        yield Figure(
+            title, svg, "Paired by seed, with 95 % intervals; filled where above seed noise."
+        )

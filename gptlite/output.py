@@ -59,8 +59,12 @@ def stream(generation: Any) -> None:
         write(result["prompt"] + result["text"] + "\n")
 
 
+def tell(line: str) -> None:
+    print(visible(line), file=sys.stderr)
+
+
 def tell_passed_over(trained: Any) -> None:
     """Which damaged checkpoints a model was not taken from."""
     for problem in trained.problems:
         step = trained.state.step
-        print(f"{visible(problem)}; using the one of step {step}", file=sys.stderr)
+        tell(f"{problem}; using the one of step {step}")

@@ -54,7 +54,7 @@ def write(sources: list[Path], target: Path | None = None) -> Path:
 
 
 def after_training(directory: Path, say: Callable[[str], None]) -> None:
-    """The page of a run that has just ended; whatever fails, the run is not touched by it."""
+    """The page of a run or study that has just ended; whatever fails, what was made stays."""
     try:
         say(f"report: {write([directory])}")
     except UserError as error:

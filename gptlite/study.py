@@ -1,6 +1,6 @@
 """`gptlite study`: many runs, each done once, and what they say together.
 
-    studies/NAME/  study.yaml  study.json  journal.log  runs/POINT-seed-N-DIGEST/  workers/
+    studies/NAME/  study.yaml study.json report.html journal.log runs/POINT-seed-N-DIGEST/ workers/
 
 Workers take one run after the other from the queue in `trials.py`. A run that was begun goes on
 where it stopped; a finished one is at most measured again. study.json is made anew after each.

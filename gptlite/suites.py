@@ -52,7 +52,7 @@ class Effort(NamedTuple):
 
 
 FULL = Effort(4096, 2048, (0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1), 20, (1, 2, 5, 10, 20, 50))
-FAST = Effort(2048, 512, (0, 0.1, 0.3, 0.5, 1), 8, (1, 2, 5, 10, 20))
+FAST = Effort(2048, 384, (0, 0.1, 0.3, 0.5, 1), 8, (1, 2, 5, 10, 20))
 
 
 class Measurement:
@@ -88,7 +88,7 @@ class Measurement:
 
     def spread(self, tokens: int, half: int | None = None) -> Batch:
         """About this many tokens in rows spread over the split; no row is in both halves."""
-        n = max(8, -(-tokens // self.run.model.context_length)) * (1 if half is None else 2)
+        n = max(6, -(-tokens // self.run.model.context_length)) * (1 if half is None else 2)
         (batch,) = self.rows.sweep(n, n)
         if half is None or len(batch.inputs) == 1:
             return batch

@@ -284,10 +284,21 @@ def test_a_search_tries_points_and_gives_hopeless_ones_up(bench: Bench) -> None:
     assert len(bench.run(**{**keys, "trials": 7})["runs"]) == 7
 
 
+def test_a_database_does_as_well_as_the_journal(bench: Bench) -> None:
+    path, url = bench.write(**RATES, evaluate=[], seeds=[1]), f"sqlite:///{bench.folder}/db"
+    found = study.run_study(path, bench.out, 1, url)
+    before = bench.summaries()
+    assert [run["state"] for run in found["runs"]] == ["done"] * 2
+    assert study.run_study(path, bench.out, 1, url) == found
+    assert bench.summaries() == before
+    assert not (bench.out / "journal.log").exists()
+
+
 def test_the_command_prints_and_says_what_is_wrong(bench: Bench) -> None:
     path, runner = bench.write(**RATES, evaluate=[], seeds=[1]), CliRunner()
     arguments = ["study", str(path), "--out-dir", str(bench.out)]
     assert "2 of 2 runs done" in runner.invoke(app, arguments).stdout
+    assert "best_val_loss over dropout.rate" in (bench.out / "report.html").read_text()
     document = json.loads(runner.invoke(app, [*arguments, "--json"]).stdout)
     assert document["name"] == "tiny"
     missing = runner.invoke(app, ["study", str(bench.folder / "no.yaml")])
