@@ -246,6 +246,8 @@ def weights_or_context(study: Study) -> Iterator[str]:
 def save(name: str, svg: str) -> None:
     for variable, color in LIGHT.items():
         svg = svg.replace(variable, color)
+    paper = '<rect width="100%" height="100%" fill="#ffffff"/>'  # for pages that are dark
+    svg = re.sub(r"(<svg[^>]*>)", rf"\1{paper}", svg, count=1)
     (DOCS / f"{name}.svg").write_text(svg)
 
 
@@ -272,13 +274,15 @@ def write(folder: Path) -> None:
         begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
         before, _, rest = text.partition(begin)
         text = f"{before}{begin}\n\n{lines}\n\n{end}{rest.partition(end)[2]}"
-        kept = [
-            {key: run.get(key) for key in ("label", "seed", "state", "metrics")}
-            for run in study["runs"]
-        ]
-        rows = [json.dumps(run) for run in kept]
+        rows = [json.dumps(short(run)) for run in study["runs"]]
         (DOCS / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
     page.write_text(text)
+
+
+def short(run: dict[str, Any]) -> dict[str, Any]:
+    """A run without what is of this machine alone, to six digits."""
+    metrics = {name: float(f"{value:.6g}") for name, value in run.get("metrics", {}).items()}
+    return {**{key: run[key] for key in ("label", "seed", "state")}, "metrics": metrics}
 
 
 def main() -> None:
