@@ -5,6 +5,7 @@ which, who works on it and what came of it. A worker holds a lock for as long as
 dies its trials are taken up by others, but for those on disks where its lock cannot be seen.
 """
 
+import datetime
 import os
 import platform
 import time
@@ -17,6 +18,9 @@ from gptlite import run_directory, storage
 from gptlite.errors import ConfigError, RunInUseError, StorageError, UserError
 from gptlite.keys import key
 from gptlite.study_config import Job, Range, Study, shown
+
+CLAIMING = datetime.timedelta(minutes=1)
+"""After which a trial without a worker will not get one."""
 
 
 def optuna() -> Any:
@@ -96,16 +100,18 @@ class Queue:
     def take_up(self) -> None:
         """Free the trials of workers that have died."""
         for trial in self.of_state(self.states.RUNNING):
-            if self.is_dead(trial.user_attrs.get("worker", "")):
+            if self.is_abandoned(trial):
                 self.trials.tell(trial.number, state=self.states.FAIL)
                 if self.study.config.search == "tpe":
                     self.trials.enqueue_trial(trial.params)
 
-    def is_dead(self, worker: str) -> bool:
-        """Whether a worker that this disk knows holds its lock no more. One that has just claimed
-        its first trial and not said so died in between, or `alone` would still keep us out."""
+    def is_abandoned(self, trial: Any) -> bool:
+        """Whether a worker that this disk knows holds its lock no more, or died in claiming."""
+        worker = trial.user_attrs.get("worker", "")
+        if not worker:
+            return bool(datetime.datetime.now() - trial.datetime_start > CLAIMING)
         folder = self.folder / "workers" / worker
-        if worker and not folder.is_dir():
+        if not folder.is_dir():
             return False
         try:
             run_directory.refuse_if_held(folder)
@@ -118,15 +124,27 @@ class Queue:
         return found
 
     def next_of_grid(self) -> Any:
-        """The first run that nobody has done or does."""
-        standing = filter(self.stands, self.trials.get_trials())
-        taken = {trial.user_attrs.get("job") for trial in standing}
-        for job in self.study.jobs:
-            if job.name not in taken:
-                trial = self.trials.ask()
-                trial.set_user_attr("job", job.name)
+        """The first run that nobody has done or does; Optuna gives a waiting trial to one alone."""
+        names = [job.name for job in self.study.jobs]
+        known = {t.user_attrs.get("job") for t in self.trials.get_trials() if self.counts(t)}
+        for name in names:
+            if name not in known:
+                self.trials.enqueue_trial({}, user_attrs={"job": name})
+        while self.of_state(self.states.WAITING):
+            trial = self.trials.ask()
+            if trial.user_attrs.get("job") in names and self.is_first(trial):
                 return trial
+            self.trials.tell(trial, state=self.states.FAIL)
         return None
+
+    def is_first(self, trial: Any) -> bool:
+        """Of the trials of one run, which machines without a common disk may both have queued."""
+        job = trial.user_attrs["job"]
+        same = [t for t in self.trials.get_trials() if t.user_attrs.get("job") == job]
+        return bool(trial.number == min(t.number for t in same if self.counts(t)))
+
+    def counts(self, trial: Any) -> bool:
+        return trial.state == self.states.WAITING or self.stands(trial)
 
     def next_tried(self) -> Any:
         n = sum(map(self.stands, self.trials.get_trials()))

@@ -1,5 +1,6 @@
 """Studies: every run is checked before the first is trained, and none is done twice."""
 
+import datetime
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ import yaml
 from conftest import TINY, Workshop, merged
 from typer.testing import CliRunner
 
-from gptlite import auto, session, study, suites
+from gptlite import auto, session, study, suites, trials
 from gptlite.cli import app
 from gptlite.config_reader import shipped_configs
 from gptlite.data import batch_at
@@ -261,12 +262,40 @@ def test_a_dead_workers_run_is_taken_up_and_a_living_ones_is_not(bench: Bench) -
     assert {mine.user_attrs["job"], theirs.user_attrs["job"], *two} == set(again)
 
 
+def test_a_worker_that_died_while_claiming_keeps_no_run(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue = Queue(read_study(bench.write(**RATES, seeds=[1])), bench.out)
+    queue.next_of_grid()  # and dies before it says who it is
+    with queue.working() as worker:
+        assert queue.claim(worker).user_attrs["job"] == queue.study.jobs[1].name
+        assert queue.claim(worker) is None
+        monkeypatch.setattr(trials, "CLAIMING", datetime.timedelta())
+        assert queue.claim(worker).user_attrs["job"] == queue.study.jobs[0].name
+
+
 def test_a_worker_on_a_disk_that_cannot_be_seen_counts_as_living(bench: Bench) -> None:
     queue = Queue(read_study(bench.write(**RATES, seeds=[1])), bench.out)
     queue.claim("another-machine-17")
     with queue.working() as worker:
         assert queue.claim(worker) is not None
         assert queue.claim(worker) is None
+
+
+def test_machines_without_a_common_disk_share_a_study_by_its_database(bench: Bench) -> None:
+    """Even where both have queued all runs before either began."""
+    made, url = read_study(bench.write(**RATES)), f"sqlite:///{bench.folder}/db"
+    here, there = (Queue(made, bench.folder / name, url) for name in ("here", "there"))
+    for _ in range(2):
+        for job in made.jobs:
+            here.trials.enqueue_trial({}, user_attrs={"job": job.name})
+    here.trials.enqueue_trial({}, user_attrs={"job": "of an earlier version of the study"})
+    with here.working() as one, there.working() as other:
+        claimed = []
+        for queue, worker in ((here, one), (there, other)) * 3:
+            trial = queue.claim(worker)
+            claimed += [] if trial is None else [trial.user_attrs["job"]]
+    assert claimed == [job.name for job in made.jobs]
 
 
 def test_a_search_tries_points_and_gives_hopeless_ones_up(bench: Bench) -> None:
