@@ -154,8 +154,10 @@ def schema_at(schema: dict[str, Any], path: Path_) -> dict[str, Any]:
             items = node.get("prefixItems", [])
             node = items[part] if part < len(items) else node.get("items", {})
         else:
-            inside = (branch.get("properties", {}) for branch in branches(node, schema))
-            node = next((names[part] for names in inside if part in names), {})
+            inside = [branch for branch in branches(node, schema) if branch.get("type") == "object"]
+            named = [b["properties"][part] for b in inside if part in b.get("properties", {})]
+            free = [b.get("additionalProperties") for b in inside]
+            node = next((b for b in named + free if isinstance(b, dict)), {})
     return node
 
 
@@ -204,14 +206,15 @@ def describe(node: dict[str, Any], schema: dict[str, Any]) -> str:
             parts.append(("one of " if len(options) > 1 else "") + ", ".join(options))
         elif kind == "integer":
             positive = branch.get("minimum") == 1
-            bounds = "" if positive else " " + describe_bounds(branch, schema)
-            parts.append(("a positive integer" if positive else "an integer") + bounds)
+            bounds = "" if positive else describe_bounds(branch, schema)
+            parts.append(f"{'a positive integer' if positive else 'an integer'} {bounds}".rstrip())
         elif kind == "number":
-            parts.append(f"a number {describe_bounds(branch, schema)}")
+            parts.append(f"a number {describe_bounds(branch, schema)}".rstrip())
         elif kind == "array":
             items = branch.get("prefixItems") or [branch.get("items", {})]
             pair = "two, each " if len(items) == 2 else ""
-            parts.append(f"a list of {pair}{describe(items[0], schema)}")
+            words = pair + describe(items[0], schema)
+            parts.append(f"a list of {words}" if words else "a list")
         elif "pattern" in branch:
             parts.append(branch["title"])
         elif kind in names:

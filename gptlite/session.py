@@ -32,11 +32,11 @@ from gptlite.resume import (
 from gptlite.tokenizer import digest
 from gptlite.train import MOST_SKIPPED, SKIP_WINDOW, Trainer, Update
 
-Watch = Callable[[int, float], None]
-"""Is told each step's validation loss; what it raises ends the run."""
+Watch = Callable[[int, int, float], None]
+"""Is told step, last step and validation loss of each evaluation; what it raises ends the run."""
 
 
-def unwatched(step: int, val_loss: float) -> None:
+def unwatched(step: int, max_steps: int, val_loss: float) -> None:
     pass
 
 
@@ -191,7 +191,7 @@ class Session:
         if self.is_best(step) or step % train.save_interval == 0:
             self.save()
         if self.evaluates_at(step):
-            self.watch(step, row["val/loss"])
+            self.watch(step, self.trainer.max_steps, row["val/loss"])
 
     def is_best(self, step: int) -> bool:
         return self.best is not None and self.best.step == step

@@ -10,23 +10,29 @@ import json
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator
 from contextlib import redirect_stderr
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from gptlite import run_directory, storage
 from gptlite.comparison import decide, over_seeds, paired
 from gptlite.config import RunConfig
-from gptlite.errors import DivergedError, UserError, visible
+from gptlite.errors import DivergedError, RunInUseError, Stopped, UserError, visible
 from gptlite.exits import leave_when_terminated, user_errors
 from gptlite.metrics import clock
 from gptlite.study_config import Job, Study, read_study
 from gptlite.trials import Queue
 
+if TYPE_CHECKING:
+    from gptlite.session import Watch
+
 STUDIES = Path("studies")
+WARM_UP = 0.25
+"""The share of a run before which a search does not give it up."""
 Record = dict[str, Any]
 
 
@@ -50,10 +56,11 @@ def run_study(path: Path, folder: Path, workers: int, url: str | None) -> dict[s
 def in_processes(workers: int, *arguments: Any) -> None:
     """Several workers; told to leave, each saves and leaves. UserError if one of them failed."""
     context = multiprocessing.get_context("spawn")
-    children = [context.Process(target=child, args=arguments) for _ in range(workers)]
-    for process in children:
-        process.start()
+    children = []
     try:
+        for _ in range(workers):
+            children.append(context.Process(target=child, args=arguments))
+            children[-1].start()
         for process in children:
             process.join()
     except KeyboardInterrupt:
@@ -100,25 +107,25 @@ def work(study: Study, queue: Queue, threads: int) -> None:
                 return
 
 
-def watcher(trial: Any, study: Study, earlier: list[Record]) -> Callable[[int, float], None]:
+def watcher(trial: Any, study: Study, earlier: list[Record]) -> "Watch":
     """What looks at validation losses: a search prunes by those of its first seed."""
 
-    def watch(step: int, val_loss: float) -> None:
+    def watch(step: int, max_steps: int, val_loss: float) -> None:
         if study.config.search == "tpe" and not earlier:
             trial.report(val_loss, step)
-            if trial.should_prune():
+            if step >= WARM_UP * max_steps and trial.should_prune():
                 raise Pruned(f"pruned at step {step}: other points were better by then")
 
     return watch
 
 
-def do(queue: Queue, job: Job, threads: int, watch: Callable[[int, float], None]) -> Record:
+def do(queue: Queue, job: Job, threads: int, watch: "Watch") -> Record:
     """Train and measure one run, or what is left of it; a run that diverges is an outcome too."""
     study, directory = queue.study, queue.folder / "runs" / job.name
     state, why, results = "done", None, {}
     try:
         with open(os.devnull, "w") as silent, redirect_stderr(silent):  # train.log has it all
-            if not (directory / "summary.json").is_file():
+            while not (directory / "summary.json").is_file():
                 train(queue, job.run, directory, threads, watch)
             results = measured(study, directory)
     except (DivergedError, Pruned) as error:
@@ -141,7 +148,7 @@ def train(
     run: RunConfig,
     directory: Path,
     threads: int,
-    watch: Callable[[int, float], None],
+    watch: "Watch",
 ) -> None:
     """One run, with the precision and number of threads of all runs of the study."""
     from gptlite import auto, session
@@ -157,7 +164,13 @@ def train(
         run = run.model_copy(update={"train": shared})
     if run.dtype == "auto":  # chosen by a clock, which could say otherwise for the next run
         run = run.model_copy(update={"dtype": queue.settled("dtype", fastest)})
-    session.train(run, directory, resume=run_directory.has_run(directory), watch=watch)
+    try:
+        session.train(run, directory, resume=run_directory.has_run(directory), watch=watch)
+    except Stopped as stopped:
+        told = f"{directory}: stopped, saved; go on with: the same command"
+        raise Stopped(stopped.exit_code - 128, told) from None
+    except RunInUseError:  # a search may try one point twice at a time: the other trains it
+        time.sleep(1)
 
 
 def measured(study: Study, directory: Path) -> dict[str, Any]:
@@ -239,7 +252,7 @@ def results(study: Study, records: list[Record]) -> dict[str, Any]:
         "metrics": list(dict.fromkeys(name for record in done for name in record["metrics"])),
         "runs": [
             *records,
-            *({"label": j.point.label, "seed": j.seed, "state": "missing"} for j in missing),
+            *map(not_done, missing),
         ],
         "points": [
             {"label": label, "point": point, "metrics": summary(by_seed(done, label))}
@@ -247,6 +260,11 @@ def results(study: Study, records: list[Record]) -> dict[str, Any]:
         ],
         "comparisons": comparisons(study, points, done),
     }
+
+
+def not_done(job: Job) -> Record:
+    about = {"name": job.name, "label": job.point.label, "point": job.point.coordinates}
+    return {**about, "seed": job.seed, "state": "missing", "why": None, "metrics": {}}
 
 
 def axis_values(values: Any) -> Any:
@@ -300,6 +318,7 @@ def table(found: dict[str, Any]) -> Iterator[str]:
         against[comparison["label"], comparison["metric"]] = comparison
     done = sum(run["state"] == "done" for run in runs)
     yield f"{found['name']}: {done} of {len(runs)} runs done"
+    yield from (f"  {outcome(run)}" for run in runs if run["state"] == "failed")
     width = max([len(point["label"]) for point in found["points"]], default=0)
     for metric in found["table"]:
         yield ""

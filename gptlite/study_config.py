@@ -20,12 +20,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Discriminator, Field, Tag, ValidationError
 
 from gptlite import strict_yaml
 from gptlite.config import RunConfig, Texts
 from gptlite.config_reader import merge, read_layers, trimmed, validate
-from gptlite.config_words import explain
+from gptlite.config_words import branches, explain, schema_at
 from gptlite.errors import ConfigError
 from gptlite.section import Count, Section
 from gptlite.strict_yaml import Document, Path_, problem_line
@@ -55,12 +55,18 @@ class Range(Section):
     """Search the logarithm."""
 
 
+Axis = Annotated[
+    Annotated[list[Any], Tag("list")] | Annotated[Range, Tag("range")],
+    Discriminator(lambda given: "range" if isinstance(given, dict | Range) else "list"),
+]
+
+
 class StudyConfig(Section):
     base: str | Texts
     """Shipped config or file, or a list of them; later ones win."""
     set: Values = {}
     """Dotted keys of the config with the value they have in every run."""
-    axes: dict[str, list[Any] | Range] = {}
+    axes: dict[str, Axis] = {}
     """Dotted keys of the config with the values to try; `search: tpe` also takes
     {low, high, log}."""
     points: dict[str, Values] = {}
@@ -239,25 +245,22 @@ def mistakes(error: ValidationError, document: Document) -> Iterator[str]:
             continue
         seen.add(path)
         if detail["type"] == "extra_forbidden":
-            known = ", ".join(StudyConfig.model_fields)
-            place, why = document.key_places[path], f"unknown key; a study has: {known}"
+            around = branches(schema_at(schema, path[:-1]), schema)
+            known = ", ".join(name for branch in around for name in branch.get("properties", {}))
+            place, why = document.key_places[path], f"unknown key; known here: {known}"
         else:
             place = document.places.get(path, document.places.get((), "study"))
             why = explain(path, detail["type"], document, schema)
         missing = detail["type"] == "missing"
-        yield problem_line(
-            place, detail["loc"] if missing else path, "required" if missing else why
-        )
+        named = (*path, detail["loc"][-1]) if missing else path
+        yield problem_line(place, named, "required" if missing else why)
 
 
 def contradictions(config: StudyConfig, document: Document) -> Iterator[str]:
     def at(*path: str | int) -> str:
         return document.places.get(path, document.key_places.get(path, "study"))
 
-    for section in ("set", "axes"):
-        for key in getattr(config, section):
-            if key in TAKEN:
-                yield f"{at(section, key)}: {section}.{key}: {TAKEN[key]}"
+    yield from keys_in_vain(config, at)
     for axis, values in config.axes.items():
         if isinstance(values, Range):
             if config.search == "grid":
@@ -273,6 +276,22 @@ def contradictions(config: StudyConfig, document: Document) -> Iterator[str]:
     if len(set(config.seeds)) < len(config.seeds):
         yield f"{at('seeds')}: seeds: lists a seed twice"
     yield from unknown_baseline(config, at)
+
+
+def keys_in_vain(config: StudyConfig, at: Any) -> Iterator[str]:
+    """Values that something else would overrule."""
+    sections: dict[tuple[str, ...], Values] = {("set",): config.set, ("axes",): config.axes}
+    sections |= {("points", name): values for name, values in config.points.items()}
+    for section, values in sections.items():
+        for key in values:
+            told = f"{at(*section, key)}: {'.'.join((*section, key))}"
+            if key in TAKEN:
+                yield f"{told}: {TAKEN[key]}"
+            if section[0] == "points" and key in config.axes:
+                yield f"{told}: is an axis too; one of them must go"
+            for other in values:
+                if key.startswith(f"{other}."):
+                    yield f"{told}: {other} is given too; one of them must go"
 
 
 def unknown_baseline(config: StudyConfig, at: Any) -> Iterator[str]:

@@ -3,9 +3,9 @@
 A trial is a run of a grid, or a point of a search with all its seeds. Its user attributes say
 which, who works on it and what came of it. A worker holds a lock for as long as it lives; when it
 dies its trials are taken up by others, but for those on disks where its lock cannot be seen.
+Machines that share a database alone take the same run at the same time; the first trial counts.
 """
 
-import datetime
 import os
 import platform
 import time
@@ -18,9 +18,6 @@ from gptlite import run_directory, storage
 from gptlite.errors import ConfigError, RunInUseError, StorageError, UserError
 from gptlite.keys import key
 from gptlite.study_config import Job, Range, Study, shown
-
-CLAIMING = datetime.timedelta(minutes=1)
-"""After which a trial without a worker will not get one."""
 
 
 def optuna() -> Any:
@@ -36,30 +33,29 @@ class Queue:
     """The trials of a study in its folder; `url` is a database instead of the folder's journal."""
 
     def __init__(self, study: Study, folder: Path, url: str | None = None) -> None:
-        self.study, self.folder = study, folder
+        self.study, self.folder, self.url = study, folder, url
         storage.make_folders(folder / "workers")
         with self.alone():
-            self.trials = self.open(url)
+            self.trials = self.open()
         self.states = optuna().trial.TrialState
 
-    def open(self, url: str | None) -> Any:
+    def open(self) -> Any:
         library, config = optuna(), self.study.config
-        place: Any = url
-        if url is None:
+        place: Any = self.url
+        if self.url is None:
             backend = library.storages.journal.JournalFileBackend(str(self.folder / "journal.log"))
             place = library.storages.JournalStorage(backend)
-        steps = self.study.base.values.get("train", {}).get("max_steps") or 0
         try:
             trials = library.create_study(
                 storage=place,
                 study_name=self.study.name,
                 load_if_exists=True,
-                pruner=library.pruners.MedianPruner(4, n_warmup_steps=steps // 4),
+                pruner=library.pruners.MedianPruner(4),
             )
             n = len(trials.trials)
         except Exception as error:  # whatever the library of that database raises
             why = (str(error) or type(error).__name__).splitlines()[0]
-            raise StorageError(f"{url or self.folder / 'journal.log'}: {why}") from None
+            raise StorageError(f"{self.url or self.folder / 'journal.log'}: {why}") from None
         # Named by how far the study is: who goes on must not draw again what was drawn before.
         seed = key(self.study.name, config.seeds[0], n) % 2**32
         trials.sampler = library.samplers.TPESampler(seed=seed, constant_liar=True)
@@ -92,27 +88,24 @@ class Queue:
         """A trial to work on, now this worker's; None if none is left."""
         with self.alone():
             self.take_up()
-            trial = self.next_of_grid() if self.study.config.search == "grid" else self.next_tried()
-            if trial is not None:
-                trial.set_user_attr("worker", worker)
-            return trial
+            grid = self.study.config.search == "grid"
+            return self.next_of_grid(worker) if grid else self.next_tried(worker)
 
     def take_up(self) -> None:
         """Free the trials of workers that have died."""
         for trial in self.of_state(self.states.RUNNING):
-            if self.is_abandoned(trial):
+            if self.is_dead(trial.user_attrs.get("worker", "")):
                 self.trials.tell(trial.number, state=self.states.FAIL)
                 if self.study.config.search == "tpe":
                     self.trials.enqueue_trial(trial.params)
 
-    def is_abandoned(self, trial: Any) -> bool:
-        """Whether a worker that this disk knows holds its lock no more, or died in claiming."""
-        worker = trial.user_attrs.get("worker", "")
-        if not worker:
-            return bool(datetime.datetime.now() - trial.datetime_start > CLAIMING)
+    def is_dead(self, worker: str) -> bool:
+        """Whether a worker that this disk knows holds its lock no more. One that has just begun a
+        trial and not said so died in between, or `alone` would still keep us out; if all share
+        this disk, that is."""
         folder = self.folder / "workers" / worker
-        if not folder.is_dir():
-            return False
+        if not worker or not folder.is_dir():
+            return not worker and self.url is None
         try:
             run_directory.refuse_if_held(folder)
         except RunInUseError:
@@ -123,32 +116,48 @@ class Queue:
         found: list[Any] = self.trials.get_trials(deepcopy=False, states=states)
         return found
 
-    def next_of_grid(self) -> Any:
-        """The first run that nobody has done or does; Optuna gives a waiting trial to one alone."""
+    def next_of_grid(self, worker: str) -> Any:
+        """The first run that nobody has done or does."""
         names = [job.name for job in self.study.jobs]
-        known = {t.user_attrs.get("job") for t in self.trials.get_trials() if self.counts(t)}
-        for name in names:
-            if name not in known:
-                self.trials.enqueue_trial({}, user_attrs={"job": name})
-        while self.of_state(self.states.WAITING):
-            trial = self.trials.ask()
-            if trial.user_attrs.get("job") in names and self.is_first(trial):
+        while left := [name for name in names if name not in self.first_trials()]:
+            trial = self.begin(worker, left[0])
+            if self.first_trials()[left[0]] == trial.number:
                 return trial
             self.trials.tell(trial, state=self.states.FAIL)
         return None
 
-    def is_first(self, trial: Any) -> bool:
-        """Of the trials of one run, which machines without a common disk may both have queued."""
-        job = trial.user_attrs["job"]
-        same = [t for t in self.trials.get_trials() if t.user_attrs.get("job") == job]
-        return bool(trial.number == min(t.number for t in same if self.counts(t)))
+    def begin(self, worker: str, job: str) -> Any:
+        """A new trial for a run. Its number, worker and run are written at once: whoever has a
+        later number has seen it, and lets go of the same run."""
+        library = optuna().trial
+        about = {"worker": worker, "job": job}
+        self.trials.add_trial(library.create_trial(state=self.states.RUNNING, user_attrs=about))
+        mine = [t for t in self.of_state(self.states.RUNNING) if t.user_attrs == about]
+        return library.Trial(self.trials, mine[-1]._trial_id)  # Optuna has no public way
 
-    def counts(self, trial: Any) -> bool:
-        return trial.state == self.states.WAITING or self.stands(trial)
+    def first_trials(self) -> dict[str, int]:
+        """Of each run that is being done or done, the number of the trial that counts."""
+        first: dict[str, int] = {}
+        for trial in self.trials.get_trials():
+            if self.stands(trial) and "job" in trial.user_attrs:
+                first.setdefault(trial.user_attrs["job"], trial.number)
+        return first
 
-    def next_tried(self) -> Any:
-        n = sum(map(self.stands, self.trials.get_trials()))
-        return self.trials.ask() if n < self.study.config.trials else None
+    def next_tried(self, worker: str) -> Any:
+        """A point that was measured otherwise, or a new one."""
+        trials = self.trials.get_trials()
+        standing = [trial.params for trial in trials if self.stands(trial)]
+        for trial in trials:
+            if trial.user_attrs.get("runs") and trial.params not in standing:
+                self.trials.enqueue_trial(trial.params)
+                return self.ask(worker)
+        return self.ask(worker) if len(standing) < self.study.config.trials else None
+
+    def ask(self, worker: str) -> Any:
+        """Where the search looks next."""
+        trial = self.trials.ask()
+        trial.set_user_attr("worker", worker)
+        return trial
 
     def stands(self, trial: Any) -> bool:
         """Whether a trial is being done, or done and measured as the study says now."""
@@ -185,18 +194,18 @@ class Queue:
     def done(self, trial: Any, runs: list[dict[str, Any]]) -> None:
         """What came of a trial: one record per run."""
         trial.set_user_attr("runs", runs)
-        losses = [run["metrics"].get("best_val_loss") for run in runs]
-        if any(run["state"] == "pruned" for run in runs):
-            self.trials.tell(trial, state=self.states.PRUNED)
-        elif any(loss is None for loss in losses):
-            self.trials.tell(trial, state=self.states.FAIL)
-        else:
+        ended = {run["state"] for run in runs}
+        if ended == {"done"}:
+            losses = [run["metrics"]["best_val_loss"] for run in runs]
             self.trials.tell(trial, sum(losses) / len(losses))
+        else:
+            pruned = "pruned" in ended
+            self.trials.tell(trial, state=self.states.PRUNED if pruned else self.states.FAIL)
 
     def records(self) -> list[dict[str, Any]]:
         """Every run with an outcome, in the order of the study."""
         found = [run for t in self.trials.get_trials() for run in t.user_attrs.get("runs", [])]
-        if self.study.config.search == "tpe":
-            return found
         by_name = {record["name"]: record for record in found}
+        if self.study.config.search == "tpe":
+            return list(by_name.values())
         return [by_name[job.name] for job in self.study.jobs if job.name in by_name]

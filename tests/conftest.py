@@ -6,8 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from hypothesis import HealthCheck, settings
 
+from gptlite import study
 from gptlite.checkpoint import State
 from gptlite.config import RunConfig
 from gptlite.config_reader import validate
@@ -98,3 +100,37 @@ class Workshop:
 @pytest.fixture
 def workshop(tmp_path: Path) -> Workshop:
     return Workshop(tmp_path)
+
+
+RATES = {"axes": {"dropout.rate": [0, 0.3]}}
+"""The axis of a small study."""
+
+
+class Bench:
+    """A folder with a base config and a study over it."""
+
+    def __init__(self, workshop: Workshop) -> None:
+        self.folder = workshop.folder
+        data = {"source": str(workshop.text), "cache_dir": str(self.folder / "cache")}
+        self.base = self.folder / "base.yaml"
+        self.base.write_text(yaml.safe_dump(merged(TINY, {"data": data})))
+        self.out = self.folder / "out"
+
+    def write(self, **keys: Any) -> Path:
+        path = self.folder / "tiny.yaml"
+        plain = {"base": str(self.base), "seeds": [1, 2], **keys}
+        path.write_text(yaml.safe_dump(plain, sort_keys=False))
+        return path
+
+    def run(self, **keys: Any) -> dict[str, Any]:
+        return study.run_study(self.write(**keys), self.out, 1, None)
+
+    def summaries(self) -> dict[str, int]:
+        """When each run was finished, by its directory."""
+        found = self.out.glob("runs/*/summary.json")
+        return {path.parent.name: path.stat().st_mtime_ns for path in found}
+
+
+@pytest.fixture
+def bench(workshop: Workshop) -> Bench:
+    return Bench(workshop)

@@ -1,21 +1,21 @@
 """Studies: every run is checked before the first is trained, and none is done twice."""
 
-import datetime
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from conftest import TINY, Workshop, merged
+from conftest import RATES, Bench
 from typer.testing import CliRunner
 
-from gptlite import auto, session, study, suites, trials
+from gptlite import auto, run_directory, session, study, suites
 from gptlite.cli import app
 from gptlite.config_reader import shipped_configs
 from gptlite.data import batch_at
@@ -24,39 +24,6 @@ from gptlite.model import GPT
 from gptlite.prepare import prepare
 from gptlite.study_config import StudyConfig, read_study
 from gptlite.trials import Queue
-
-
-class Bench:
-    """A folder with a base config and a study over it."""
-
-    def __init__(self, workshop: Workshop) -> None:
-        self.folder = workshop.folder
-        data = {"source": str(workshop.text), "cache_dir": str(self.folder / "cache")}
-        self.base = self.folder / "base.yaml"
-        self.base.write_text(yaml.safe_dump(merged(TINY, {"data": data})))
-        self.out = self.folder / "out"
-
-    def write(self, **keys: Any) -> Path:
-        path = self.folder / "tiny.yaml"
-        plain = {"base": str(self.base), "seeds": [1, 2], **keys}
-        path.write_text(yaml.safe_dump(plain, sort_keys=False))
-        return path
-
-    def run(self, **keys: Any) -> dict[str, Any]:
-        return study.run_study(self.write(**keys), self.out, 1, None)
-
-    def summaries(self) -> dict[str, int]:
-        """When each run was finished, by its directory."""
-        found = self.out.glob("runs/*/summary.json")
-        return {path.parent.name: path.stat().st_mtime_ns for path in found}
-
-
-@pytest.fixture
-def bench(workshop: Workshop) -> Bench:
-    return Bench(workshop)
-
-
-RATES = {"axes": {"dropout.rate": [0, 0.3]}}
 
 
 def test_a_grid_is_the_product_of_its_axes_seed_by_seed(bench: Bench) -> None:
@@ -92,7 +59,7 @@ def test_every_run_is_checked_first_and_all_problems_are_told(bench: Bench) -> N
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        ("axs: 3", "axs: unknown key; a study has: base, set,"),
+        ("axs: 3", "axs: unknown key; known here: base, set,"),
         ("seeds: []", "seeds: expected a list of"),
         ("seeds: [1, 1]", "seeds: lists a seed twice"),
         ("axes: {seed: [1]}", "axes.seed: list them under seeds"),
@@ -105,6 +72,14 @@ def test_every_run_is_checked_first_and_all_problems_are_told(bench: Bench) -> N
         ("baseline: {dropout.rate: 3}", "baseline.dropout.rate: 3 is not on that axis"),
         ("evaluate: [los]", "evaluate.0: expected one of loss, calibration,"),
         ("search: tpe\naxes: {optim.lr: {low: 1, high: 0}}", "low must be below high"),
+        ("axes: {optim.lr: 3}", "axes.optim.lr: expected a list or a mapping, got 3"),
+        ("axes: {optim.lr: {low: 1}}", "axes.optim.lr.high: required"),
+        ("axes: {optim.lr: {low: 1, high: x}}", "axes.optim.lr.high: expected a number, got 'x'"),
+        ("axes: {optim.lr: {low: 1, high: 2, by: 1}}", "by: unknown key; known here: low, high"),
+        ("points: {a: 3}", "points.a: expected a mapping, got 3"),
+        ("points: {a: {seed: 3}}", "points.a.seed: list them under seeds"),
+        ("set: {dropout: 3, dropout.rate: 0}", "set.dropout.rate: dropout is given too"),
+        ("axes: {optim.lr: [1]}\npoints: {a: {optim.lr: 2}}", "points.a.optim.lr: is an axis"),
     ],
 )
 def test_a_study_that_cannot_be_meant_is_refused(bench: Bench, text: str, why: str) -> None:
@@ -226,6 +201,7 @@ def test_a_run_that_diverges_is_an_outcome(bench: Bench, monkeypatch: pytest.Mon
     assert found["runs"][0]["why"] == "step 3: loss nan"
     assert found["points"][0]["metrics"] == {}
     assert bench.run(points=points, seeds=[1], evaluate=[]) == found
+    assert "  wild, seed 1: failed: step 3: loss nan" in study.table(found)
 
 
 def test_all_runs_of_a_study_have_one_precision(
@@ -245,57 +221,6 @@ def test_all_runs_of_a_study_have_one_precision(
     found = bench.run(**RATES, evaluate=[], seeds=[1])
     configs = [Path(run["directory"]) / "config.yaml" for run in found["runs"]]
     assert ["dtype: bfloat16" in path.read_text() for path in configs] == [True, True]
-
-
-def test_a_dead_workers_run_is_taken_up_and_a_living_ones_is_not(bench: Bench) -> None:
-    queue = Queue(read_study(bench.write(**RATES)), bench.out)
-    with queue.working() as worker:
-        mine = queue.claim(worker)
-        other = Queue(queue.study, bench.out)
-        theirs = other.claim(worker)
-        assert mine.user_attrs["job"] != theirs.user_attrs["job"]
-        two = [other.claim(worker).user_attrs["job"] for _ in range(2)]
-        assert other.claim(worker) is None
-    with queue.working() as worker:  # all of them died with their worker
-        again = [queue.claim(worker).user_attrs["job"] for _ in range(4)]
-    assert again == [job.name for job in queue.study.jobs]
-    assert {mine.user_attrs["job"], theirs.user_attrs["job"], *two} == set(again)
-
-
-def test_a_worker_that_died_while_claiming_keeps_no_run(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    queue = Queue(read_study(bench.write(**RATES, seeds=[1])), bench.out)
-    queue.next_of_grid()  # and dies before it says who it is
-    with queue.working() as worker:
-        assert queue.claim(worker).user_attrs["job"] == queue.study.jobs[1].name
-        assert queue.claim(worker) is None
-        monkeypatch.setattr(trials, "CLAIMING", datetime.timedelta())
-        assert queue.claim(worker).user_attrs["job"] == queue.study.jobs[0].name
-
-
-def test_a_worker_on_a_disk_that_cannot_be_seen_counts_as_living(bench: Bench) -> None:
-    queue = Queue(read_study(bench.write(**RATES, seeds=[1])), bench.out)
-    queue.claim("another-machine-17")
-    with queue.working() as worker:
-        assert queue.claim(worker) is not None
-        assert queue.claim(worker) is None
-
-
-def test_machines_without_a_common_disk_share_a_study_by_its_database(bench: Bench) -> None:
-    """Even where both have queued all runs before either began."""
-    made, url = read_study(bench.write(**RATES)), f"sqlite:///{bench.folder}/db"
-    here, there = (Queue(made, bench.folder / name, url) for name in ("here", "there"))
-    for _ in range(2):
-        for job in made.jobs:
-            here.trials.enqueue_trial({}, user_attrs={"job": job.name})
-    here.trials.enqueue_trial({}, user_attrs={"job": "of an earlier version of the study"})
-    with here.working() as one, there.working() as other:
-        claimed = []
-        for queue, worker in ((here, one), (there, other)) * 3:
-            trial = queue.claim(worker)
-            claimed += [] if trial is None else [trial.user_attrs["job"]]
-    assert claimed == [job.name for job in made.jobs]
 
 
 def test_a_search_tries_points_and_gives_hopeless_ones_up(bench: Bench) -> None:
@@ -323,6 +248,55 @@ def test_a_database_does_as_well_as_the_journal(bench: Bench) -> None:
     assert not (bench.out / "journal.log").exists()
 
 
+def test_a_search_that_is_measured_anew_tries_the_same_points(bench: Bench) -> None:
+    keys = {
+        "axes": {"optim.lr": {"low": 1e-4, "high": 1e-1}},
+        **{"search": "tpe", "trials": 2, "seeds": [1]},
+    }
+    first = bench.run(**keys, evaluate=[])
+    before = bench.summaries()
+    again = bench.run(**keys, evaluate=["loss"])
+    assert bench.summaries() == before
+    assert [run["point"] for run in again["runs"]] == [run["point"] for run in first["runs"]]
+    assert all("loss.loss" in run["metrics"] for run in again["runs"])
+
+
+def test_a_search_gives_nothing_up_in_the_first_quarter(bench: Bench) -> None:
+    class Hopeless:
+        def report(self, value: float, step: int) -> None: ...
+        def should_prune(self) -> bool:
+            return True
+
+    made = read_study(bench.write(axes={"optim.lr": [1, 2]}, search="tpe"))
+    watch = study.watcher(Hopeless(), made, [])
+    watch(24, 100, 9.0)
+    with pytest.raises(study.Pruned, match="step 25"):
+        watch(25, 100, 9.0)
+    study.watcher(Hopeless(), made, [{"state": "done"}])(100, 100, 9.0)  # only its first seed
+
+
+def test_a_point_that_is_being_tried_is_waited_for(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A search may try one point twice at a time."""
+    made = read_study(bench.write(**RATES, seeds=[1], evaluate=[]))
+    queue, (job, _) = Queue(made, bench.out), made.jobs
+    directory = bench.out / "runs" / job.name
+    directory.mkdir(parents=True)
+    other = ExitStack()
+    other.enter_context(run_directory.locked(directory))
+    waited = []
+
+    def sleep(seconds: float) -> None:
+        if not waited and seconds == 1:
+            waited.append(seconds)
+            other.close()
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    assert study.do(queue, job, 1, session.unwatched)["state"] == "done"
+    assert waited == [1]
+
+
 def test_the_command_prints_and_says_what_is_wrong(bench: Bench) -> None:
     path, runner = bench.write(**RATES, evaluate=[], seeds=[1]), CliRunner()
     arguments = ["study", str(path), "--out-dir", str(bench.out)]
@@ -334,6 +308,22 @@ def test_the_command_prints_and_says_what_is_wrong(bench: Bench) -> None:
     assert (missing.exit_code, missing.stderr.count("\n")) == (2, 1)
     bad = runner.invoke(app, [*arguments, "--storage", "nosuch://x"])
     assert (bad.exit_code, bad.stderr.count("\n")) == (5, 1)
+
+
+def test_workers_that_are_told_to_stop_save_first(bench: Bench) -> None:
+    path = bench.write(**RATES, set={"train.max_steps": 100_000}, seeds=[1])
+    command = [sys.executable, "-m", "gptlite", "study", str(path), "--out-dir", str(bench.out)]
+    process = subprocess.Popen([*command, "--workers", "2"], stderr=subprocess.PIPE, text=True)
+    logs, until = bench.out / "runs", time.monotonic() + 120
+    while time.monotonic() < until and process.poll() is None:
+        if sum(log.stat().st_size > 0 for log in logs.glob("*/metrics.jsonl")) == 2:
+            break
+        time.sleep(0.02)
+    process.terminate()
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert told.count("saved; go on with: the same command") == 2
+    assert len(list(logs.glob("*/checkpoints/last"))) == 2
 
 
 def test_two_workers_killed_and_started_again_lose_nothing_and_repeat_nothing(bench: Bench) -> None:
@@ -358,7 +348,7 @@ def test_two_workers_killed_and_started_again_lose_nothing_and_repeat_nothing(be
     first.wait()
     before = bench.summaries()
     assert len(before) >= 2
-    subprocess.run([*command, "--workers", "2"], check=True, timeout=200)
+    study.run_study(path, bench.out, 1, None)
     assert len(bench.summaries()) == 4
     assert before.items() <= bench.summaries().items()
     begun = [path.read_text().count("done: ") for path in bench.out.glob("runs/*/train.log")]
