@@ -300,9 +300,6 @@ def study(
 ) -> None:
     """Train and measure many runs, each once; say what is above the noise of seeds."""
     with user_errors(verbose):
-        from gptlite import study_config
-
-        study_config.read_study(file)
         from gptlite.report import after_training
         from gptlite.study import STUDIES, run_study, table
 

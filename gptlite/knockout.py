@@ -37,7 +37,6 @@ class Place(NamedTuple):
     """A module some of whose output a unit is."""
 
     module: nn.Module
-    layer: int
     units: slice
     """Which of all units of the kind stand here."""
     axis: int
@@ -52,30 +51,30 @@ def heads(model: GPT) -> Iterator[Place]:
     """What each head reads, before the output matrix: (B, H, T, D)."""
     n = model.config.n_head
     for layer, block in enumerate(blocks(model)):
-        yield Place(block.attention.drop_head, layer, slice(layer * n, layer * n + n), 1)
+        yield Place(block.attention.drop_head, slice(layer * n, layer * n + n), 1)
 
 
 def neurons(model: GPT) -> Iterator[Place]:
     """Activations of the MLP: (B, T, 4C)."""
     n = model.config.mlp_width
     for layer, block in enumerate(blocks(model)):
-        yield Place(block.mlp.drop_activation, layer, slice(layer * n, layer * n + n), 2)
+        yield Place(block.mlp.drop_activation, slice(layer * n, layer * n + n), 2)
 
 
 def layers(model: GPT) -> Iterator[Place]:
     """All that a block adds: attention and MLP."""
     for layer, block in enumerate(blocks(model)):
         yield from (
-            Place(part, layer, slice(layer, layer + 1), 0) for part in (block.attention, block.mlp)
+            Place(part, slice(layer, layer + 1), 0) for part in (block.attention, block.mlp)
         )
 
 
 def dimensions(model: GPT) -> Iterator[Place]:
     """One feature of the residual stream, wherever something is written to it."""
     every = slice(0, model.config.n_embd)
-    yield Place(model.drop_embedding, 0, every, 2)
-    for layer, block in enumerate(blocks(model)):
-        yield from (Place(part, layer, every, 2) for part in (block.attention, block.mlp))
+    yield Place(model.drop_embedding, every, 2)
+    for block in blocks(model):
+        yield from (Place(part, every, 2) for part in (block.attention, block.mlp))
 
 
 KINDS: dict[str, Callable[[GPT], Iterator[Place]]] = {
@@ -123,9 +122,8 @@ class Subject:
         self.n_targets: Floats = (batch.targets != IGNORED).sum(1).astype(np.float64)
         self.at_once = max(1, TOKENS_AT_ONCE // self.ids.numel())
         self.rows_at_once = eval_rows(run, model.vocab_size)
-        self.base = self.row_nats("head", torch.zeros(1, n_units(model, "head"), dtype=torch.bool))[
-            0
-        ]
+        nothing = torch.zeros(1, n_units(model, "head"), dtype=torch.bool)
+        self.base = self.row_nats("head", nothing)[0]
 
     @property
     def loss(self) -> float:
@@ -314,10 +312,8 @@ def knockout(
     nats = curve(subject, kind, np.concatenate(list(orders.values())), fractions, fills)
     total, found = subject.n_targets.sum(), {}
     for name, part in zip(orders, np.split(nats, (n_masks, n_masks + 1), axis=1), strict=True):
-        losses, replicates = (
-            part.mean(1).sum(1) / total,
-            resampled(part, subject.n_targets, "knockout"),
-        )
+        losses = part.mean(1).sum(1) / total
+        replicates = resampled(part, subject.n_targets, "knockout")
         bounds = [interval(*both) for both in zip(losses.tolist(), replicates.T, strict=True)]
         found[name] = {
             "loss": losses.tolist(),

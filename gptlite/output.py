@@ -8,6 +8,9 @@ from typing import Any
 
 from gptlite.errors import visible
 
+INTERVAL = {"value", "low", "high"}
+"""What a number with its 95 % interval looks like in results."""
+
 
 def print_json(value: Any) -> None:
     text = json.dumps(value, indent=2, ensure_ascii=not sys.stdout.encoding.startswith("utf"))
@@ -17,23 +20,24 @@ def print_json(value: Any) -> None:
 def print_results(results: dict[str, Any]) -> None:
     """Numbers by their names; lists are for the file."""
     for suite, result in results.items():
-        rows = list(scalars(result))
+        rows = [(name, written(value)) for name, value in scalars(result)]
         width = max(len(name) for name, _ in rows)
         print("\n".join([f"{suite}:", *(f"  {name:{width}}  {value}" for name, value in rows)]))
 
 
-def scalars(result: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+def scalars(result: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value by its dotted name, a number with its interval as one; lists are left out."""
     for name, value in result.items():
-        if isinstance(value, dict) and set(value) == {"value", "low", "high"}:
-            number, low, high = (written(value[part]) for part in ("value", "low", "high"))
-            yield prefix + name, number if value["low"] is None else f"{number}  [{low}, {high}]"
-        elif isinstance(value, dict):
+        if isinstance(value, dict) and set(value) != INTERVAL:
             yield from scalars(value, f"{prefix}{name}.")
         elif not isinstance(value, list):
-            yield prefix + name, written(value)
+            yield prefix + name, value
 
 
 def written(value: Any) -> str:
+    if isinstance(value, dict):
+        number, low, high = (written(value[part]) for part in ("value", "low", "high"))
+        return number if value["low"] is None else f"{number}  [{low}, {high}]"
     if value is None:
         return "none"
     return f"{value:,.4f}" if isinstance(value, float) else str(value)

@@ -166,7 +166,7 @@ def tiles(run: RunFiles) -> list[tuple[str, str]]:
 
 
 def results_table(run: RunFiles) -> Table:
-    """Numbers of `gptlite eval`, those with an interval first."""
+    """Numbers of `gptlite eval`, with their intervals where they have one."""
     rows = []
     for suite in ("loss", "calibration", "mc-dropout"):
         for name, value in run.evals.get(suite, {}).items():

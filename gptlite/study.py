@@ -24,6 +24,7 @@ from gptlite.config import RunConfig
 from gptlite.errors import DivergedError, RunInUseError, Stopped, UserError, visible
 from gptlite.exits import leave_when_terminated, user_errors
 from gptlite.metrics import clock
+from gptlite.output import scalars
 from gptlite.study_config import Job, Study, read_study
 from gptlite.trials import Queue
 
@@ -139,17 +140,11 @@ def do(queue: Queue, job: Job, threads: int, watch: "Watch") -> Record:
         "state": state,
         "why": why,
         "measured": study.measured,
-        "metrics": {**trained_metrics(directory), **dict(scalars(results))},
+        "metrics": {**trained_metrics(directory), **dict(numbers(results))},
     }
 
 
-def train(
-    queue: Queue,
-    run: RunConfig,
-    directory: Path,
-    threads: int,
-    watch: "Watch",
-) -> None:
+def train(queue: Queue, run: RunConfig, directory: Path, threads: int, watch: "Watch") -> None:
     """One run, with the precision and number of threads of all runs of the study."""
     from gptlite import auto, session
     from gptlite.prepare import prepare
@@ -213,15 +208,12 @@ def trained_metrics(directory: Path) -> dict[str, float]:
     }
 
 
-def scalars(result: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """Every number by its dotted name; of an interval its value, of a list nothing."""
-    for name, value in result.items():
-        if isinstance(value, dict) and set(value) == {"value", "low", "high"}:
-            value = value["value"]
-        if isinstance(value, dict):
-            yield from scalars(value, f"{prefix}{name}.")
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            yield prefix + name, value
+def numbers(results: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """Every number by its dotted name; of an interval its value."""
+    for name, value in scalars(results):
+        number = value["value"] if isinstance(value, dict) else value
+        if isinstance(number, int | float) and not isinstance(number, bool):
+            yield name, number
 
 
 def write_results(queue: Queue) -> dict[str, Any]:
@@ -250,10 +242,7 @@ def results(study: Study, records: list[Record]) -> dict[str, Any]:
         "baseline": study.baseline,
         "table": list(study.config.table),
         "metrics": list(dict.fromkeys(name for record in done for name in record["metrics"])),
-        "runs": [
-            *records,
-            *map(not_done, missing),
-        ],
+        "runs": [*records, *map(not_done, missing)],
         "points": [
             {"label": label, "point": point, "metrics": summary(by_seed(done, label))}
             for label, point in points.items()

@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "trials": "errors keys run_directory storage study_config",
     "comparison": "errors intervals",
     "study": (
-        "auto comparison config errors exits metrics prepare run_directory session storage "
+        "auto comparison config errors exits metrics output prepare run_directory session storage "
         "study_config suites trained trials"
     ),
     "keys": "",
@@ -76,7 +76,7 @@ MAY_IMPORT = {
     ),
     "cli": (
         "audit config config_reader errors exits generate loops output plan prepare "
-        "report run_directory session sources study study_config suites trained"
+        "report run_directory session sources study suites trained"
     ),
     "__main__": "cli",
     "__init__": "",

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,16 @@ def test_the_rows_that_rank_units_are_not_those_they_are_measured_on(run_dir: Pa
     measured = {tuple(row) for row in of.spread(64, 0).inputs.tolist()}
     assert len(ranked) == len(measured) == 6
     assert not ranked & measured
+
+
+def test_single_units_are_measured_in_float32_whatever_the_run(run_dir: Path) -> None:
+    """What one neuron does to the loss is less than bfloat16 rounds away."""
+    from gptlite.prepare import prepare
+
+    trained = load_trained(run_dir, "best")
+    half = replace(trained, run=trained.run.model_copy(update={"dtype": "bfloat16"}))
+    of = Measurement(half, "val", lambda: prepare(half.run), effort=SMALL)
+    assert (of.ranking.run.dtype, of.subject.run.dtype) == ("float32", "bfloat16")
 
 
 def test_results_are_printed_with_their_intervals(run_dir: Path) -> None:
