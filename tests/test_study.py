@@ -204,6 +204,18 @@ def test_a_run_that_diverges_is_an_outcome(bench: Bench, monkeypatch: pytest.Mon
     assert "  wild, seed 1: failed: step 3: loss nan" in study.table(found)
 
 
+def test_only_what_is_done_is_averaged_and_compared(bench: Bench) -> None:
+    """A run that was given up has losses too, of a model that was not trained to the end."""
+    path = bench.write(**RATES, evaluate=[], seeds=[1])
+    records = study.run_study(path, bench.out, 1, None)["runs"]
+    given_up = [
+        {**run, "state": "pruned"} if run["label"] == "rate=0.3" else run for run in records
+    ]
+    found = study.results(read_study(path), given_up)
+    assert [bool(point["metrics"]) for point in found["points"]] == [True, False]
+    assert found["comparisons"] == []
+
+
 def test_all_runs_of_a_study_have_one_precision(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
