@@ -101,8 +101,7 @@ def pick_device(wanted: str) -> tuple[str, str]:
 def usable(run: RunConfig) -> RunConfig:
     """A trained run on this machine: its own device and precision, or what there is here."""
     try:
-        pick_device(run.device)
-        return run
+        return run.model_copy(update={"device": pick_device(run.device)[0]})
     except ConfigError:
         return run.model_copy(update={"device": pick_device("auto")[0], "dtype": "float32"})
 

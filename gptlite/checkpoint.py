@@ -324,7 +324,11 @@ def check_size(path: Path, n_parameters: int) -> None:
 
 def load_weights(model: GPT, path: Path) -> None:
     """Fill the model from a checkpoint folder. Raises CheckpointError naming what does not fit."""
-    tensors = read_tensors(path / FILES[0])
+    fill(model, read_tensors(path / FILES[0]), path)
+
+
+def fill(model: GPT, tensors: Mapping[str, Tensor], where: object) -> None:
+    """Give the model these weights. Raises CheckpointError naming what does not fit."""
     have, want = (
         {name: (tuple(t.shape), t.dtype) for name, t in each.items()}
         for each in (tensors, model_tensors(model))
@@ -332,7 +336,7 @@ def load_weights(model: GPT, path: Path) -> None:
     if have != want:
         odd = sorted(name for name in have.keys() | want.keys() if have.get(name) != want.get(name))
         few = ", ".join(odd[:5]) + wrapped(tensors)
-        raise CheckpointError(f"{path}: {len(odd)} weights do not fit this model: {few}")
+        raise CheckpointError(f"{where}: {len(odd)} weights do not fit this model: {few}")
     model.load_state_dict(tensors, strict=False)
 
 

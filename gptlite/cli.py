@@ -4,11 +4,12 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from gptlite import __version__
+from gptlite.config_cli import ConfigFiles, Json, Overrides, config_app
 from gptlite.errors import ConfigError, UserError, visible
 from gptlite.exits import leave_when_terminated, user_errors
 from gptlite.output import print_json, print_results, stream, tell, tell_passed_over
@@ -21,26 +22,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-config_app = typer.Typer(help="Look at configs without running them.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 
-ConfigFiles = Annotated[
-    list[str],
-    typer.Option("--config", "-c", help="YAML file or shipped config; repeat: later ones win."),
-]
 MoreConfigFiles = Annotated[
     list[str] | None,
     typer.Option("--config", "-c", help="YAML file or shipped config; repeat: later ones win."),
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", "-s", help="One value, as in --set optim.lr=3e-4; wins over files."),
 ]
 RunOption = Annotated[
     str | None, typer.Option("--run", help="Run directory; default: the latest under runs/.")
 ]
 CheckpointOption = Annotated[str, typer.Option("--checkpoint", help="best, last or step-N.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show tracebacks.")]
 
 
@@ -212,7 +203,7 @@ def evaluate(
         tell_passed_over(trained)
         effort = suites.FAST if fast else suites.FULL
         results = suites.evaluate(
-            *(trained, split, names, lambda: prepare(trained.run)),
+            *(trained, split, names, lambda: prepare(trained.run, trained.tokenizer)),
             effort=effort,
             dropout_active=dropout_active,
         )
@@ -330,39 +321,48 @@ def report(
         print(visible(str(report.write(sources or [run_directory.latest_run()], out))))
 
 
-@config_app.command(name="show")
-def show_config(config: ConfigFiles, overrides: Overrides = None, json_: Json = False) -> None:
-    """Print every value of a config and where it was set."""
-    with user_errors():
-        from gptlite.config_reader import origins, read_layers, validate
+@app.command()
+def export(
+    out: Annotated[Path, typer.Option(help="The new directory.")],
+    to: Annotated[Literal["hf"], typer.Option(help="hf: Hugging Face.")] = "hf",
+    run: RunOption = None,
+    checkpoint: CheckpointOption = "best",
+    verbose: Verbose = False,
+) -> None:
+    """Write a run as a directory that Hugging Face's tools load without code of ours."""
+    with user_errors(verbose):
+        from gptlite.run_directory import existing_run
 
-        document = read_layers(config, overrides or [])
-        rows = list(origins(document, validate(document)))
-        if json_:
-            print_json({key: {"value": value, "origin": place} for key, value, place in rows})
-            return
-        width = max(len(key) + len(json.dumps(value)) for key, value, _ in rows) + 2
-        for key, value, place in rows:
-            print(f"{f'{key}: {json.dumps(value)}':{min(width, 60)}}  # {visible(place)}")
+        directory = existing_run(run)
+        from gptlite.export import export
+        from gptlite.trained import load_trained
 
-
-@config_app.command()
-def check(config: ConfigFiles, overrides: Overrides = None) -> None:
-    """Validate a config; every problem is printed with its place."""
-    with user_errors():
-        from gptlite.config_reader import load_run
-
-        load_run(config, overrides or [])
-        print("ok")
+        trained = load_trained(directory, checkpoint)
+        tell_passed_over(trained)
+        if lost := export(trained, out):
+            tell(f"config.json has no word for this dropout: {', '.join(lost)}")
+        print(visible(str(out)))
 
 
-@config_app.command()
-def schema() -> None:
-    """Print the JSON schema of configs, for editors."""
-    with user_errors():
-        from gptlite.config import RunConfig
+@app.command(name="import")
+def import_(
+    source: Annotated[
+        str,
+        typer.Argument(help="Hugging Face directory, gpt2 or another Hub name, nanoGPT's ckpt.pt."),
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="The run directory; default: runs/ and the name.")
+    ] = None,
+    meta: Annotated[
+        Path | None, typer.Option(help="nanoGPT's meta.pkl, for a model of characters.")
+    ] = None,
+    verbose: Verbose = False,
+) -> None:
+    """Make a run of a model from elsewhere: GPT-2 and Llama shapes, checkpoints of nanoGPT."""
+    with user_errors(verbose):
+        from gptlite.importing import import_model
 
-        print_json(RunConfig.model_json_schema())
+        print(visible(str(import_model(source, out, meta))))
 
 
 def main() -> None:

@@ -77,8 +77,9 @@ class ModelConfig(Section):
     """Learned position embedding, or rotary embedding of queries and keys."""
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     """Normalisation before attention, before the MLP and before the logits."""
-    mlp: Literal["gelu", "swiglu", "relu2"] = "gelu"
-    """Activation; gelu and relu2 are 4 n_embd wide, swiglu about 8/3 n_embd."""
+    mlp: Literal["gelu", "gelu_exact", "swiglu", "relu2"] = "gelu"
+    """Activation; gelu is GPT-2's approximation, gelu_exact nanoGPT's. They and relu2 are 4 n_embd
+    wide, swiglu about 8/3 n_embd."""
     bias: bool = True
     """Biases in linear layers and layernorm."""
     tie_embeddings: bool = True
@@ -231,11 +232,22 @@ def physical_memory_bytes() -> int:
         return 1 << 40
 
 
+def training_needs(run: RunConfig) -> Iterator[tuple[str, str]]:
+    """(key, problem) for what a run must have to be trained, and a model made elsewhere lacks."""
+    train = run.train
+    if not run.sources or not all(run.sources):
+        yield "data.source", "required: a file, glob, folder, URL or python-docs"
+    if (train.max_steps is None) == (train.epochs is None):
+        have = "neither" if train.epochs is None else "both"
+        yield (
+            "train.max_steps",
+            f"give exactly one of train.max_steps and train.epochs (got {have})",
+        )
+
+
 def contradictions(run: RunConfig) -> Iterator[tuple[str, str]]:
     """(key, problem) for all that single fields cannot know; nothing is allocated to find out."""
     model, train, optim = run.model, run.train, run.optim
-    if not run.sources or not all(run.sources):
-        yield "data.source", "required: a file, glob, folder, URL or python-docs"
     for source in run.sources:
         if source.startswith("https://") and run.data.sha256 is None:
             yield "data.sha256", f"required for a download ({source})"
@@ -243,12 +255,6 @@ def contradictions(run: RunConfig) -> Iterator[tuple[str, str]]:
             yield "data.source", f"only https:// addresses are fetched (got {source!r})"
     if run.data.sha256 is not None and len(run.sources) > 1:
         yield "data.sha256", "names one file, but data.source lists several"
-    if (train.max_steps is None) == (train.epochs is None):
-        have = "neither" if train.epochs is None else "both"
-        yield (
-            "train.max_steps",
-            f"give exactly one of train.max_steps and train.epochs (got {have})",
-        )
     if model.n_embd % model.n_head:
         why = f"{model.n_embd} is not divisible by model.n_head {model.n_head}"
         yield "model.n_embd", why

@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import yaml
 from pydantic import ValidationError
 
 from gptlite import strict_yaml
-from gptlite.config import RunConfig, SampleConfig, contradictions
+from gptlite.config import ModelConfig, RunConfig, SampleConfig, contradictions, training_needs
 from gptlite.config_words import explain, run_schema
 from gptlite.errors import ConfigError
 from gptlite.strict_yaml import Document, Path_, problem_line
@@ -27,6 +28,8 @@ REPLACES = {
     ("train", "max_steps"): ("train", "epochs"),
     ("data", "source"): ("data", "sha256"),
 }
+MAY_DIFFER = {("model", "context_length")}
+"""What a run may have another value of than the one that it begins from."""
 
 
 def shipped_configs() -> Path:
@@ -117,7 +120,7 @@ def sample_options(run_dir: Path, given: dict[str, Any]) -> SampleConfig:
 
     Raises ConfigError naming the options that are out of range.
     """
-    stored = load_run([str(run_dir / "config.yaml")]).sample
+    stored = load_run([str(run_dir / "config.yaml")], to_train=False).sample
     laid = {name: value for name, value in given.items() if value is not None}
     try:
         return SampleConfig.model_validate({**stored.model_dump(), **laid})
@@ -129,15 +132,48 @@ def sample_options(run_dir: Path, given: dict[str, Any]) -> SampleConfig:
         raise ConfigError(*(f"{options[name]}: {words[name]}" for name in names)) from None
 
 
-def load_run(files: Sequence[str], overrides: Sequence[str] = ()) -> RunConfig:
-    """The run that the files and overrides describe.
+def load_run(
+    files: Sequence[str], overrides: Sequence[str] = (), *, to_train: bool = True
+) -> RunConfig:
+    """The run that the files and overrides describe; one that is only used needs no data.
 
     Raises ConfigError with one line per problem: `run.yaml:4:5: optim.lr: must be ...`.
     """
-    return validate(read_layers(files, overrides))
+    document = read_layers(files, overrides)
+    inherit(document)
+    return validate(document, to_train=to_train)
 
 
-def validate(document: Document) -> RunConfig:
+def inherit(document: Document) -> None:
+    """Model and tokenizer are those of what `init_from` names; a config may leave them out."""
+    source = document.value(("init_from",))
+    if not isinstance(source, str) or "\0" in source or is_complete(document):
+        return
+    from gptlite import origin  # only now: it needs the tokenizers
+
+    for section, values in origin.sections(source).items():
+        asked = document.values.setdefault(section, {})
+        if not isinstance(asked, dict):
+            continue
+        for key, value in values.items():
+            path: Path_ = (section, key)
+            if key not in asked:
+                asked[key] = value
+                document.places[path] = f"init_from {source}"
+            elif asked[key] != value and path not in MAY_DIFFER:
+                place, has = document.places.get(path, "config"), f"init_from {source} has {value}"
+                why = f"is {asked[key]}, but {has}; leave it out"
+                document.problems.append(problem_line(place, path, why))
+                document.refused.add(path)
+
+
+def is_complete(document: Document) -> bool:
+    """Whether every key of the model is given, as in the stored config of a run."""
+    given = document.values.get("model")
+    return isinstance(given, dict) and set(given) >= set(ModelConfig.model_fields)
+
+
+def validate(document: Document, *, to_train: bool = True) -> RunConfig:
     problems: dict[Path_, str] = {}
     run = None
     try:
@@ -154,7 +190,8 @@ def validate(document: Document) -> RunConfig:
     problems = {path: why for path, why in problems.items() if path not in inner}
     known = problems.keys() | document.refused
     problems = {path: problems[path] for path in problems.keys() - document.refused}
-    for key, message in contradictions(run) if run else ():
+    needs = training_needs(run) if run and to_train else ()
+    for key, message in chain(needs, contradictions(run) if run else ()):
         if not any(concerns(key, message, path) for path in known):
             problems.setdefault(tuple(key.split(".")), message)
     if run is None or problems or document.problems:

@@ -168,6 +168,8 @@ class MLP(nn.Module):
     def activate(self, h: Tensor) -> Tensor:
         if self.activation == "gelu":
             return gelu(h)
+        if self.activation == "gelu_exact":
+            return F.gelu(h)
         if self.activation == "relu2":
             return F.relu(h).square()
         gate, value = h.chunk(2, dim=-1)

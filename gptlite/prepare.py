@@ -26,10 +26,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from gptlite import sources, storage, tokenizer
+from gptlite import origin, sources, storage, tokenizer
 from gptlite.config import RunConfig
 from gptlite.data import TokenFiles, check_ids, open_token_files, token_dtype
-from gptlite.errors import DataError, StorageError
+from gptlite.errors import ConfigError, DataError, StorageError
 from gptlite.sources import Chunk
 from gptlite.tokenizer import Tokenizer
 
@@ -56,21 +56,35 @@ class Scan:
     """Eight bytes of each document's digest, kept only to split by document."""
 
 
-def prepare(run: RunConfig) -> TokenFiles:
-    """The token files of a run: from the cache, from a folder of .bin files, or made now."""
-    return replace(found_or_made(run), train_tokens=run.data.train_tokens)
+def prepare(run: RunConfig, own: Tokenizer | None = None) -> TokenFiles:
+    """The token files of a run: from the cache, from a folder of .bin files, or made now.
+
+    A run that begins from another has its tokenizer; `own` is that one, if it is at hand.
+    """
+    if not run.sources[0]:
+        raise ConfigError("data.source: this model was imported, without data; give --split FILE")
+    if run.init_from is not None:
+        own = own or origin.tokenizer_of(run.init_from)
+        if run.data.layout == "documents" and own.eot is None:
+            raise ConfigError(
+                "data.layout: documents need an end-of-text token; the tokenizer of init_from "
+                f"{run.init_from} has none"
+            )
+    else:
+        own = None
+    return replace(found_or_made(run, own), train_tokens=run.data.train_tokens)
 
 
-def found_or_made(run: RunConfig) -> TokenFiles:
+def found_or_made(run: RunConfig, own: Tokenizer | None) -> TokenFiles:
     folder = Path(os.path.expanduser(run.sources[0]))
     if len(run.sources) == 1 and os.path.isfile(folder / "train.bin"):
-        return adopt(folder, run)
+        return adopt(folder, run, own)
     files = sources.locate(run)
     listing = [described(file) for file in files]
-    target = Path(run.data.cache_dir) / "tokens" / cache_key(run, listing)
+    target = Path(run.data.cache_dir) / "tokens" / cache_key(run, listing, own)
     if not (target / "meta.json").is_file():
         try:
-            make(target, files, listing, run)
+            make(target, files, listing, run, own)
         except OSError as error:
             raise StorageError(f"{error.filename or target}: {error.strerror}") from None
     return open_token_files(target)
@@ -84,30 +98,38 @@ def described(file: Path) -> dict[str, Any]:
         raise StorageError(f"data.source: {file}: {error.strerror}") from None
 
 
-def cache_key(run: RunConfig, listing: list[dict[str, Any]]) -> str:
+def cache_key(run: RunConfig, listing: list[dict[str, Any]], own: Tokenizer | None) -> str:
     kind = run.tokenizer.kind
     decides = {"char": ["unknown"], "bpe": ["vocab_size"], "tiktoken": ["name"]}.get(kind, [])
     names: dict[str, Any] = {"format": FORMAT, "sources": listing, "kind": kind}
-    names |= {name: getattr(run.tokenizer, name) for name in decides}
+    if own is None:
+        names |= {name: getattr(run.tokenizer, name) for name in decides}
+    else:
+        names["tokenizer"] = tokenizer.digest(own)
     names |= {"layout": run.data.layout, "split_by": run.split_by}
     names |= {"val_fraction": run.data.val_fraction, "text_field": run.data.text_field}
     return hashlib.sha256(json.dumps(names, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def adopt(folder: Path, run: RunConfig) -> TokenFiles:
+def adopt(folder: Path, run: RunConfig, own: Tokenizer | None) -> TokenFiles:
     """Token files made elsewhere: by gptlite, or by nanoGPT (then the config names the tokenizer).
 
     nanoGPT's meta.pkl is a pickle and is never read.
     """
     if (folder / "meta.json").is_file():
-        return open_token_files(folder, way_out="make it again, or give the text itself")
+        found = open_token_files(folder, way_out="make it again, or give the text itself")
+        if own is not None and found.meta["tokenizer_sha256"] != tokenizer.digest(own):
+            raise DataError(
+                f"data.source: {folder}: of another tokenizer than init_from {run.init_from}"
+            )
+        return found
     kind = run.tokenizer.kind
-    if kind not in ("byte", "tiktoken"):
+    if own is None and kind not in ("byte", "tiktoken"):
         raise DataError(
             f"data.source: {folder}: has no meta.json, so tokenizer.kind must name the tokenizer "
             f"(byte or tiktoken, got {kind}); or give the text instead of the .bin files"
         )
-    built = tokenizer.build(run.tokenizer, eot=False, characters="", texts=())
+    built = own or tokenizer.build(run.tokenizer, eot=False, characters="", texts=())
     splits = {}
     for split in ("train", "val"):
         path = folder / f"{split}.bin"
@@ -161,7 +183,13 @@ def describe(
     }
 
 
-def make(target: Path, files: list[Path], listing: list[dict[str, Any]], run: RunConfig) -> None:
+def make(
+    target: Path,
+    files: list[Path],
+    listing: list[dict[str, Any]],
+    run: RunConfig,
+    own: Tokenizer | None,
+) -> None:
     """Tokenize into a temporary folder and rename it: a cache folder is whole or absent."""
     work = storage.temporary(target)
     work.mkdir(parents=True, exist_ok=True)
@@ -175,7 +203,7 @@ def make(target: Path, files: list[Path], listing: list[dict[str, Any]], run: Ru
             return divide(with_progress(files, run, desc, scan.n_bytes), is_val, scan, run)
 
         separate = run.data.layout == "documents" or scan.n_documents > 1
-        built = tokenizer.build(
+        built = own or tokenizer.build(
             run.tokenizer,
             eot=separate,
             characters=scan.characters,

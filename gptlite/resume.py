@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from pydantic import BaseModel, ValidationError
+from torch import Tensor
 
-from gptlite import checkpoint, loops, run_directory
+from gptlite import checkpoint, importing, loops, origin, run_directory
 from gptlite.checkpoint import Found, State
 from gptlite.config import RunConfig
 from gptlite.data import TokenFiles
@@ -107,10 +108,21 @@ def surroundings_changed(run: RunConfig, before: dict[str, Any]) -> list[str]:
     return [f"{name}: {before.get(name)} -> {now[name]}" for name in changed]
 
 
-def initial_weights(source: str) -> Path:
-    """The checkpoint that `init_from` names: a step folder, or the best of a run."""
-    path = Path(source)
-    if run_directory.has_run(path):
-        return checkpoint.chosen(path, "best").path
-    checkpoint.read_state(path)
-    return path
+def initial_weights(run: RunConfig) -> dict[str, Tensor] | None:
+    """The weights that `init_from` names: of a checkpoint, the best of a run, or Hugging Face's.
+
+    Learned positions past a shorter context are left out. Raises CheckpointError, ConfigError.
+    """
+    if run.init_from is None:
+        return None
+    path = Path(run.init_from)
+    if origin.is_hugging_face(run.init_from):
+        tensors = importing.from_folder(path).tensors
+    else:
+        folder = checkpoint.chosen(path, "best").path if run_directory.has_run(path) else path
+        checkpoint.read_state(folder)
+        tensors = checkpoint.read_tensors(folder / checkpoint.FILES[0])
+    if "position_embedding.weight" in tensors:
+        kept = tensors["position_embedding.weight"][: run.model.context_length]
+        tensors["position_embedding.weight"] = kept
+    return tensors

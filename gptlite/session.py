@@ -11,7 +11,7 @@ from typing import Any
 
 from gptlite import auto, checkpoint, run_directory, storage
 from gptlite import plan as planning
-from gptlite.checkpoint import Best, Found, State, load_weights
+from gptlite.checkpoint import Best, Found, State
 from gptlite.config import RunConfig
 from gptlite.config_reader import dump, load_run
 from gptlite.errors import ConfigError, DivergedError, Stopped
@@ -31,6 +31,7 @@ from gptlite.resume import (
 )
 from gptlite.tokenizer import digest
 from gptlite.train import MOST_SKIPPED, SKIP_WINDOW, Trainer, Update
+from gptlite.trained import load_tokenizer
 
 Watch = Callable[[int, int, float], None]
 """Is told step, last step and validation loss of each evaluation; what it raises ends the run."""
@@ -330,13 +331,13 @@ def train(
     checkpoint saved. `strict`: not to resume where surroundings have changed.
     """
     stored = load_run([str(directory / "config.yaml")]) if resume else None
-    files = prepare(run)
+    files = prepare(run, load_tokenizer(directory) if resume and run.init_from else None)
     n_rows = files.rows("train", run.model.context_length).n_rows
     files.tokens("val")  # too little text for validation is better known before training
     for prompt in run.sample.prompts:
         documents = run.data.layout == "documents"
         encode_prompt(files.tokenizer, prompt, documents, place=f"sample.prompts: {prompt!r}")
-    weights = None if run.init_from is None or resume else initial_weights(run.init_from)
+    weights = None if resume else initial_weights(run)
     asked = run if stored is None else adopt(run, stored)
     resolved, reasons = auto.resolve(asked, vocab_size=files.meta["vocab_size"], n_rows=n_rows)
     keep_freed()
@@ -350,7 +351,7 @@ def train(
         if found is not None:
             trainer.restore(found.path, found.state)
         elif weights is not None:
-            load_weights(trainer.model, weights)
+            checkpoint.fill(trainer.model, weights, f"init_from: {run.init_from}")
         plan = planning.make_plan(resolved, trainer.model, files, trainer.rows, reasons)
         write_description(trainer, directory, plan)
         saved = found.state if found else None

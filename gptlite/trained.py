@@ -43,7 +43,7 @@ def load_trained(run_dir: Path, which: str) -> Trained:
 
 def load(run_dir: Path, found: Found) -> Trained:
     path, state, problems = found
-    run = usable(load_run([str(run_dir / "config.yaml")]))
+    run = usable(load_run([str(run_dir / "config.yaml")], to_train=False))
     text = load_tokenizer(run_dir)
     if tokenizer.digest(text) != state.tokenizer_sha256:
         raise CheckpointError(f"{run_dir}/tokenizer: differs from the one of {path.name}")

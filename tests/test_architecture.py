@@ -38,11 +38,22 @@ MAY_IMPORT = {
     "config": "dropout_config section",
     "strict_yaml": "errors",
     "config_words": "config strict_yaml",
-    "config_reader": "config config_words errors strict_yaml",
+    "config_reader": "config config_words errors origin strict_yaml",
+    "hf_config": "config dropout_config errors storage",
+    "hf_tokenizer": "errors storage tokenizer",
+    "origin": "errors hf_config hf_tokenizer strict_yaml tokenizer",
+    "hf": "checkpoint config errors storage",
+    "torch_file": "errors storage",
+    "nanogpt": "errors tokenizer torch_file",
+    "export": "checkpoint config_reader errors hf hf_config hf_tokenizer storage trained",
+    "importing": (
+        "checkpoint config config_reader errors hf hf_config hf_tokenizer keys model nanogpt "
+        "origin run_directory storage strict_yaml tokenizer"
+    ),
     "tokenizer": "config errors storage",
     "sources": "config errors storage",
     "data": "errors keys storage tokenizer",
-    "prepare": "config data errors sources storage tokenizer",
+    "prepare": "config data errors origin sources storage tokenizer",
     "loops": "",
     "masks": "dropout_config keys loops",
     "dropout": "dropout_config errors keys masks",
@@ -69,14 +80,15 @@ MAY_IMPORT = {
     "audit": "auto config data dropout dropout_config evaluate loss masks model",
     "plan": "audit auto config data evaluate masks memory metrics model prepare",
     "train": "auto checkpoint config data dropout errors evaluate keys masks model optim",
-    "resume": "checkpoint config data errors loops run_directory",
+    "resume": "checkpoint config data errors importing loops origin run_directory",
     "session": (
         "auto checkpoint config config_reader errors evaluate generate interrupts keys memory "
-        "metrics plan prepare resume run_directory storage tokenizer train"
+        "metrics plan prepare resume run_directory storage tokenizer train trained"
     ),
+    "config_cli": "config config_reader errors exits output",
     "cli": (
-        "audit config config_reader errors exits generate loops output plan prepare "
-        "report run_directory session sources study suites trained"
+        "audit config_cli config_reader errors exits export generate importing loops output plan "
+        "prepare report run_directory session sources study suites trained"
     ),
     "__main__": "cli",
     "__init__": "",
@@ -85,7 +97,8 @@ MAY_IMPORT = {
 
 TORCH_FREE = (
     "errors storage interrupts exits output keys section dropout_config config strict_yaml "
-    "config_words config_reader study_config trials tokenizer sources data prepare loops "
+    "config_words config_reader hf_config hf_tokenizer origin study_config trials tokenizer "
+    "sources data prepare loops "
     "charts verdict network_drawing run_files figures report"
 )
 UNPICKLERS = {"pickle", "_pickle", "shelve", "marshal", "dill", "cloudpickle", "joblib", "code"}

@@ -107,7 +107,7 @@ def test_weights_that_do_not_fit_are_refused(workshop: Workshop) -> None:
     run = workshop.run(init_from=str(workshop.folder / "first"), model={"n_embd": 16})
     with pytest.raises(CheckpointError, match="do not fit this model"):
         train(run, workshop.folder / "second")
-    with pytest.raises(CheckpointError, match="not a whole checkpoint"):
+    with pytest.raises(ConfigError, match="not a run, a checkpoint of one, or a Hugging Face dir"):
         train(workshop.run(init_from=str(workshop.folder)), workshop.folder / "third")
     assert not (workshop.folder / "third").exists()
 

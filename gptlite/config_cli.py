@@ -1,0 +1,57 @@
+"""`gptlite config`: look at configs without running them; and the options of all commands."""
+
+import json
+from typing import Annotated
+
+import typer
+
+from gptlite.errors import visible
+from gptlite.exits import user_errors
+from gptlite.output import print_json
+
+config_app = typer.Typer(help="Look at configs without running them.", no_args_is_help=True)
+
+ConfigFiles = Annotated[
+    list[str],
+    typer.Option("--config", "-c", help="YAML file or shipped config; repeat: later ones win."),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-s", help="One value, as in --set optim.lr=3e-4; wins over files."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+
+
+@config_app.command(name="show")
+def show_config(config: ConfigFiles, overrides: Overrides = None, json_: Json = False) -> None:
+    """Print every value of a config and where it was set."""
+    with user_errors():
+        from gptlite.config_reader import origins, read_layers, validate
+
+        document = read_layers(config, overrides or [])
+        rows = list(origins(document, validate(document)))
+        if json_:
+            print_json({key: {"value": value, "origin": place} for key, value, place in rows})
+            return
+        width = max(len(key) + len(json.dumps(value)) for key, value, _ in rows) + 2
+        for key, value, place in rows:
+            print(f"{f'{key}: {json.dumps(value)}':{min(width, 60)}}  # {visible(place)}")
+
+
+@config_app.command()
+def check(config: ConfigFiles, overrides: Overrides = None) -> None:
+    """Validate a config; every problem is printed with its place."""
+    with user_errors():
+        from gptlite.config_reader import load_run
+
+        load_run(config, overrides or [])
+        print("ok")
+
+
+@config_app.command()
+def schema() -> None:
+    """Print the JSON schema of configs, for editors."""
+    with user_errors():
+        from gptlite.config import RunConfig
+
+        print_json(RunConfig.model_json_schema())

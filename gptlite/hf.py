@@ -1,0 +1,156 @@
+"""Hugging Face's weights ↔ ours: names, transposes, and the matrices that they keep apart.
+
+GPT-2's linear layers are stored transposed there (`Conv1D`), nanoGPT's under the same names are
+not. Llama has a matrix each for queries, keys, values, for the gate and for what it lets through.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gptlite import storage
+from gptlite.checkpoint import MOST_STATE_BYTES, read_tensors
+from gptlite.config import ModelConfig
+from gptlite.errors import CheckpointError
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+PREFIXES = ("_orig_mod.", "module.")
+BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
+"""What some files hold beside weights."""
+TOP: dict[str, dict[str, str]] = {
+    "gpt2": {
+        "token_embedding": "transformer.wte",
+        "position_embedding": "transformer.wpe",
+        "norm": "transformer.ln_f",
+        "head": "lm_head",
+    },
+    "llama": {
+        "token_embedding": "model.embed_tokens",
+        "norm": "model.norm",
+        "head": "lm_head",
+    },
+}
+BLOCK: dict[str, dict[str, tuple[str, ...]]] = {
+    "gpt2": {
+        "norm_1": ("ln_1",),
+        "attention.qkv": ("attn.c_attn",),
+        "attention.output": ("attn.c_proj",),
+        "norm_2": ("ln_2",),
+        "mlp.up": ("mlp.c_fc",),
+        "mlp.down": ("mlp.c_proj",),
+    },
+    "llama": {
+        "norm_1": ("input_layernorm",),
+        "attention.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        "attention.output": ("self_attn.o_proj",),
+        "norm_2": ("post_attention_layernorm",),
+        "mlp.up": ("mlp.gate_proj", "mlp.up_proj"),
+        "mlp.down": ("mlp.down_proj",),
+    },
+}
+LAYERS = {"gpt2": "transformer.h", "llama": "model.layers"}
+LINEAR = ("attention.qkv", "attention.output", "mlp.up", "mlp.down")
+
+
+class Place(NamedTuple):
+    """Where a tensor of ours is in their file."""
+
+    ours: str
+    theirs: tuple[str, ...]
+    """One below the other."""
+    transposed: bool
+
+
+def places(model: ModelConfig, family: str, *, transposed: bool = True) -> Iterator[Place]:
+    """Every tensor that a model may have; biases too, whether it has them or not."""
+    for kind in ("weight", "bias"):
+        for ours, theirs in TOP[family].items():
+            yield Place(f"{ours}.{kind}", (f"{theirs}.{kind}",), transposed=False)
+        for layer in range(model.n_layer):
+            for ours, names in BLOCK[family].items():
+                flips = transposed and family == "gpt2" and ours in LINEAR and kind == "weight"
+                there = tuple(f"{LAYERS[family]}.{layer}.{name}.{kind}" for name in names)
+                yield Place(f"blocks.{layer}.{ours}.{kind}", there, flips)
+
+
+def exported(model: ModelConfig, family: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Our tensors under their names. GPT-2 always has biases: zeros where we have none."""
+    width = model.n_embd // model.n_head
+    heights = {
+        1: None,
+        2: [model.mlp_width, model.mlp_width],
+        3: [width * heads for heads in (model.n_head, model.kv_heads, model.kv_heads)],
+    }
+    out: dict[str, Tensor] = {}
+    for ours, theirs, transposed in places(model, family):
+        tensor = tensors.get(ours)
+        if tensor is None and family == "gpt2" and has_bias(ours):
+            tensor = torch.zeros(len(tensors[ours.replace("bias", "weight")]))
+        if tensor is None:
+            continue
+        parts = tensor.split(heights[len(theirs)] or len(tensor))
+        for name, rows in zip(theirs, parts, strict=True):
+            out[name] = (rows.T if transposed else rows).contiguous()
+    return out
+
+
+def has_bias(name: str) -> bool:
+    """Whether GPT-2 has this bias."""
+    return name.endswith(".bias") and "embedding" not in name and not name.startswith("head")
+
+
+def imported(
+    model: ModelConfig, family: str, tensors: Mapping[str, Tensor], *, transposed: bool = True
+) -> dict[str, Tensor]:
+    """Their tensors under our names, in float32. Raises CheckpointError naming what is odd."""
+    left = {plain(name, family): tensor for name, tensor in tensors.items()}
+    out: dict[str, Tensor] = {}
+    for ours, theirs, flips in places(model, family, transposed=transposed):
+        parts = [left.pop(name) for name in theirs if name in left]
+        if len(parts) == len(theirs):
+            whole = torch.cat([part.T if flips else part for part in parts])
+            out[ours] = whole.float().contiguous()
+    if odd := [name for name in left if not name.endswith(BUFFERS)]:
+        raise CheckpointError(f"{len(odd)} weights of no use here: {', '.join(sorted(odd)[:5])}")
+    if model.tie_embeddings:
+        head = out.pop("head.weight", None)
+        if head is not None and not torch.equal(head, out["token_embedding.weight"]):
+            raise CheckpointError("lm_head.weight differs from the embedding it should be tied to")
+    return out
+
+
+def plain(name: str, family: str) -> str:
+    """A name without what wrappers put before it, and with `transformer.`, which some leave out."""
+    for prefix in PREFIXES:
+        name = name.removeprefix(prefix)
+    bare = family == "gpt2" and name.startswith(("wte.", "wpe.", "ln_f.", "h."))
+    return f"transformer.{name}" if bare else name
+
+
+def without_biases(tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    """The weights alone; None if a bias is not zero."""
+    biases = {name for name in tensors if name.endswith(".bias")}
+    if any(tensors[name].any() for name in biases):
+        return None
+    return {name: tensor for name, tensor in tensors.items() if name not in biases}
+
+
+def read_folder(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a directory, in one file or in several. Raises CheckpointError."""
+    if not (folder / INDEX).is_file():
+        if not (folder / WEIGHTS).is_file():
+            raise CheckpointError(
+                f"{folder}: has no {WEIGHTS}; files that hold pickles (.bin, .pt) are not read here"
+            )
+        return read_tensors(folder / WEIGHTS)
+    try:
+        index = json.loads(storage.read_regular(folder / INDEX, MOST_STATE_BYTES))["weight_map"]
+        shards = sorted({Path(name).name for name in index.values()})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{folder / INDEX}: {error!r:.100}") from None
+    return {name: t for shard in shards for name, t in read_tensors(folder / shard).items()}

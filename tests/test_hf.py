@@ -1,0 +1,351 @@
+"""Hugging Face in and out: the same logits, the same text, the same ids, and nothing lost."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import Workshop, merged, prose, state_at
+from safetensors.torch import save_file
+
+from gptlite import checkpoint, hf_tokenizer, run_directory, storage
+from gptlite import tokenizer as tokenizers
+from gptlite.checkpoint import FILES, model_tensors
+from gptlite.config_reader import dump
+from gptlite.errors import CheckpointError, ConfigError, DataError, UserError
+from gptlite.export import export
+from gptlite.generate import Generation
+from gptlite.importing import import_model
+from gptlite.model import GPT
+from gptlite.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, Tokenizer, train_bpe
+from gptlite.trained import Trained, load_trained
+
+LLAMA = {"position": "rope", "norm": "rmsnorm", "mlp": "swiglu"}
+SHAPES: dict[str, dict[str, Any]] = {
+    "gpt2": {},
+    "untied": {"tie_embeddings": False},
+    "without biases": {"bias": False},
+    "exact gelu": {"mlp": "gelu_exact"},
+    "relu2": {"mlp": "relu2"},
+    "llama": {**LLAMA, "bias": False},
+    "llama, untied": {**LLAMA, "bias": False, "tie_embeddings": False},
+    "llama, grouped keys": {**LLAMA, "bias": False, "n_kv_head": 1},
+    "llama with biases": {**LLAMA, "n_kv_head": 2},
+}
+
+
+def make_run(workshop: Workshop, name: str = "run", **sections: Any) -> Path:
+    """A run directory whose weights are random, biases and norms too."""
+    run = workshop.run(**merged({"attention": "math"}, sections))
+    files = workshop.files(**sections)
+    model = GPT.of_run(run, files.meta["vocab_size"])
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    directory = workshop.folder / name
+    run_directory.create(directory)
+    text = files.tokenizer
+    state = state_at(
+        *(3,), tokenizer_sha256=tokenizers.digest(text), config=run.model_dump(mode="json")
+    )
+    checkpoint.save(directory, {FILES[0]: model_tensors(model)}, state)
+    checkpoint.point(directory, "best", 3)
+    saved = storage.sealed(text.to_json())
+    storage.write_text(directory / "tokenizer" / "tokenizer.json", saved)
+    storage.write_text(directory / "config.yaml", dump(run))
+    return directory
+
+
+def exported(workshop: Workshop, **sections: Any) -> tuple[Trained, Path]:
+    trained = load_trained(make_run(workshop, **sections), "best")
+    export(trained, workshop.folder / "hf")
+    return trained, workshop.folder / "hf"
+
+
+def theirs(folder: Path) -> Any:
+    transformers = pytest.importorskip("transformers", reason="the dev extra is not installed")
+    return transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+def some_ids(trained: Trained, rows: int = 3) -> torch.Tensor:
+    rng = np.random.default_rng(0)
+    size = (rows, trained.run.model.context_length)
+    return torch.from_numpy(rng.integers(0, trained.tokenizer.vocab_size, size))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_hugging_face_gives_the_same_logits_and_the_same_text(
+    workshop: Workshop, shape: str
+) -> None:
+    trained, folder = exported(workshop, model={"context_length": 256, "n_head": 4} | SHAPES[shape])
+    model, ids = theirs(folder), some_ids(trained)
+    with torch.no_grad():
+        ours = trained.model(ids)
+        assert (model(ids).logits - ours).abs().max() <= 1e-5
+    prompt = "The of and"
+    greedy = trained.run.sample.model_copy(update={"temperature": 0.0, "max_new_tokens": 200})
+    (result,) = Generation(trained.model, trained.tokenizer, [prompt], greedy, seed=0).results()
+    start = torch.tensor([trained.tokenizer.encode(prompt)])
+    made = model.generate(start, max_new_tokens=200, do_sample=False, pad_token_id=0)
+    assert len(made[0]) == start.shape[1] + 200
+    assert trained.tokenizer.encode(prompt + result["text"]) == made[0].tolist()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_out_in_and_out_again_loses_nothing(workshop: Workshop, shape: str) -> None:
+    dropout = {"preset": "gpt2", "rate": 0.2, "sites": {"head": 0.1}}
+    trained, folder = exported(workshop, model=SHAPES[shape], dropout=dropout)
+    back = load_trained(import_model(str(folder), workshop.folder / "back", None), "best")
+    assert back.run.model == trained.run.model
+    assert back.run.dropout == trained.run.dropout
+    assert back.tokenizer.to_json() == trained.tokenizer.to_json()
+    ours, again = model_tensors(trained.model), model_tensors(back.model)
+    assert ours.keys() == again.keys()
+    assert all(torch.equal(ours[name], again[name]) for name in ours)
+    export(back, workshop.folder / "hf2")
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"):
+        assert (workshop.folder / "hf2" / name).read_bytes() == (folder / name).read_bytes(), name
+
+
+def test_rates_are_carried_and_what_has_no_word_is_told(workshop: Workshop) -> None:
+    dropout = {"preset": "none", "sites": {"embedding": 0.1, "attention_weights": 0.2}}
+    dropout["sites"] |= {"attention_output": 0.3, "mlp_output": 0.4, "head": 0.05}  # type: ignore[operator]
+    trained = load_trained(make_run(workshop, dropout=dropout), "best")
+    told = export(trained, workshop.folder / "hf")
+    config = json.loads((workshop.folder / "hf" / "config.json").read_text())
+    rates = {name: config[name] for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop")}
+    assert rates == {"embd_pdrop": 0.1, "attn_pdrop": 0.2, "resid_pdrop": 0.3}
+    assert told == ["head 0.05", "mlp_output 0.4 (one rate for attention_output and mlp_output)"]
+    card = (workshop.folder / "hf" / "README.md").read_text()
+    assert "head 0.05" in card
+    assert trained.state.data_digest in card
+
+
+def test_what_was_changed_elsewhere_counts_more_than_what_we_wrote(workshop: Workshop) -> None:
+    """Our own sections in config.json are kept for what it has no word for, not against it."""
+    dropout = {"preset": "gpt2", "rate": 0.2, "sites": {"head": 0.1}}
+    _, folder = exported(workshop, model={"bias": False}, dropout=dropout)
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "resid_pdrop": 0.5}))
+    weights = checkpoint.read_tensors(folder / "model.safetensors")
+    weights["transformer.h.0.ln_1.bias"] += 1
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    back = load_trained(import_model(str(folder), workshop.folder / "back", None), "best")
+    assert back.run.model.bias
+    rates = back.run.dropout.rates()
+    assert (rates["mlp_output"], rates["embedding"], rates["head"]) == (0.5, 0.2, 0.0)
+    ids = some_ids(back)
+    with torch.no_grad():
+        assert (theirs(folder)(ids).logits - back.model(ids)).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("model", "fields"),
+    [
+        ({"qk_norm": True}, ["model.qk_norm"]),
+        ({"n_kv_head": 1}, ["model.n_kv_head"]),
+        ({"norm": "rmsnorm", "mlp": "swiglu"}, ["model.norm", "model.mlp"]),
+        ({"position": "rope"}, ["model.norm", "model.mlp"]),
+    ],
+)
+def test_what_has_no_equivalent_is_refused_by_name(
+    workshop: Workshop, model: dict[str, Any], fields: list[str]
+) -> None:
+    trained = load_trained(make_run(workshop, model=model), "best")
+    with pytest.raises(ConfigError) as refused:
+        export(trained, workshop.folder / "hf")
+    assert [problem.partition(":")[0] for problem in refused.value.problems] == fields
+    assert not (workshop.folder / "hf").exists()
+
+
+@pytest.mark.parametrize(
+    ("shape", "change", "told"),
+    [
+        ("gpt2", {"activation_function": "silu"}, "model.mlp would be 'silu'"),
+        ("gpt2", {"n_inner": 96}, "n_inner 96 has no equivalent; gptlite has 128"),
+        ("gpt2", {"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon 1e-06"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
+        ("gpt2", {"add_cross_attention": True}, "add_cross_attention"),
+        ("gpt2", {"model_type": "bloom"}, "model_type 'bloom'; gptlite reads gpt2 and llama"),
+        ("gpt2", {"n_embd": None}, "n_embd"),
+        ("gpt2", {"n_head": 5}, "5 heads (5 of keys and values) do not divide"),
+        ("llama", {"rope_theta": 500000.0}, "rope_theta 500000.0"),
+        ("llama", {"rope_scaling": {"rope_type": "llama3"}}, "rope_type 'llama3'"),
+        ("llama", {"rope_parameters": {"rope_theta": 1e5}}, "rope_theta 100000.0"),
+        ("llama", {"intermediate_size": 100}, "intermediate_size 100"),
+        ("llama", {"rms_norm_eps": 1e-6}, "rms_norm_eps"),
+        ("llama", {"head_dim": 32}, "head_dim 32"),
+        ("llama", {"hidden_act": "gelu"}, "model.mlp would be 'gated gelu'"),
+        ("llama", {"mlp_bias": True}, "mlp_bias True"),
+        ("llama", {"hidden_size": "64"}, "model.n_embd would be '64'"),
+    ],
+)
+def test_a_foreign_model_that_fits_nothing_here_is_refused_by_field(
+    workshop: Workshop, shape: str, change: dict[str, Any], told: str
+) -> None:
+    _, folder = exported(workshop, model=SHAPES[shape])
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(UserError) as refused:
+        import_model(str(folder), workshop.folder / "back", None)
+    assert told in str(refused.value)
+    assert str(path) in str(refused.value)
+    assert not (workshop.folder / "back").exists()
+
+
+def test_weights_that_are_missing_too_many_or_of_another_shape_are_refused(
+    workshop: Workshop,
+) -> None:
+    _, folder = exported(workshop)
+    path = folder / "model.safetensors"
+    whole = checkpoint.read_tensors(path)
+    for change, told in (
+        ({"transformer.wpe.weight": None}, "position_embedding.weight"),
+        ({"transformer.h.9.ln_1.bias": torch.zeros(32)}, "transformer.h.9.ln_1.bias"),
+        ({"transformer.wpe.weight": torch.zeros(7, 32)}, "position_embedding.weight"),
+        ({"transformer.wte.weight": torch.zeros(3, 32)}, "3 embeddings for"),
+        ({"lm_head.weight": torch.zeros(99, 32)}, "lm_head.weight differs"),
+    ):
+        tensors = {**whole, **change}
+        save_file({name: t for name, t in tensors.items() if t is not None}, path)
+        with pytest.raises(CheckpointError, match=told) as refused:
+            import_model(str(folder), workshop.folder / "back", None)
+        assert str(folder) in str(refused.value)
+    path.unlink()
+    with pytest.raises(CheckpointError, match="has no model.safetensors"):
+        import_model(str(folder), workshop.folder / "back", None)
+
+
+def test_weights_in_several_files_and_with_other_prefixes_are_read(workshop: Workshop) -> None:
+    trained, folder = exported(workshop)
+    whole = checkpoint.read_tensors(folder / "model.safetensors")
+    whole = {name.removeprefix("transformer."): tensor for name, tensor in whole.items()}
+    whole["h.0.attn.bias"] = torch.ones(1, 1, 4, 4)  # the causal mask of OpenAI's files
+    names = sorted(whole)
+    shards = {"model-1.safetensors": names[::2], "model-2.safetensors": names[1::2]}
+    for shard, inside in shards.items():
+        save_file({name: whole[name] for name in inside}, folder / shard)
+    (folder / "model.safetensors").unlink()
+    index = {"weight_map": {name: shard for shard, inside in shards.items() for name in inside}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    back = load_trained(import_model(str(folder), workshop.folder / "back", None), "best")
+    ours, again = model_tensors(trained.model), model_tensors(back.model)
+    assert all(torch.equal(ours[name], again[name]) for name in ours)
+
+
+CL100K = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
+    r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
+)
+"""How cl100k_base splits words."""
+LEARNED = train_bpe([prose()], 400)
+CHARACTERS = "".join(sorted({*prose(), *"0123 é漢\n\t"}))
+OURS: dict[str, Tokenizer] = {
+    "byte": ByteTokenizer(eot=True),
+    "byte, one document": ByteTokenizer(eot=False),
+    "char, skip": CharTokenizer(CHARACTERS, eot=True, unknown="skip"),
+    "char, replace": CharTokenizer(CHARACTERS, eot=False, unknown="replace"),
+    "char with the sign of replacement": CharTokenizer(
+        CHARACTERS + "\ufffd", eot=True, unknown="replace"
+    ),
+    "bpe": LEARNED,
+    "bpe, cl100k's words": BPETokenizer("bpe", "x", CL100K, LEARNED.ranks, LEARNED.eot),
+}
+
+
+@pytest.fixture(scope="module")
+def hugging_face(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Each of OURS as AutoTokenizer loads it."""
+    transformers = pytest.importorskip("transformers", reason="the dev extra is not installed")
+    loaded = {}
+    for name, tokenizer in OURS.items():
+        folder = tmp_path_factory.mktemp("tokenizer")
+        for file, value in hf_tokenizer.written(tokenizer, 64).items():
+            storage.write_json(folder / file, value)
+        loaded[name] = transformers.AutoTokenizer.from_pretrained(folder)
+    return loaded
+
+
+def strange_texts(n: int) -> list[str]:
+    """Letters, spaces of all kinds, what patterns treat by itself, and any character there is."""
+    rng = random.Random(0)
+    letters = [chr(point) for point in range(33, 127)]
+    spaces = [*" \t\n\r\x0b\x1c\x85\xa0\u2028\u3000", "  ", "\r\n", " \n"]
+    odd = ["'s", "'LL", "'\u017f", "\u00b2", "\u0663", "12345", "\u6f22", "\U0001f600", "\ufffd"]
+    anything = [chr(point) for point in range(0x110000) if not 0xD800 <= point < 0xE000]
+    pools = [letters, letters, spaces, odd, anything]
+    lengths = [rng.randrange(40) for _ in range(n)]
+    return ["".join(rng.choice(rng.choice(pools)) for _ in range(size)) for size in lengths]
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_ids_are_equal_on_ten_thousand_texts(hugging_face: dict[str, Any], name: str) -> None:
+    texts = strange_texts(10_000)
+    ours, theirs = OURS[name], hugging_face[name]
+    ids = [ours.encode(text) for text in texts]
+    found = theirs(texts)["input_ids"]
+    assert [text for text, a, b in zip(texts, ids, found, strict=True) if a != b] == []
+    if name.startswith(("byte", "bpe")):
+        assert theirs.batch_decode(ids[:500]) == texts[:500]
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_a_tokenizer_comes_back_as_it_was(tmp_path: Path, name: str) -> None:
+    for file, value in hf_tokenizer.written(OURS[name], 64).items():
+        storage.write_json(tmp_path / file, value)
+    back, ours = hf_tokenizer.read(tmp_path), OURS[name]
+    for text in (prose(50), "é漢 '12345'\n\n x", ""):
+        known = "".join(c for c in text if c in CHARACTERS)
+        assert back.encode(known) == ours.encode(known)
+    assert (back.vocab_size, back.eot, back.kind) == (ours.vocab_size, ours.eot, ours.kind)
+    again = hf_tokenizer.written(back, 64)
+    assert again == json.loads(json.dumps(hf_tokenizer.written(ours, 64)))
+
+
+def test_a_tokenizer_of_another_make_is_refused(tmp_path: Path) -> None:
+    whole = json.loads(json.dumps(hf_tokenizer.document(LEARNED)))
+    path = tmp_path / "tokenizer.json"
+    wordpiece = {**whole["model"], "type": "WordPiece"}
+    for change in (
+        {"model": wordpiece},
+        {"normalizer": {"type": "Lowercase"}},
+        {"pre_tokenizer": {"type": "Whitespace"}},
+        {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}},
+        {"added_tokens": []},
+        {"model": 3},
+        {"model": {"type": "BPE", "vocab": {"a": -1}}},
+    ):
+        path.write_text(json.dumps({**whole, **change}))
+        with pytest.raises((ConfigError, DataError)) as refused:
+            hf_tokenizer.read(tmp_path)
+        assert str(path) in str(refused.value)
+    path.write_text("[" * 100_000)
+    with pytest.raises(DataError):
+        hf_tokenizer.read(tmp_path)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_what_transformers_itself_saves_is_read(tmp_path: Path, family: str) -> None:
+    transformers = pytest.importorskip("transformers", reason="the dev extra is not installed")
+    size = {"vocab_size": 301, "bos_token_id": 300, "eos_token_id": 300}
+    if family == "gpt2":
+        config = transformers.GPT2Config(n_layer=2, n_head=2, n_embd=32, n_positions=24, **size)
+    else:
+        shape = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+        shape |= {"hidden_size": 48, "intermediate_size": 128, "max_position_embeddings": 24}
+        config = transformers.LlamaConfig(**shape, rms_norm_eps=1e-5, **size)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    model.save_pretrained(tmp_path / "hf")
+    text = train_bpe([prose()], 301)
+    for file, value in hf_tokenizer.written(text, 24).items():
+        storage.write_json(tmp_path / "hf" / file, value)
+    back = load_trained(import_model(str(tmp_path / "hf"), tmp_path / "run", None), "best")
+    ids = torch.arange(24)[None]
+    with torch.no_grad():
+        assert (back.model(ids) - model(ids).logits).abs().max() <= 1e-5
+    assert back.run.dropout.rates()["embedding"] == (0.1 if family == "gpt2" else 0.0)
