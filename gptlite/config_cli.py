@@ -1,6 +1,7 @@
 """`gptlite config`: look at configs without running them; and the options of all commands."""
 
 import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -55,3 +56,14 @@ def schema() -> None:
         from gptlite.config import RunConfig
 
         print_json(RunConfig.model_json_schema())
+
+
+@config_app.command(name="import")
+def import_config(
+    file: Annotated[Path, typer.Argument(help="nanoGPT's config/*.py, or the book's dictionary.")],
+) -> None:
+    """Print another project's config as YAML; its file is read, never run."""
+    with user_errors():
+        from gptlite.foreign_config import translated
+
+        print(translated(file), end="")

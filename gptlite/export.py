@@ -45,6 +45,8 @@ def export(trained: Trained, out: Path) -> list[str]:
         if out.exists():
             storage.disk.delete_folder(out)
         storage.disk.rename(work, out)
+    except (FileExistsError, NotADirectoryError):
+        raise ConfigError(f"--out {out}: not below a directory") from None
     except OSError as error:
         raise StorageError(f"--out {out}: {error.strerror}") from None
     finally:

@@ -85,7 +85,8 @@ MAY_IMPORT = {
         "auto checkpoint config config_reader errors evaluate generate interrupts keys memory "
         "metrics plan prepare resume run_directory storage tokenizer train trained"
     ),
-    "config_cli": "config config_reader errors exits output",
+    "foreign_config": "config_reader errors storage strict_yaml",
+    "config_cli": "config config_reader errors exits foreign_config output",
     "cli": (
         "audit config_cli config_reader errors exits export generate importing loops output plan "
         "prepare report run_directory session sources study suites trained"
@@ -97,8 +98,8 @@ MAY_IMPORT = {
 
 TORCH_FREE = (
     "errors storage interrupts exits output keys section dropout_config config strict_yaml "
-    "config_words config_reader hf_config hf_tokenizer origin study_config trials tokenizer "
-    "sources data prepare loops "
+    "config_words config_reader foreign_config hf_config hf_tokenizer origin study_config trials "
+    "tokenizer sources data prepare loops "
     "charts verdict network_drawing run_files figures report"
 )
 UNPICKLERS = {"pickle", "_pickle", "shelve", "marshal", "dill", "cloudpickle", "joblib", "code"}
