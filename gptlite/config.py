@@ -28,16 +28,17 @@ ASSUMED_VOCABULARY = {"byte": 257, "char": 64, "bpe": 4096, "tiktoken": 50257}
 
 class DataConfig(Section):
     source: str | Texts = ""
-    """File, glob, folder or https URL of .txt .md .jsonl .csv, or a list of them, or
+    """File, glob or folder of .txt .md .jsonl .csv .parquet, also .gz and .zst; an address
+    (https://, s3:// and all that fsspec knows, hf:// for datasets of the Hub); a list of them; or
     `python-docs`: the language reference and docstrings of this Python. Required. A folder that
     holds train.bin and val.bin is taken as it is."""
     sha256: Digest | None = None
     """Digest that a single file or download must have; required for a URL."""
     text_field: str = "text"
-    """Field of a .jsonl record or column of a .csv row that holds the text."""
+    """Field of a .jsonl record, or column of a .csv, .parquet or dataset, that holds the text."""
     layout: Literal["stream", "documents"] = "stream"
     """stream: fixed windows over all text; documents: one document per row, padded (each line of
-    a .txt or .md, each record of a .jsonl or .csv)."""
+    a .txt or .md, each record of the other kinds)."""
     val_fraction: float = Field(0.1, gt=0, lt=1)
     """Share of the text kept for validation."""
     split_by: Literal["auto", "tail", "document"] = "auto"
@@ -251,8 +252,8 @@ def contradictions(run: RunConfig) -> Iterator[tuple[str, str]]:
     for source in run.sources:
         if source.startswith("https://") and run.data.sha256 is None:
             yield "data.sha256", f"required for a download ({source})"
-        elif "://" in source and not source.startswith("https://"):
-            yield "data.source", f"only https:// addresses are fetched (got {source!r})"
+        elif source.startswith(("http://", "ftp://")):
+            yield "data.source", f"is not encrypted on its way; give https:// (got {source!r})"
     if run.data.sha256 is not None and len(run.sources) > 1:
         yield "data.sha256", "names one file, but data.source lists several"
     if model.n_embd % model.n_head:

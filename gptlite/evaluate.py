@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gptlite import sources, tokenizer
+from gptlite import readers, sources, tokenizer
 from gptlite.auto import precision
 from gptlite.config import RunConfig
 from gptlite.data import IGNORED, Batch, Documents, Layout, Stream
@@ -143,7 +143,7 @@ def rows_of_file(trained: Trained, file: str) -> Layout:
     held = ""
     try:
         sources.check_regular(path)
-        for chunk, ends in sources.read_file(path, run.data):
+        for chunk, ends in readers.read_file(path, run.data):
             pieces, held = tokenizer.cut(held + chunk, final=ends)
             for piece in pieces:
                 ids += text.encode(piece)

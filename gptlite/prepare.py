@@ -26,11 +26,11 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from gptlite import origin, sources, storage, tokenizer
+from gptlite import origin, readers, sources, storage, tokenizer
 from gptlite.config import RunConfig
 from gptlite.data import TokenFiles, check_ids, open_token_files, token_dtype
 from gptlite.errors import ConfigError, DataError, StorageError
-from gptlite.sources import Chunk
+from gptlite.readers import Chunk
 from gptlite.tokenizer import Tokenizer
 
 FORMAT = 2
@@ -224,7 +224,7 @@ def with_progress(files: list[Path], run: RunConfig, desc: str, total: int) -> I
         total=total or None, unit="B", unit_scale=True, desc=desc, disable=None, delay=2
     ) as bar:
         for file in files:
-            for text, ends in sources.read_file(file, run.data):
+            for text, ends in readers.read_file(file, run.data):
                 bar.update(len(text))
                 yield text, ends
 

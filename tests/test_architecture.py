@@ -51,9 +51,11 @@ MAY_IMPORT = {
         "origin run_directory storage strict_yaml tokenizer"
     ),
     "tokenizer": "config errors storage",
-    "sources": "config errors storage",
+    "readers": "config errors",
+    "remote": "config errors readers storage",
+    "sources": "config errors readers remote storage",
     "data": "errors keys storage tokenizer",
-    "prepare": "config data errors origin sources storage tokenizer",
+    "prepare": "config data errors origin readers sources storage tokenizer",
     "loops": "",
     "masks": "dropout_config keys loops",
     "dropout": "dropout_config errors keys masks",
@@ -67,7 +69,9 @@ MAY_IMPORT = {
     "memory": "config errors loss",
     "auto": "config dropout errors loops masks memory model",
     "trained": "auto checkpoint config config_reader errors model tokenizer",
-    "evaluate": "auto config data dropout errors keys loss masks model sources tokenizer trained",
+    "evaluate": (
+        "auto config data dropout errors keys loss masks model readers sources tokenizer trained"
+    ),
     "intervals": "keys",
     "knockout": "auto config data dropout evaluate intervals keys loss model",
     "importance": "intervals knockout model",
@@ -99,7 +103,7 @@ MAY_IMPORT = {
 TORCH_FREE = (
     "errors storage interrupts exits output keys section dropout_config config strict_yaml "
     "config_words config_reader foreign_config hf_config hf_tokenizer origin study_config trials "
-    "tokenizer sources data prepare loops "
+    "tokenizer readers remote sources data prepare loops "
     "charts verdict network_drawing run_files figures report"
 )
 UNPICKLERS = {"pickle", "_pickle", "shelve", "marshal", "dill", "cloudpickle", "joblib", "code"}

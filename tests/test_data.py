@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptlite import prepare, sources, tokenizer
+from gptlite import prepare, readers, tokenizer
 from gptlite.data import (
     IGNORED,
     Batch,
@@ -372,7 +372,7 @@ def jsonl(texts: Iterable[str]) -> str:
 @pytest.mark.parametrize("fraction", [0.01, 0.1, 0.25, 0.5, 0.9])
 @pytest.mark.parametrize("chunk", [16, 1 << 20])
 def test_the_tail_is_cut_at_its_share_of_the_bytes(made, monkeypatch, fraction, chunk):
-    monkeypatch.setattr(sources, "CHUNK", chunk)
+    monkeypatch.setattr(readers, "CHUNK", chunk)
     text = "The quick brown fox. " * 20
     files = made(text, data={"val_fraction": fraction})
     train, val = text_of(files, "train"), text_of(files, "val")
@@ -383,7 +383,7 @@ def test_the_tail_is_cut_at_its_share_of_the_bytes(made, monkeypatch, fraction, 
 @pytest.mark.parametrize("fraction", np.linspace(0.1, 0.9, 12).tolist())
 @pytest.mark.parametrize("chunk", [4, 16, 1 << 20])
 def test_the_tail_is_never_cut_inside_a_character(made, monkeypatch, fraction, chunk):
-    monkeypatch.setattr(sources, "CHUNK", chunk)
+    monkeypatch.setattr(readers, "CHUNK", chunk)
     text = "aé漢👩" * 5
     files = made(text, data={"val_fraction": fraction})
     train, val = text_of(files, "train"), text_of(files, "val")
@@ -581,7 +581,7 @@ def test_what_does_not_decide_the_tokens_names_the_same_folder(made):
 
 
 def test_a_text_that_turns_out_bad_leaves_nothing_behind(workshop, monkeypatch):
-    monkeypatch.setattr(sources, "CHUNK", 64)
+    monkeypatch.setattr(readers, "CHUNK", 64)
     workshop.text.write_bytes(b"good text " * 50 + b"\xff")
     with pytest.raises(DataError, match="not valid UTF-8 at byte 500"):
         workshop.files()
@@ -709,7 +709,7 @@ def peak_bytes(workshop, n_bytes: int) -> int:
 
 
 def test_memory_does_not_grow_with_the_text(workshop, monkeypatch):
-    monkeypatch.setattr(sources, "CHUNK", 1 << 18)
+    monkeypatch.setattr(readers, "CHUNK", 1 << 18)
     monkeypatch.setattr(prepare, "WAITING_PIECES", 4)
     small, large = peak_bytes(workshop, 2_000_000), peak_bytes(workshop, 12_000_000)
     assert large < 1.2 * small

@@ -17,10 +17,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from gptlite import sources
+from gptlite import readers, remote, sources
 from gptlite.config import DataConfig
 from gptlite.errors import DataError
-from gptlite.sources import Chunk, read_file
+from gptlite.readers import Chunk, read_file
 
 URL = "https://example.org/folder/story.txt"
 STREAM, DOCUMENTS = DataConfig(), DataConfig(layout="documents")
@@ -57,7 +57,7 @@ def write(tmp_path):
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(sources, "CHUNK", 8)
+    monkeypatch.setattr(readers, "CHUNK", 8)
 
 
 def problem(caught: pytest.ExceptionInfo[DataError]) -> str:
@@ -99,7 +99,7 @@ def test_lines_are_the_same_however_the_file_is_read(tmp_path_factory, text, chu
     path = tmp_path_factory.getbasetemp() / "lines.txt"
     path.write_bytes(b"\xef\xbb\xbf" * mark + text.encode())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "CHUNK", chunk)
+        patch.setattr(readers, "CHUNK", chunk)
         assert read(path, DOCUMENTS) == lines_of(text)
         assert "".join(read(path, STREAM)) == text
 
@@ -250,16 +250,16 @@ def test_a_list_is_read_in_the_order_given(workshop, write):
     [
         ("missing.txt", "No such file"),
         ("*.rst", "matches no file"),
-        ("empty", "no .txt .md .jsonl .csv file in this folder"),
+        ("empty", "no .txt .md .jsonl .csv .parquet file in this folder"),
         ("pipe.txt", "not a regular file"),
-        ("table.parquet", ".parquet is not text"),
+        ("table.npz", ".npz is not text"),
         ("a.txt/b.txt", "Not a directory"),
         ("a" * 300, "File name too long"),
         ("a\0.txt", "null"),
     ],
 )
 def test_a_source_that_cannot_be_read_is_one_line_that_names_it(workshop, write, source, why):
-    for name in ("a.txt", "table.parquet", "empty/image.png"):
+    for name in ("a.txt", "table.npz", "empty/image.png"):
         write(name, "x")
     os.mkfifo(workshop.folder / "pipe.txt")
     path = workshop.folder / source
@@ -353,7 +353,7 @@ def test_a_download_with_another_digest_is_not_kept(workshop, internet):
 
 
 def test_a_download_larger_than_any_text_is_not_kept(workshop, internet, monkeypatch):
-    monkeypatch.setattr(sources, "MAX_DOWNLOAD", 1 << 10)
+    monkeypatch.setattr(remote, "MAX_DOWNLOAD", 1 << 10)
     internet.answer = Response(b"x" * 2000)
     with pytest.raises(DataError, match="larger than"):
         sources.locate(url_run(workshop, b"x" * 2000))
