@@ -188,6 +188,12 @@ class SampleConfig(Section):
 class LogConfig(Section):
     progress: Literal["auto", "bar", "lines"] = "auto"
     """auto: a bar on a terminal, else plain lines."""
+    sinks: Annotated[
+        tuple[Literal["tensorboard", "wandb", "trackio"], ...], Field(strict=False)
+    ] = ()
+    """Where the rows of metrics.jsonl also go, as in [tensorboard]; each is an extra to install."""
+    project: str = Field("gptlite", min_length=1)
+    """The project's name at wandb and trackio."""
 
 
 class RunConfig(Section):

@@ -29,6 +29,7 @@ from gptlite.resume import (
     start_point,
     surroundings_changed,
 )
+from gptlite.sinks import Place, Sinks, check_installed
 from gptlite.tokenizer import digest
 from gptlite.train import MOST_SKIPPED, SKIP_WINDOW, Trainer, Update
 from gptlite.trained import load_tokenizer
@@ -73,6 +74,8 @@ class Session:
         self.console = Console(
             directory / "train.log", run.log.progress, trainer.max_steps, trainer.step
         )
+        place = Place(run, directory, self.run_id, known)
+        self.sinks = Sinks(place, self.console.say)
         self.val_rows = trainer.files.rows("val", run.model.context_length)
         self.lengths = byte_lengths(trainer.files.tokenizer)
         self.verified = False
@@ -184,6 +187,7 @@ class Session:
             row |= self.evaluate(step)
         if self.evaluates_at(step) or step % train.log_interval == 0:
             self.metrics.write(row)
+            self.sinks.write(row)
             self.console.progress(step, row, self.val_loss)
         if self.samples_at(step):
             self.sample()
@@ -337,6 +341,7 @@ def train(
     for prompt in run.sample.prompts:
         documents = run.data.layout == "documents"
         encode_prompt(files.tokenizer, prompt, documents, place=f"sample.prompts: {prompt!r}")
+    check_installed(run.log.sinks)
     weights = None if resume else initial_weights(run)
     asked = run if stored is None else adopt(run, stored)
     resolved, reasons = auto.resolve(asked, vocab_size=files.meta["vocab_size"], n_rows=n_rows)
@@ -363,6 +368,7 @@ def train(
             session.console.log_failure(error)
             raise
         finally:
+            session.sinks.close()
             session.console.close()
 
 

@@ -65,6 +65,7 @@ MAY_IMPORT = {
     "optim": "config",
     "run_directory": "errors storage",
     "metrics": "errors storage",
+    "sinks": "config config_reader errors",
     "checkpoint": "config errors model section storage",
     "memory": "config errors loss",
     "auto": "config dropout errors loops masks memory model",
@@ -87,7 +88,7 @@ MAY_IMPORT = {
     "resume": "checkpoint config data errors importing loops origin run_directory",
     "session": (
         "auto checkpoint config config_reader errors evaluate generate interrupts keys memory "
-        "metrics plan prepare resume run_directory storage tokenizer train trained"
+        "metrics plan prepare resume run_directory sinks storage tokenizer train trained"
     ),
     "foreign_config": "config_reader errors storage strict_yaml",
     "config_cli": "config config_reader errors exits foreign_config output",
