@@ -1,8 +1,8 @@
 """The commands: arguments in, one call out. Imports stand inside, so `--help` needs no torch."""
 
-import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -12,7 +12,7 @@ from gptlite import __version__
 from gptlite.config_cli import ConfigFiles, Json, Overrides, config_app
 from gptlite.errors import ConfigError, UserError, visible
 from gptlite.exits import leave_when_terminated, user_errors
-from gptlite.output import print_json, print_results, stream, tell, tell_passed_over
+from gptlite.output import print_json, print_results, stream, tell, tell_lines, tell_passed_over
 
 app = typer.Typer(
     name="gptlite",
@@ -54,6 +54,15 @@ def main_options(
 def train(
     config: MoreConfigFiles = None,
     overrides: Overrides = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A text: alone, its config is made for it; beside --config, data.source."
+        ),
+    ] = None,
+    minutes: Annotated[
+        float, typer.Option(min=0.1, max=10_000, help="Time that a config made for --data uses.")
+    ] = 5,
     out_dir: Annotated[str | None, typer.Option(help="The run directory itself.")] = None,
     resume: Annotated[
         str | None, typer.Option(help="`auto`: go on where this run stopped; or a run directory.")
@@ -64,34 +73,29 @@ def train(
     verbose: Verbose = False,
 ) -> None:
     """Train a model: tokenize if needed, train, evaluate, sample, save."""
-    from gptlite.config_reader import load_run
-
     with user_errors(verbose):
-        if not config and resume in (None, "auto"):
-            raise ConfigError("--config: missing option; give a file or a shipped config")
-        named_dir = (
-            [] if out_dir is None else [f"out_dir={json.dumps(out_dir, ensure_ascii=False)}"]
-        )
-        values = [*(overrides or []), *named_dir]
-        from gptlite import run_directory
+        from gptlite.launch import launched
 
-        named = None if resume in (None, "auto") else run_directory.resumed(str(resume))
-        files = list(config or [])
-        if named is not None and not files:
-            files = [str(named / "config.yaml")]
-        run = load_run(files, values)
-        directory, resumes = (
-            (named, True) if named else run_directory.where(run.out_dir, files, resume)
+        launch = launched(
+            *(config or [], overrides or [], data or []),
+            minutes=minutes,
+            out_dir=out_dir,
+            resume=resume,
         )
         from gptlite import loops
 
         loops.building()  # while torch loads; an error above shows before either
         from gptlite.session import train
 
-        train(run, directory, resume=resumes, strict=strict_resume)
+        if launch.recipe is not None:
+            from gptlite.recipe import keep
+
+            tell_lines(launch.recipe)
+            keep(launch.recipe, launch.directory)
+        train(launch.run, launch.directory, resume=launch.resumes, strict=strict_resume)
         from gptlite.report import after_training
 
-        after_training(directory, tell)
+        after_training(launch.directory, tell)
 
 
 @app.command()
@@ -122,6 +126,9 @@ def generate(
     num_samples: Annotated[
         int, typer.Option(min=1, max=10_000, help="Continuations of each prompt.")
     ] = 1,
+    interactive: Annotated[
+        bool, typer.Option("--interactive", "-i", help="Line by line; `:help` says more.")
+    ] = False,
     checkpoint: CheckpointOption = "best",
     json_: Json = False,
     verbose: Verbose = False,
@@ -145,23 +152,27 @@ def generate(
         prompts = [*(prompt or []), *([read_prompt(prompt_file)] if prompt_file else [])]
         if any(not text for text in stop or []):
             raise ConfigError("--stop: an empty text would stop at once")
+        if interactive and (prompts or json_ or num_samples > 1):
+            raise ConfigError("--interactive: takes no --prompt, --json or --num-samples")
         from gptlite.generate import Generation, halve
+        from gptlite.interactive import talk
         from gptlite.trained import load_trained
 
         trained = load_trained(directory, checkpoint)
         tell_passed_over(trained)
         if trained.run.dtype == "bfloat16":
             halve(trained.model)
-        generation = Generation(
+        begin = partial(
+            Generation,
             trained.model,
             trained.tokenizer,
-            prompts or [""],
-            options,
-            seed=seed,
-            num_samples=num_samples,
             stops=stop or [],
             documents=trained.run.data.layout == "documents",
         )
+        if interactive:
+            talk(begin, options, seed)
+            return
+        generation = begin(prompts or [""], options, seed=seed, num_samples=num_samples)
         if json_:
             print_json({"run": str(directory), "results": generation.results()})
         else:

@@ -67,6 +67,10 @@ def tell(line: str) -> None:
     print(visible(line), file=sys.stderr)
 
 
+def tell_lines(text: str) -> None:
+    print(visible(text.rstrip("\n"), keep="\n"), file=sys.stderr)
+
+
 def tell_passed_over(trained: Any) -> None:
     """Which damaged checkpoints a model was not taken from."""
     for problem in trained.problems:

@@ -92,9 +92,16 @@ MAY_IMPORT = {
     ),
     "foreign_config": "config_reader errors storage strict_yaml",
     "config_cli": "config config_reader errors exits foreign_config output",
+    "interactive": "config errors strict_yaml",
+    "recipe": (
+        "auto config config_reader metrics model plan prepare readers run_directory sources "
+        "storage strict_yaml"
+    ),
+    "launch": "config config_reader errors recipe run_directory",
     "cli": (
-        "audit config_cli config_reader errors exits export generate importing loops output plan "
-        "prepare report run_directory session sources study suites trained"
+        "audit config_cli config_reader errors exits export generate importing interactive "
+        "launch loops output plan prepare recipe report run_directory session sources study "
+        "suites trained"
     ),
     "__main__": "cli",
     "__init__": "",

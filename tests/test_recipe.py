@@ -1,0 +1,122 @@
+"""A config made for a text: every choice has a reason, and the YAML says what is trained."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Workshop, prose
+from typer.testing import CliRunner
+
+from gptlite import recipe
+from gptlite.cli import app
+from gptlite.config import DataConfig
+from gptlite.config_reader import load_run
+from gptlite.errors import DataError
+from gptlite.prepare import prepare
+
+NAMES = [f"{a}{b}{c}" for a in ("an", "bel", "cor") for b in "aeiou" for c in ("", "n", "lia")] * 10
+
+
+@pytest.fixture(autouse=True)
+def _clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An update takes as long as its arithmetic, not as this machine is busy."""
+
+    def seconds(run: Any, model: Any, rows: Any) -> float:
+        tokens = run.train.batch_size * run.model.context_length
+        return 6e-10 * run.model.n_parameters(1) * tokens
+
+    monkeypatch.setattr(recipe, "seconds_per_update", seconds)
+
+
+def composed(workshop: Workshop, minutes: float = 0.5, *overrides: str) -> tuple[Any, str]:
+    cache = f"data.cache_dir={workshop.folder / 'cache'}"
+    return recipe.compose([str(workshop.text)], minutes, [cache, *overrides])
+
+
+def look(workshop: Workshop, text: str) -> recipe.Survey:
+    workshop.text.write_text(text, encoding="utf-8")
+    return recipe.survey(DataConfig(source=str(workshop.text)))
+
+
+def chosen(found: recipe.Survey) -> dict[str, Any]:
+    return {choice.key: choice.value for choice in recipe.of_text(found)}
+
+
+def test_the_yaml_is_the_run(workshop: Workshop) -> None:
+    run, text = composed(workshop)
+    path = workshop.folder / "recipe.yaml"
+    path.write_text(text)
+    assert load_run([str(path)], [f"data.cache_dir={workshop.folder / 'cache'}"]) == run
+    assert text.startswith(f"# For {workshop.text} in 0.5 minutes")
+    for key in ("kind: char", "n_layer:", "max_steps:", "preset:", "name: muon"):
+        (line,) = (line for line in text.splitlines() if key in line)
+        assert "  # " in line, line
+
+
+def test_a_text_is_cut_as_its_size_and_kind_allow(workshop: Workshop) -> None:
+    assert chosen(look(workshop, prose())) == {"tokenizer.kind": "char"}
+    names = look(workshop, "\n".join(NAMES))
+    assert names.longest_line == 7
+    assert chosen(names) == {"data.layout": "documents", "tokenizer.kind": "char"}
+    many = "".join(map(chr, range(0x4E00, 0x4E00 + 500))) * 10
+    assert chosen(look(workshop, many)) == {"tokenizer.kind": "bpe", "tokenizer.vocab_size": 512}
+    sizes = {
+        size: chosen(recipe.Survey(size, 90, None)).get("tokenizer.vocab_size")
+        for size in (1_000_000, 2_500_000, 10_000_000, 1 << 40)
+    }
+    assert sizes == {1_000_000: None, 2_500_000: 2048, 10_000_000: 8192, 1 << 40: 16384}
+
+
+def test_lines_of_poems_are_not_names(workshop: Workshop) -> None:
+    assert look(workshop, "the sea\nthe sky\n" * 300).longest_line is None
+    assert look(workshop, "short\n" * 50).longest_line is None
+
+
+def test_more_time_means_a_larger_model_and_more_updates(workshop: Workshop) -> None:
+    runs = [composed(workshop, minutes)[0] for minutes in (0.5, 5, 120)]
+    widths = [run.model.n_embd for run in runs]
+    assert widths == sorted(widths)
+    assert widths[0] < widths[-1]
+
+
+def test_a_short_text_is_not_read_more_often_than_it_helps(workshop: Workshop) -> None:
+    run, text = composed(workshop, 600)
+    rows = prepare(run).rows("train", run.model.context_length).n_rows
+    assert run.train.max_steps * run.train.batch_size / rows <= recipe.MOST_EPOCHS + 1
+    assert "60 passes over the text" in text
+    assert run.dropout.rate == 0.2
+
+
+def test_what_is_set_wins_and_is_noted(workshop: Workshop) -> None:
+    run, text = composed(workshop, 0.5, "model.n_layer=1", "train.max_steps=7")
+    assert (run.model.n_layer, run.train.max_steps) == (1, 7)
+    assert "# --set model.n_layer=1" in text
+
+
+def test_a_text_that_is_not_there_is_one_line(workshop: Workshop) -> None:
+    workshop.text.unlink()
+    with pytest.raises(DataError, match="No such file"):
+        composed(workshop)
+    workshop.text.write_text("")
+    with pytest.raises(DataError, match="has no text"):
+        composed(workshop)
+
+
+def test_one_line_trains_on_a_text_and_goes_on(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(workshop.folder)
+    short = ["--set", "train.max_steps=30", "--set", "model.n_layer=1", "--set", "device=cpu"]
+    result = CliRunner().invoke(app, ["train", "--data", "text.txt", "--minutes", "0.5", *short])
+    assert result.exit_code == 0, result.output
+    assert "kind: char  # " in result.output
+    directory = Path("runs/text")
+    assert (directory / "recipe.yaml").read_text() in result.output
+    assert (directory / "summary.json").is_file()
+    more = ["--set", "train.max_steps=32", "--resume", "auto"]
+    result = CliRunner().invoke(app, ["train", "--data", "text.txt", *more])
+    assert result.exit_code == 0, result.output
+    assert "resumed at step 30 of 32" in result.output
+    result = CliRunner().invoke(app, ["train"])
+    assert result.exit_code == 2
+    assert "or --data TEXT" in result.output
