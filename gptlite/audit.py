@@ -73,7 +73,7 @@ def advice(run: RunConfig, epochs: float) -> Iterator[str]:
     live = {site: rate for site, rate in run.dropout.rates().items() if rate > 0}
     if live and epochs <= 1:
         yield f"dropout in {epochs:.2f} epochs: text seen once is learned best without (rate 0)"
-    if not live and epochs > 4:
+    if not live and epochs > 16:
         yield f"no dropout in {epochs:.1f} epochs: the text will be learned by heart (rate: auto)"
     high = [f"{site} {rate:g}" for site, rate in live.items() if rate >= 0.5]
     if high:

@@ -24,11 +24,8 @@ SURVEYED = 1 << 24
 """Characters that are looked at; of a longer text, its beginning."""
 FEWEST_NAMES, LONGEST_NAME = 200, 40
 """Lines, and characters of a line, from which a list of names is known."""
-FEW_CHARACTERS = 256
-MOST_FOR_CHARACTERS = 2_000_000
-BYTES_PER_ENTRY = 900
-"""Of text, for each entry of a vocabulary, so that each is seen often enough to be learned."""
-TOKENS_PER_PARAMETER = 8
+SMALLEST_VOCABULARY, LARGEST_VOCABULARY = 300, 1 << 14
+TOKENS_PER_PARAMETER = 4
 MOST_EPOCHS = 60
 LADDER = (
     *((2, 64, 64), (4, 96, 64), (4, 128, 128), (6, 192, 128), (6, 256, 256), (8, 384, 256)),
@@ -36,10 +33,16 @@ LADDER = (
 )
 """(n_layer, n_embd, context_length), the smallest model first."""
 TOKENS_PER_UPDATE = 2048
+RATES = (
+    (13, 0.0, "in runs as short as this dropout costs up to about 13"),
+    (40, 0.1, "the best rate of short runs at about 20"),
+    (math.inf, 0.2, "the best rate of short runs at about 60"),
+)
+"""Up to so many epochs, the rate, and why: docs/dropout-study.md, section 1."""
 LOOKS = 10
 EVALUATION_SHARE, UPDATE_PER_EVALUATION = 0.1, 3
 """Of the training time; and how much longer an update of a batch takes than evaluating it."""
-TRAINING_SHARE = 0.85
+TRAINING_SHARE = 0.75
 """Of the time; the rest goes to evaluations, samples and saving."""
 
 
@@ -81,17 +84,14 @@ def survey(data: DataConfig) -> Survey:
 
 def of_text(found: Survey) -> Iterator[Choice]:
     """How a text is cut into tokens."""
-    size, distinct = human(found.n_bytes), found.n_distinct
     if found.longest_line is not None:
         yield Choice("data.layout", "documents", "lines of a word each: every line by itself")
-    if distinct <= FEW_CHARACTERS and found.n_bytes <= MOST_FOR_CHARACTERS:
-        why = f"{size} bytes of {distinct} different characters: too little to learn words"
-        yield Choice("tokenizer.kind", "char", why)
+        yield Choice("tokenizer.kind", "char", f"words of {found.n_distinct} different letters")
         return
-    entries = found.n_bytes / BYTES_PER_ENTRY
-    vocabulary = 1 << round(min(14, max(9, math.log2(max(1, entries)))))
-    yield Choice("tokenizer.kind", "bpe", f"{size} bytes of {distinct} different characters")
-    yield Choice("tokenizer.vocab_size", vocabulary, f"an entry for about {BYTES_PER_ENTRY} bytes")
+    nearest = 1 << round(math.log2(max(1, found.n_bytes)) / 2)
+    vocabulary = min(LARGEST_VOCABULARY, max(SMALLEST_VOCABULARY, nearest))
+    yield Choice("tokenizer.kind", "bpe", "fewer bits per byte than characters, at any size")
+    yield Choice("tokenizer.vocab_size", vocabulary, "about the square root of the bytes")
 
 
 def of_model(size: tuple[int, int, int], longest_line: int | None) -> dict[str, Any]:
@@ -187,8 +187,8 @@ def of_training(trials: list[Trial], minutes: float, asked: int | None) -> Itera
         why = "spread over the validation text; all of it would take too much of the time"
         yield Choice("train.eval_batches", batches, why)
     epochs = steps * chosen.batch_size / chosen.n_rows
-    rate, why = auto.pick_dropout_rate(epochs)
-    yield Choice("dropout.preset", "gpt2" if rate else "none", why)
+    rate, why = next((rate, why) for most, rate, why in RATES if epochs <= most)
+    yield Choice("dropout.preset", "gpt2" if rate else "none", f"{epochs:.1f} epochs: {why}")
     if rate:
         yield Choice("dropout.rate", rate, "")
     yield Choice("optim.name", "muon", "the same loss in less time than AdamW at these sizes")

@@ -218,7 +218,7 @@ def test_native_sites_are_announced(workshop: Workshop) -> None:
         ({"preset": "gpt2"}, 0.9, ["text seen once is learned best without"]),
         ({"preset": "gpt2"}, 2.0, []),
         ({"preset": "none"}, 2.0, []),
-        ({"preset": "none"}, 5.0, ["learned by heart"]),
+        ({"preset": "none"}, 20.0, ["learned by heart"]),
         ({"preset": "gpt2", "rate": 0.6}, 5.0, ["half and more", "embedding 0.6"]),
     ],
 )
