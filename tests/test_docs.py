@@ -1,0 +1,84 @@
+"""Every command in the documentation is run as it stands there, on something small."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import TINY, Workshop, merged, prose
+from test_nanogpt import saved, write_meta
+from typer.testing import CliRunner
+
+from gptlite import config_reader, recipe
+from gptlite.cli import app
+from gptlite.session import train
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = ["README.md", "data/README.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
+COMMAND = re.compile(r"(?:\$ )?((?:gptlite|\./scripts/|scripts/|python scripts/)\S* ?.*)")
+LEAVES = {"gptlite config check --config run.yaml": 2, "gptlite import gpt2": 2}
+"""Exit codes other than 0: a config with mistakes, and the Hub without a network."""
+
+
+def commands(page: str) -> list[str]:
+    """The lines of a page's unmarked blocks that are commands, without their remarks."""
+    text = (ROOT / page).read_text()
+    blocks = re.findall(r"^```(?:sh|bash)?\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    lines = [line for block in blocks for line in block.splitlines()]
+    found = [match[1] for line in lines if (match := COMMAND.fullmatch(line))]
+    return [line.partition("  #")[0].strip() for line in found if line != "gptlite/"]
+
+
+@pytest.fixture
+def desk(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with what the pages speak of, where shipped configs are tiny."""
+    folder = workshop.folder
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    tiny = merged(TINY, {"data": {"source": "my.txt"}})
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(tiny))
+    (folder / "my.txt").write_text(prose())
+    (folder / "run.yaml").write_text("model: {n_layer: 2.5}\n")
+    for name in ("quickstart", "NAME"):
+        train(workshop.run(), folder / "runs" / name)
+    (folder / "out").mkdir()
+    saved(folder / "out", vocab_size=10, bias=False)
+    (folder / "data" / "shakespeare_char").mkdir(parents=True)
+    write_meta(folder / "data" / "shakespeare_char" / "meta.pkl")
+    find = config_reader.find
+    shipped = {path.stem for path in (ROOT / "configs").glob("*.yaml")}
+
+    def small(name: str) -> Path:
+        return folder / "tiny.yaml" if name in shipped else find(name)
+
+    def seconds(*_: Any) -> float:
+        return 10.0
+
+    monkeypatch.setattr(config_reader, "find", small)
+    monkeypatch.setattr(recipe, "LADDER", ((1, 32, 16),))
+    monkeypatch.setattr(recipe, "seconds_per_update", seconds)
+    return folder
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if commands(page)])
+def test_the_commands_of_a_page_run(desk: Path, page: str) -> None:
+    for line in commands(page):
+        words = shlex.split(line)
+        if words[0] == "gptlite":
+            result = CliRunner().invoke(app, words[1:])
+            expected = LEAVES.get(line, 0)
+            assert result.exit_code == expected, f"{line}: {result.output} {result.exception}"
+        elif words[0] == "python":
+            script = [sys.executable, str(ROOT / words[1]), "--help"]
+            assert subprocess.run(script, capture_output=True).returncode == 0, line
+        else:
+            assert (ROOT / words[0]).stat().st_mode & 0o100, line
+
+
+def test_there_are_commands_to_run() -> None:
+    assert sum(len(commands(page)) for page in PAGES) > 12
+    assert "gptlite eval --run runs/NAME --suite all --fast" in commands("docs/measuring.md")
