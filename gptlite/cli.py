@@ -4,14 +4,24 @@ import os
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
 from gptlite import __version__
-from gptlite.config_cli import ConfigFiles, Json, Overrides, config_app
+from gptlite.config_cli import config_app
 from gptlite.errors import ConfigError, UserError, visible
 from gptlite.exits import leave_when_terminated, user_errors
+from gptlite.interchange_cli import export, import_
+from gptlite.options import (
+    CheckpointOption,
+    ConfigFiles,
+    Json,
+    MoreConfigFiles,
+    Overrides,
+    RunOption,
+    Verbose,
+)
 from gptlite.output import print_json, print_results, stream, tell, tell_lines, tell_passed_over
 
 app = typer.Typer(
@@ -24,15 +34,10 @@ app = typer.Typer(
 )
 app.add_typer(config_app, name="config")
 
-MoreConfigFiles = Annotated[
-    list[str] | None,
-    typer.Option("--config", "-c", help="YAML file or shipped config; repeat: later ones win."),
-]
-RunOption = Annotated[
-    str | None, typer.Option("--run", help="Run directory; default: the latest under runs/.")
-]
-CheckpointOption = Annotated[str, typer.Option("--checkpoint", help="best, last or step-N.")]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show tracebacks.")]
+
+def words(text: str) -> list[str]:
+    """The parts of a comma list."""
+    return text.replace(" ", "").split(",")
 
 
 def version(asked: bool) -> None:
@@ -187,8 +192,15 @@ def evaluate(
         list[str] | None,
         typer.Option(
             help="loss (the default), calibration, knockout, importance, mc-dropout or all; "
-            "a comma list or repeated."
+            "a comma list or repeated. lm-eval: the --tasks of EleutherAI's harness."
         ),
+    ] = None,
+    tasks: Annotated[str, typer.Option(help="Tasks of the harness, separated by commas.")] = "",
+    include_path: Annotated[
+        Path | None, typer.Option(help="Folder with task files of one's own.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Only so many examples of each task.")
     ] = None,
     fast: Annotated[
         bool, typer.Option("--fast", help="Fewer units, masks and tokens: wider intervals.")
@@ -209,7 +221,10 @@ def evaluate(
         from gptlite.prepare import prepare
         from gptlite.trained import load_trained
 
-        names = suites.named(",".join(suite or ["loss"]).replace(" ", "").split(","))
+        asked = words(",".join(suite or ["loss"]))
+        names = suites.named(name for name in asked if name != "lm-eval")
+        if "lm-eval" in asked:
+            from gptlite import harness
         trained = load_trained(directory, checkpoint)
         tell_passed_over(trained)
         effort = suites.FAST if fast else suites.FULL
@@ -218,6 +233,9 @@ def evaluate(
             effort=effort,
             dropout_active=dropout_active,
         )
+        if "lm-eval" in asked:
+            found = harness.evaluate(trained, words(tasks), include_path, limit)
+            results["lm-eval"] = found
         step = trained.state.step
         if json_:
             print_json({"run": str(directory), "step": step, "split": split, **results})
@@ -332,48 +350,8 @@ def report(
         print(visible(str(report.write(sources or [run_directory.latest_run()], out))))
 
 
-@app.command()
-def export(
-    out: Annotated[Path, typer.Option(help="The new directory.")],
-    to: Annotated[Literal["hf"], typer.Option(help="hf: Hugging Face.")] = "hf",
-    run: RunOption = None,
-    checkpoint: CheckpointOption = "best",
-    verbose: Verbose = False,
-) -> None:
-    """Write a run as a directory that Hugging Face's tools load without code of ours."""
-    with user_errors(verbose):
-        from gptlite.run_directory import existing_run
-
-        directory = existing_run(run)
-        from gptlite.export import export
-        from gptlite.trained import load_trained
-
-        trained = load_trained(directory, checkpoint)
-        tell_passed_over(trained)
-        if lost := export(trained, out):
-            tell(f"config.json has no word for this dropout: {', '.join(lost)}")
-        print(visible(str(out)))
-
-
-@app.command(name="import")
-def import_(
-    source: Annotated[
-        str,
-        typer.Argument(help="Hugging Face directory, gpt2 or another Hub name, nanoGPT's ckpt.pt."),
-    ],
-    out: Annotated[
-        Path | None, typer.Option(help="The run directory; default: runs/ and the name.")
-    ] = None,
-    meta: Annotated[
-        Path | None, typer.Option(help="nanoGPT's meta.pkl, for a model of characters.")
-    ] = None,
-    verbose: Verbose = False,
-) -> None:
-    """Make a run of a model from elsewhere: GPT-2 and Llama shapes, checkpoints of nanoGPT."""
-    with user_errors(verbose):
-        from gptlite.importing import import_model
-
-        print(visible(str(import_model(source, out, meta))))
+app.command()(export)
+app.command(name="import")(import_)
 
 
 def main() -> None:

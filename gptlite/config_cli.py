@@ -1,4 +1,4 @@
-"""`gptlite config`: look at configs without running them; and the options of all commands."""
+"""`gptlite config`: look at configs without running them."""
 
 import json
 from pathlib import Path
@@ -8,19 +8,10 @@ import typer
 
 from gptlite.errors import visible
 from gptlite.exits import user_errors
+from gptlite.options import ConfigFiles, Json, Overrides
 from gptlite.output import print_json
 
 config_app = typer.Typer(help="Look at configs without running them.", no_args_is_help=True)
-
-ConfigFiles = Annotated[
-    list[str],
-    typer.Option("--config", "-c", help="YAML file or shipped config; repeat: later ones win."),
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", "-s", help="One value, as in --set optim.lr=3e-4; wins over files."),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 
 
 @config_app.command(name="show")

@@ -43,7 +43,8 @@ def tokenizer_of(source: str) -> Tokenizer:
         return tokenizers.read(directory / "tokenizer" / "tokenizer.json")
     if not is_hugging_face(source):
         raise ConfigError(
-            f"init_from: {source}: not a run, a checkpoint of one, or a Hugging Face directory"
+            f"init_from: {source}: not a run, a checkpoint of one, or a Hugging Face directory; "
+            "files that hold pickles, such as .pt and .pth, are never loaded"
         )
     return hf_tokenizer.read(Path(source))
 

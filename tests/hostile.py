@@ -101,6 +101,7 @@ PICKLES = {
     "tar way out": tarred(**{"../canary": b"sings"}),
     "zip bomb": zipped(**{"a/data.pkl": bytes(100_000_000)}),
 }
+SIZES = {"n_layer": 1, "n_head": 1, "n_embd": 8, "block_size": 8, "bias": True, "dropout": 0.0}
 CACHE = ["--set", "data.cache_dir=cache"]
 NEW = ["train", "-c", "copy/config.yaml", "--out-dir", "new"]
 WAYS: dict[str, list[str]] = {
@@ -111,10 +112,16 @@ WAYS: dict[str, list[str]] = {
     "prompt": ["generate", "--run", "copy", "--prompt-file", "{}"],
     "split": ["eval", "--run", "copy", "--split", "{}"],
     "init": [*NEW, "--set", "init_from={}"],
+    "import": ["import", "{}", "--out", "new"],
+    "meta": ["import", "ckpt.pt", "--meta", "{}", "--out", "new"],
     "source": ["prepare", "-c", "copy/config.yaml", "--set", "data.source={}", *CACHE],
 }
 
 
+NANOGPT = zipped(
+    **{"a/data.pkl": pickle.dumps({"model": {}, "model_args": {**SIZES, "vocab_size": 3}}, 2)}
+)
+"""A checkpoint whose tokenizer is in the meta.pkl beside it."""
 MODEL_BYTES = 1 << 18
 """As large as a model might be: a smaller file is refused by arithmetic before it is opened."""
 
@@ -126,9 +133,10 @@ def pickles() -> Iterator[Case]:
 
         def lay(file: str = file, content: bytes = content) -> None:
             Path(file).write_bytes(content)
+            Path("ckpt.pt").write_bytes(NANOGPT)
 
         for way, words in WAYS.items():
-            codes = (3,) if way == "init" else (2,)
+            codes = (2, 3) if way in ("import", "meta") else (2,)
             command = [word.format(file) for word in words]
             says = "never loaded" if way == "init" else ""
             yield Case(f"{name} as {way}", command, lay, codes, says, None)

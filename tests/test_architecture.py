@@ -91,17 +91,20 @@ MAY_IMPORT = {
         "metrics plan prepare resume run_directory sinks storage tokenizer train trained"
     ),
     "foreign_config": "config_reader errors storage strict_yaml",
-    "config_cli": "config config_reader errors exits foreign_config output",
+    "options": "",
+    "config_cli": "config config_reader errors exits foreign_config options output",
+    "harness": "auto errors evaluate generate metrics trained",
     "interactive": "config errors strict_yaml",
     "recipe": (
         "auto config config_reader metrics model plan prepare readers run_directory sources "
         "storage strict_yaml"
     ),
     "launch": "config config_reader errors recipe run_directory",
+    "interchange_cli": "errors exits export importing options output run_directory trained",
     "cli": (
-        "audit config_cli config_reader errors exits export generate importing interactive "
-        "launch loops output plan prepare recipe report run_directory session sources study "
-        "suites trained"
+        "audit config_cli config_reader errors exits generate harness interactive "
+        "interchange_cli launch loops options output plan prepare recipe report run_directory "
+        "session sources study suites trained"
     ),
     "__main__": "cli",
     "__init__": "",

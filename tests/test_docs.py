@@ -20,8 +20,9 @@ from gptlite.session import train
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ["README.md", "data/README.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
 COMMAND = re.compile(r"(?:\$ )?((?:gptlite|\./scripts/|scripts/|python scripts/)\S* ?.*)")
-LEAVES = {"gptlite config check --config run.yaml": 2, "gptlite import gpt2": 2}
-"""Exit codes other than 0: a config with mistakes, and the Hub without a network."""
+LAMBADA = "gptlite eval --run runs/NAME --suite lm-eval --tasks lambada_openai,arc_easy --limit 200"
+LEAVES = {"gptlite config check --config run.yaml": 2, "gptlite import gpt2": 2, LAMBADA: 1}
+"""Exit codes other than 0: a config with mistakes, and what needs the Hub or another package."""
 
 
 def commands(page: str) -> list[str]:
