@@ -21,6 +21,7 @@ from gptlite.options import (
     Overrides,
     RunOption,
     Verbose,
+    examples,
 )
 from gptlite.output import print_json, print_results, stream, tell, tell_lines, tell_passed_over
 
@@ -55,7 +56,7 @@ def main_options(
     pass
 
 
-@app.command()
+@app.command(epilog=examples("train"))
 def train(
     config: MoreConfigFiles = None,
     overrides: Overrides = None,
@@ -103,7 +104,7 @@ def train(
         after_training(launch.directory, tell)
 
 
-@app.command()
+@app.command(epilog=examples("generate"))
 def generate(
     run: RunOption = None,
     prompt: Annotated[
@@ -184,7 +185,7 @@ def generate(
             stream(generation)
 
 
-@app.command(name="eval")
+@app.command(name="eval", epilog=examples("eval"))
 def evaluate(
     run: RunOption = None,
     split: Annotated[str, typer.Option(help="val, train or a text file.")] = "val",
@@ -245,7 +246,7 @@ def evaluate(
         suites.write(directory, split, step, results, dropout_active)
 
 
-@app.command()
+@app.command(epilog=examples("prepare"))
 def prepare(
     config: ConfigFiles,
     overrides: Overrides = None,
@@ -273,7 +274,7 @@ def prepare(
         print(f"{files.meta['bytes_per_token']:.3f} bytes per token; {visible(str(files.folder))}")
 
 
-@app.command()
+@app.command(epilog=examples("plan"))
 def plan(
     config: ConfigFiles,
     overrides: Overrides = None,
@@ -305,7 +306,7 @@ def plan(
             raise UserError(*found["problems"])
 
 
-@app.command()
+@app.command(epilog=examples("study"))
 def study(
     file: Annotated[Path, typer.Argument(help="YAML: base, axes, seeds, what to evaluate.")],
     workers: Annotated[int, typer.Option(min=1, max=1024, help="Processes on this machine.")] = 1,
@@ -332,7 +333,7 @@ def study(
             print("\n".join(map(visible, table(found))))
 
 
-@app.command()
+@app.command(epilog=examples("report"))
 def report(
     sources: Annotated[
         list[Path] | None,
@@ -350,8 +351,8 @@ def report(
         print(visible(str(report.write(sources or [run_directory.latest_run()], out))))
 
 
-app.command()(export)
-app.command(name="import")(import_)
+app.command(epilog=examples("export"))(export)
+app.command(name="import", epilog=examples("import"))(import_)
 
 
 def main() -> None:

@@ -91,7 +91,7 @@ MAY_IMPORT = {
         "metrics plan prepare resume run_directory sinks storage tokenizer train trained"
     ),
     "foreign_config": "config_reader errors storage strict_yaml",
-    "options": "",
+    "options": "config_reader config_words",
     "config_cli": "config config_reader errors exits foreign_config options output",
     "harness": "auto errors evaluate generate metrics trained",
     "interactive": "config errors strict_yaml",

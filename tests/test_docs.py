@@ -13,9 +13,13 @@ from conftest import TINY, Workshop, merged, prose
 from test_nanogpt import saved, write_meta
 from typer.testing import CliRunner
 
-from gptlite import config_reader, recipe
+from gptlite import config_reader, options, recipe
 from gptlite.cli import app
+from gptlite.config import RunConfig
+from gptlite.export import export
+from gptlite.options import EXAMPLES
 from gptlite.session import train
+from gptlite.trained import load_trained
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ["README.md", "data/README.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
@@ -44,6 +48,8 @@ def desk(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> Path:
     (folder / "tiny.yaml").write_text(yaml.safe_dump(tiny))
     (folder / "my.txt").write_text(prose())
     (folder / "run.yaml").write_text("model: {n_layer: 2.5}\n")
+    study = {"base": "tiny.yaml", "axes": {"dropout.rate": [0, 0.3]}, "seeds": [1, 2]}
+    (folder / "rates.yaml").write_text(yaml.safe_dump(study))
     for name in ("quickstart", "NAME"):
         train(workshop.run(), folder / "runs" / name)
     (folder / "out").mkdir()
@@ -78,6 +84,38 @@ def test_the_commands_of_a_page_run(desk: Path, page: str) -> None:
             assert subprocess.run(script, capture_output=True).returncode == 0, line
         else:
             assert (ROOT / words[0]).stat().st_mode & 0o100, line
+
+
+@pytest.mark.parametrize("command", EXAMPLES)
+def test_the_examples_of_a_command_run_and_its_help_shows_them(desk: Path, command: str) -> None:
+    shown = CliRunner().invoke(app, [command, "--help"]).output
+    for line in EXAMPLES[command]:
+        assert f"  {line}\n" in shown
+    if command == "import":
+        export(load_trained(desk / "runs" / "quickstart", "best"), desk / "quickstart-hf")
+    if command == "report":
+        train(workshop_run(desk), desk / "runs" / "faster")
+    for line in EXAMPLES[command]:
+        result = CliRunner().invoke(app, shlex.split(line)[1:])
+        assert result.exit_code == LEAVES.get(line, 0), f"{line}: {result.output}"
+
+
+def workshop_run(folder: Path) -> RunConfig:
+    return Workshop(folder).run()
+
+
+def test_names_are_completed(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert options.configs("qu") == ["quickstart"]
+    assert {"run.yaml", "rates.yaml"} <= set(options.configs(""))
+    assert options.configs(f"{desk}/r") == [f"{desk}/rates.yaml", f"{desk}/run.yaml"]
+    assert options.runs("runs/q") == ["runs/quickstart"]
+    assert "dropout.sites.head=" in options.keys("dropout.sites.h")
+    monkeypatch.setenv("_GPTLITE_COMPLETE", "complete_bash")
+    for words, found in (("gptlite tr", "train"), ("gptlite train --config qui", "quickstart")):
+        monkeypatch.setenv("COMP_WORDS", words)
+        monkeypatch.setenv("COMP_CWORD", str(len(words.split()) - 1))
+        result = CliRunner().invoke(app, [], prog_name="gptlite")
+        assert result.stdout.split() == [found], result.output
 
 
 def test_there_are_commands_to_run() -> None:
