@@ -87,6 +87,9 @@ class ModelConfig(Section):
     """Use the token embedding as output matrix."""
     qk_norm: bool = False
     """RMS-normalise queries and keys per head."""
+    init: Literal["gpt2", "torch"] = "gpt2"
+    """How weights begin. gpt2: normal with deviation 0.02, less before a residual sum; torch: as
+    torch makes layers by default (embeddings with deviation 1), as in the book's code."""
 
     @property
     def kv_heads(self) -> int:

@@ -199,6 +199,7 @@ def book(given: dict[str, Any], remarks: list[str]) -> dict[str, Any]:
             "n_embd": given["emb_dim"],
             "context_length": given["context_length"],
             "tie_embeddings": False,
+            "init": "torch",
         },
         "dropout": {**rates, **({"sites": sites} if sites else {})},
         "optim": {

@@ -335,13 +335,21 @@ def angles(position: Tensor, width: int) -> tuple[Tensor, Tensor]:
 def init_weights(model: GPT, seed: int) -> None:
     """GPT-2's: normal with deviation 0.02, less before a residual sum by the number of sums.
 
-    Each matrix is drawn from a key of its own name: adding a layer or an option moves no other.
+    torch's instead, if asked: embeddings normal with deviation 1, linear layers uniform up to one
+    over the root of their inputs. Each tensor is drawn from a key of its own name: adding a layer
+    or an option moves no other.
     """
+    inputs = {name: m.in_features for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     for name, parameter in model.named_parameters():
-        if parameter.ndim < 2:
+        module, generator = name.rpartition(".")[0], torch.Generator()
+        generator.manual_seed(key(seed, "weights", name) >> 1)
+        if model.config.init == "torch" and module in inputs:
+            most = 1 / math.sqrt(inputs[module])
+            nn.init.uniform_(parameter, -most, most, generator=generator)
+        elif parameter.ndim < 2:
             nn.init.zeros_(parameter) if name.endswith("bias") else nn.init.ones_(parameter)
-            continue
-        residual = name.endswith(("attention.output.weight", "mlp.down.weight"))
-        std = 0.02 / math.sqrt(2 * model.config.n_layer) if residual else 0.02
-        generator = torch.Generator().manual_seed(key(seed, "weights", name) >> 1)
-        nn.init.normal_(parameter, std=std, generator=generator)
+        else:
+            residual = name.endswith(("attention.output.weight", "mlp.down.weight"))
+            std = 0.02 / math.sqrt(2 * model.config.n_layer) if residual else 0.02
+            std = 1.0 if model.config.init == "torch" else std
+            nn.init.normal_(parameter, std=std, generator=generator)

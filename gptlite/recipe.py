@@ -5,16 +5,18 @@ and run again. Speed is measured on this machine, with the text itself, before c
 """
 
 import math
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
+from tqdm import tqdm
 
 from gptlite import auto, readers, run_directory, sources, storage
 from gptlite.config import DataConfig, RunConfig
 from gptlite.config_reader import Dumper, merge, read_layers, validate
-from gptlite.metrics import human
+from gptlite.metrics import human, wants_bar
 from gptlite.model import GPT
 from gptlite.plan import seconds_per_update
 from gptlite.prepare import prepare
@@ -154,7 +156,8 @@ def timed(values: dict[str, Any], model: dict[str, Any], seconds: float) -> Tria
 def climbed(values: dict[str, Any], longest_line: int | None, seconds: float) -> list[Trial]:
     """The ladder up to the first model that is too large for the time."""
     trials: list[Trial] = []
-    for size in LADDER:
+    hidden = not wants_bar("auto", sys.stderr)
+    for size in tqdm(LADDER, "timing models", leave=False, disable=hidden, file=sys.stderr):
         trial = timed(values, of_model(size, longest_line), seconds)
         if trials and trial.tokens < TOKENS_PER_PARAMETER * trial.n_parameters:
             break

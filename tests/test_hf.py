@@ -20,7 +20,14 @@ from gptlite.export import export
 from gptlite.generate import Generation
 from gptlite.importing import import_model
 from gptlite.model import GPT
-from gptlite.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, Tokenizer, train_bpe
+from gptlite.tokenizer import (
+    GPT2_PATTERN,
+    BPETokenizer,
+    ByteTokenizer,
+    CharTokenizer,
+    Tokenizer,
+    train_bpe,
+)
 from gptlite.trained import Trained, load_trained
 
 LLAMA = {"position": "rope", "norm": "rmsnorm", "mlp": "swiglu"}
@@ -242,7 +249,9 @@ CL100K = (
     r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
 )
 """How cl100k_base splits words."""
-LEARNED = train_bpe([prose()], 400)
+LEARNED = train_bpe([prose() + "12345 " * 300], 400)
+WHOLE = {**LEARNED.ranks, b" xyz": LEARNED.eot}
+"""With a word that no merges make: tiktoken finds it whole."""
 CHARACTERS = "".join(sorted({*prose(), *"0123 é漢\n\t"}))
 OURS: dict[str, Tokenizer] = {
     "byte": ByteTokenizer(eot=True),
@@ -253,6 +262,7 @@ OURS: dict[str, Tokenizer] = {
         CHARACTERS + "\ufffd", eot=True, unknown="replace"
     ),
     "bpe": LEARNED,
+    "bpe, a whole word": BPETokenizer("bpe", "x", GPT2_PATTERN, WHOLE, LEARNED.eot + 1),
     "bpe, cl100k's words": BPETokenizer("bpe", "x", CL100K, LEARNED.ranks, LEARNED.eot),
 }
 
@@ -284,7 +294,7 @@ def strange_texts(n: int) -> list[str]:
 
 @pytest.mark.parametrize("name", OURS)
 def test_ids_are_equal_on_ten_thousand_texts(hugging_face: dict[str, Any], name: str) -> None:
-    texts = strange_texts(10_000)
+    texts = [*strange_texts(10_000), "12345", "1234567", "xyz xyz"]
     ours, theirs = OURS[name], hugging_face[name]
     ids = [ours.encode(text) for text in texts]
     found = theirs(texts)["input_ids"]

@@ -1,5 +1,6 @@
 """The network: equal to Hugging Face's, equal with a cache, deaf to padding."""
 
+import copy
 import itertools
 
 import pytest
@@ -210,6 +211,21 @@ def test_weights_begin_like_gpt2s() -> None:
     assert residual == pytest.approx(0.02 / 8**0.5, rel=0.05)
     assert state["blocks.0.mlp.up.bias"].abs().max() == 0
     assert model.head.weight is model.token_embedding.weight
+
+
+def test_weights_can_begin_as_torch_makes_layers() -> None:
+    model = GPT(config(n_embd=128, init="torch", tie_embeddings=False), V)
+    state = model.state_dict()
+    torch.manual_seed(0)
+    for name, module in model.named_modules():
+        if not list(module.children()) and list(module.parameters()):
+            twin = copy.deepcopy(module)
+            twin.reset_parameters()
+            for part, parameter in twin.named_parameters():
+                ours, theirs = state[f"{name}.{part}"], parameter.detach()
+                assert (ours.mean() - theirs.mean()).abs() < 0.05, name
+                assert (ours.std() - theirs.std()).abs() <= 0.25 * theirs.std(), name
+                assert ours.abs().max() <= 1.5 * theirs.abs().max(), name
 
 
 def test_rates_reach_the_modules_of_their_sites() -> None:

@@ -212,3 +212,10 @@ def test_a_damaged_file_is_one_line(tmp_path: Path) -> None:
     _, path = saved(tmp_path, vocab_size=10, bias=True)
     with pytest.raises(CheckpointError, match="not a meta.pkl"):
         import_model(str(path), tmp_path / "run", None)
+
+
+def test_a_tensor_that_swells_is_refused(tmp_path: Path) -> None:
+    """A stride of nothing makes any size of one number."""
+    torch.save({"w": torch.zeros(1).expand(1 << 40)}, tmp_path / "f.pt")
+    with pytest.raises(CheckpointError, match="outside of its numbers"):
+        torch_file.read(tmp_path / "f.pt")

@@ -124,6 +124,19 @@ def test_data_that_the_tokenizer_cannot_have_made_are_refused(
         prepare(load_run([str(path)]))
 
 
+def test_token_files_of_two_origins_are_told_apart(
+    first: Path, desk: Desk, workshop: Workshop
+) -> None:
+    other = workshop.folder / "learned.txt"
+    other.write_text("zebra quagga okapi " * 300)
+    train(workshop.run(**BPE, data={"source": str(other)}), workshop.folder / "second")
+    folders = [
+        prepare(load_run([str(desk.config(source))])).folder
+        for source in (first, workshop.folder / "second")
+    ]
+    assert folders[0] != folders[1]
+
+
 def test_what_is_no_origin_is_refused(first: Path, desk: Desk) -> None:
     for source in (desk.folder, desk.folder / "nowhere", desk.text):
         path = desk.config(source, model={"n_layer": 1}, tokenizer={"kind": "byte"})

@@ -121,6 +121,22 @@ def test_tensorboard_s_files_say_what_the_rows_say(workshop: Workshop) -> None:
         assert [found[row["step"]] for row in rows] == pytest.approx([row[name] for row in rows])
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_tensorboard_forgets_what_a_resumed_run_does_again(workshop: Workshop) -> None:
+    pytest.importorskip("tensorboard", reason="the tensorboard extra is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for begin, end, value in ((0, 5, 1.0), (3, 4, 2.0)):
+        board = sinks.TensorBoard(sinks.Place(workshop.run(), workshop.folder, "id", begin))
+        for step in range(begin + 1, end + 1):
+            board.write({"step": step, "loss": value})
+        board.close()
+    events = EventAccumulator(str(workshop.folder / "tensorboard"))
+    events.Reload()
+    found = [(event.step, event.value) for event in events.Scalars("loss")]
+    assert found == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 2.0)]
+
+
 def test_nothing_is_imported_that_was_not_asked_for(workshop: Workshop) -> None:
     """The real modules are not there, or are traps."""
     traps = {name: types.ModuleType(name) for name in ("wandb", "trackio")}
