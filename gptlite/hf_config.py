@@ -25,6 +25,13 @@ NEEDS: dict[str, dict[str, tuple[str, ...]]] = {
     "llama": {"norm": ("rmsnorm",), "mlp": ("swiglu",)},
 }
 """The only values that an architecture knows."""
+COMMON: dict[str, Any] = {
+    "is_decoder": False,
+    "quantization_config": None,
+    "add_cross_attention": False,
+}
+GPT2_ONLY = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
+"""Values that every model here has, whether a file says so or not."""
 MOST_BYTES = 1 << 20
 NORM_EPSILON = 1e-5
 ROPE_BASE = 10_000.0
@@ -235,14 +242,6 @@ def misfits(config: dict[str, Any], model: dict[str, Any]) -> Iterator[str]:
     for name, value in expected.items():
         if config.get(name) not in (None, value):
             yield f"{name} {config[name]!r:.40} has no equivalent; gptlite has {value}"
-
-
-COMMON: dict[str, Any] = {
-    "is_decoder": False,
-    "quantization_config": None,
-    "add_cross_attention": False,
-}
-GPT2_ONLY = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
 
 
 def own_sections(config: dict[str, Any], model: dict[str, Any]) -> dict[str, Any] | None:

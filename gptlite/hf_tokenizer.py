@@ -56,9 +56,7 @@ def document(tokenizer: Tokenizer) -> dict[str, Any]:
 
         by_rank = sorted(tokenizer.ranks.items(), key=lambda item: item[1])
         model["vocab"] = {shown(token): rank for token, rank in by_rank}
-        model["merges"] = [
-            [shown(a), shown(b)] for a, b in merges(tokenizer.ranks) if a + b in tokenizer.ranks
-        ]
+        model["merges"] = [[shown(a), shown(b)] for a, b in merges(tokenizer.ranks)]
         model["ignore_merges"] = True  # a word that is a token is that token, as in tiktoken
         pattern = POSSESSIVE_COUNT.sub(r"\1", tokenizer.pattern)
         split: dict[str, Any] = {"type": "Split", "pattern": {"Regex": pattern}}
