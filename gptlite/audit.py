@@ -204,19 +204,20 @@ def audit(run: RunConfig, model: GPT, rows: Layout) -> dict[str, Any]:
             return model(inputs, real, samples=samples)
 
     training, evaluation = ({site: Seen() for site in SITES} for _ in range(2))
-    with torch.random.fork_rng(), torch.no_grad():
-        rates = run.dropout.rates()
-        for step in range(MOST_PASSES):
-            with watched(model, real, training):
-                logits(step)
-            if all(s.expected >= ENOUGH_DROPPED for site, s in training.items() if rates[site]):
-                break
-        with evaluating(model), watched(model, real, evaluation):
-            quiet, again = logits(0), logits(1)
-    zero = {"dropout_on": zero_gradients(model, logits(), targets)}
-    set_strength(model, 0.0)
-    off = logits()
-    zero["dropout_off"] = zero_gradients(model, off, targets)
+    rates = run.dropout.rates()
+    with torch.random.fork_rng():
+        with torch.no_grad():
+            for step in range(MOST_PASSES):
+                with watched(model, real, training):
+                    logits(step)
+                if all(s.expected >= ENOUGH_DROPPED for site, s in training.items() if rates[site]):
+                    break
+            with evaluating(model), watched(model, real, evaluation):
+                quiet, again = logits(0), logits(1)
+        zero = {"dropout_on": zero_gradients(model, logits(), targets)}
+        set_strength(model, 0.0)
+        off = logits()
+        zero["dropout_off"] = zero_gradients(model, off, targets)
     distance = (off.detach() - quiet).norm() / quiet.norm()
     fused = run.dropout.fused_sites(run.attention)
     sites = [
