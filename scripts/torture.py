@@ -29,18 +29,18 @@ from gptlite import __version__
 
 Section = Callable[[Workplace, random.Random, int], Iterator[Outcome]]
 SECTIONS: dict[str, tuple[Section, int, int]] = {
-    "kill": (killed, 200, 16),
+    "kill": (killed, 200, 8),
     "commands": (killed_commands, 20, 0),
-    "power": (power, 12, 4),
-    "disk": (broken_disk, 100, 5),
+    "power": (power, 12, 2),
+    "disk": (broken_disk, 100, 3),
     "others": (other_disks, 20, 2),
-    "exact": (exact, 48, 6),
-    "cadence": (cadence, 16, 4),
-    "corruption": (corruption, 3000, 600),
-    "divergence": (divergence, 18, 6),
-    "signals": (signals, 100, 5),
-    "two-runs": (two_runs, 50, 4),
-    "readers": (readers, 1000, 40),
+    "exact": (exact, 48, 3),
+    "cadence": (cadence, 16, 2),
+    "corruption": (corruption, 3000, 300),
+    "divergence": (divergence, 18, 3),
+    "signals": (signals, 100, 3),
+    "two-runs": (two_runs, 50, 2),
+    "readers": (readers, 1000, 20),
     "soak": (soak, 20_000, 0),
     "cost": (cost, 1000, 0),
 }
