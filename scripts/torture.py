@@ -31,7 +31,7 @@ Section = Callable[[Workplace, random.Random, int], Iterator[Outcome]]
 SECTIONS: dict[str, tuple[Section, int, int]] = {
     "kill": (killed, 200, 8),
     "commands": (killed_commands, 20, 0),
-    "power": (power, 12, 2),
+    "power": (power, 12, 4),
     "disk": (broken_disk, 100, 3),
     "others": (other_disks, 20, 2),
     "exact": (exact, 48, 3),

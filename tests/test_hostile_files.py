@@ -28,9 +28,6 @@ from gptlite.errors import CheckpointError, DataError
 CASES = {case.name: case for case in hostile.cases()}
 
 
-pytestmark = pytest.mark.xdist_group("hostile")  # its fixture takes a minute: once is enough
-
-
 @pytest.fixture(scope="module")
 def happened(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What became of every case, by its name."""
