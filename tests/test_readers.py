@@ -2,28 +2,17 @@
 
 import gzip
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import Workshop
+from test_sources import joined
 
 from gptlite import sources
 from gptlite.config import DataConfig
 from gptlite.errors import DataError, UserError
-from gptlite.readers import Chunk, kind_of, read_file
-
-
-def joined(chunks: Iterable[Chunk]) -> list[str]:
-    """Whole documents from their pieces."""
-    documents, held = [], ""
-    for text, ends in chunks:
-        held += text
-        if ends:
-            documents.append(held)
-            held = ""
-    return documents
+from gptlite.readers import kind_of, read_file
 
 
 def packed(path: Path, raw: bytes) -> Path:
