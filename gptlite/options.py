@@ -26,8 +26,8 @@ EXAMPLES = {
     "plan": ("gptlite plan --config quickstart --audit",),
     "study": ("gptlite study rates.yaml --workers 2",),
     "report": ("gptlite report", "gptlite report runs/quickstart runs/faster --out both.html"),
-    "export": ("gptlite export --run runs/quickstart --out quickstart-hf",),
-    "import": ("gptlite import quickstart-hf --out runs/back", "gptlite import gpt2"),
+    "export": ("gptlite export --run runs/names --out names-hf",),
+    "import": ("gptlite import names-hf --out runs/back", "gptlite import gpt2"),
 }
 """By command; each is run by a test, in this order."""
 
