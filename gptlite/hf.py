@@ -147,10 +147,14 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
             raise CheckpointError(
                 f"{folder}: has no {WEIGHTS}; files that hold pickles (.bin, .pt) are not read here"
             )
-        return read_tensors(folder / WEIGHTS)
+        return read_tensors((folder / WEIGHTS).resolve())
     try:
-        index = json.loads(storage.read_regular(folder / INDEX, MOST_STATE_BYTES))["weight_map"]
+        index = json.loads(storage.read_regular((folder / INDEX).resolve(), MOST_STATE_BYTES))[
+            "weight_map"
+        ]
         shards = sorted({Path(name).name for name in index.values()})
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{folder / INDEX}: {error!r:.100}") from None
-    return {name: t for shard in shards for name, t in read_tensors(folder / shard).items()}
+    return {
+        name: t for shard in shards for name, t in read_tensors((folder / shard).resolve()).items()
+    }

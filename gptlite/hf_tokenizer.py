@@ -49,11 +49,6 @@ def document(tokenizer: Tokenizer) -> dict[str, Any]:
     pre_tokenizer: dict[str, Any] | None = BYTES
     decoder: dict[str, Any] = BYTES
     if isinstance(tokenizer, BPETokenizer):
-        symbol = byte_characters()
-
-        def shown(token: bytes) -> str:
-            return "".join(symbol[byte] for byte in token)
-
         by_rank = sorted(tokenizer.ranks.items(), key=lambda item: item[1])
         model["vocab"] = {shown(token): rank for token, rank in by_rank}
         model["merges"] = [[shown(a), shown(b)] for a, b in merges(tokenizer.ranks)]
@@ -79,6 +74,19 @@ def document(tokenizer: Tokenizer) -> dict[str, Any]:
         "decoder": decoder,
         "model": model,
     }
+
+
+SYMBOLS = byte_characters()
+
+
+def shown(token: bytes) -> str:
+    """A token as vocabulary files show it."""
+    return "".join(SYMBOLS[byte] for byte in token)
+
+
+def merges_of(model: dict[str, Any]) -> list[tuple[str, ...]]:
+    """The merges of a file, whose pairs are lists or, in older ones, words with a space between."""
+    return [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]]
 
 
 PLAIN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
@@ -113,7 +121,7 @@ def read(folder: Path) -> Tokenizer:
     """The tokenizer of a Hugging Face directory. Raises DataError, ConfigError."""
     path = folder / "tokenizer.json"
     try:
-        whole = json.loads(storage.read_regular(path, MOST_BYTES))
+        whole = json.loads(storage.read_regular(path.resolve(), MOST_BYTES))
         return tokenizer_of(whole, unknown_policy(folder), str(path))
     except (OSError, RecursionError) as error:
         raise DataError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
@@ -124,7 +132,7 @@ def read(folder: Path) -> Tokenizer:
 def unknown_policy(folder: Path) -> str:
     try:
         path = folder / "tokenizer_config.json"
-        policy = json.loads(storage.read_regular(path, MOST_BYTES))["gptlite_unknown"]
+        policy = json.loads(storage.read_regular(path.resolve(), MOST_BYTES))["gptlite_unknown"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return "error"
     return str(policy)
@@ -149,6 +157,8 @@ def tokenizer_of(whole: dict[str, Any], unknown: str, place: str) -> Tokenizer:
         return ByteTokenizer(eot=eot is not None)
     if eot is None:
         raise ConfigError(f"{place}: has no end-of-text token")
+    if merges_of(model) != [(shown(a), shown(b)) for a, b in merges(ranks)]:
+        raise ConfigError(f"{place}: its merges are not in the order of its ids, as tiktoken's are")
     saved: dict[str, Any] = {"kind": "bpe", "name": "imported", "pattern": pattern, "eot": eot}
     saved["ranks"] = {base64.b64encode(token).decode(): rank for token, rank in ranks.items()}
     return BPETokenizer.from_json(saved)

@@ -61,6 +61,7 @@ def import_model(source: str, out: Path | None, meta: Path | None) -> Path:
 
 
 def from_folder(folder: Path) -> Foreign:
+    """A directory of Hugging Face's; the Hub's own are links to files named by their content."""
     config = hf_config.read(folder)
     sections = hf_config.sections(config, str(folder / "config.json"))
     tokenizer = hf_tokenizer.read(folder)

@@ -130,10 +130,6 @@ class Trial(NamedTuple):
     def tokens(self) -> int:
         return self.steps * self.batch_size * int(self.model["context_length"])
 
-    @property
-    def epochs(self) -> float:
-        return self.steps * self.batch_size / self.n_rows
-
 
 def timed(values: dict[str, Any], model: dict[str, Any], seconds: float) -> Trial:
     """How many updates of a model fit into `seconds`, by doing some."""

@@ -338,6 +338,30 @@ def test_a_tokenizer_of_another_make_is_refused(tmp_path: Path) -> None:
         hf_tokenizer.read(tmp_path)
 
 
+def test_links_as_the_hub_s_cache_has_them_are_followed(workshop: Workshop) -> None:
+    trained, folder = exported(workshop)
+    snapshot = workshop.folder / "snapshot"
+    snapshot.mkdir()
+    for number, file in enumerate(sorted(folder.iterdir())):
+        blob = file.rename(workshop.folder / f"blob{number}")
+        (snapshot / file.name).symlink_to(blob)
+    back = load_trained(import_model(str(snapshot), workshop.folder / "back", None), "best")
+    assert back.run.model == trained.run.model
+
+
+def test_merges_in_another_order_than_ids_are_refused(tmp_path: Path) -> None:
+    """Ranks are all that tiktoken knows: it would cut words otherwise than the file says."""
+    whole = json.loads(json.dumps(hf_tokenizer.document(LEARNED)))
+    path = tmp_path / "tokenizer.json"
+    whole["model"]["merges"] = [" ".join(pair) for pair in whole["model"]["merges"]]
+    path.write_text(json.dumps(whole))
+    assert hf_tokenizer.read(tmp_path).encode("the of") == LEARNED.encode("the of")
+    whole["model"]["merges"][:2] = whole["model"]["merges"][1::-1]
+    path.write_text(json.dumps(whole))
+    with pytest.raises(ConfigError, match="not in the order of its ids"):
+        hf_tokenizer.read(tmp_path)
+
+
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_what_transformers_itself_saves_is_read(tmp_path: Path, family: str) -> None:
     transformers = pytest.importorskip("transformers", reason="the dev extra is not installed")
