@@ -21,6 +21,7 @@ from gptlite.dropout import site_maker
 from gptlite.errors import ConfigError
 from gptlite.masks import mask_keys, sample_keys
 from gptlite.model import Block, Scene, angles
+from gptlite.world import ALONE, World
 
 BF16_GAIN = 1.1
 """A block must be this much faster in bfloat16 to be worth its rounding."""
@@ -28,11 +29,14 @@ TIMED_TOKENS = 1024
 TIMED_SECONDS = 0.3
 
 
-def resolve(run: RunConfig, *, vocab_size: int, n_rows: int) -> tuple[RunConfig, dict[str, str]]:
+def resolve(
+    run: RunConfig, *, vocab_size: int, n_rows: int, world: World = ALONE
+) -> tuple[RunConfig, dict[str, str]]:
     """The run with every `auto` replaced, and for each replaced key why.
 
     `n_rows` is the number of rows in an epoch. Raises ConfigError for what this machine lacks.
     """
+    check_ranks(run, world.size)
     reasons: dict[str, str] = {}
     top: dict[str, Any] = {}
     train: dict[str, Any] = {}
@@ -43,7 +47,7 @@ def resolve(run: RunConfig, *, vocab_size: int, n_rows: int) -> tuple[RunConfig,
     if run.train.threads == "auto":
         train["threads"] = torch.get_num_threads()
         reasons["train.threads"] = f"{train['threads']}: torch's default on this machine"
-    torch.set_num_threads(train.get("threads", run.train.threads))
+    use_threads(run.model_copy(update={"train": run.train.model_copy(update=train)}))
     n_steps = planned_steps(run, n_rows)
     epochs = n_steps * run.train.batch_size / n_rows
     if run.dropout.rate == "auto":
@@ -61,7 +65,9 @@ def resolve(run: RunConfig, *, vocab_size: int, n_rows: int) -> tuple[RunConfig,
     top["compile"], why = pick_compile(run, device, n_steps)
     if run.compile == "auto":
         reasons["compile"] = why
-    size, recompute, why = memory.fit(run, vocab_size, device)
+    if world.size > 1:
+        run, reasons["distributed.engine"] = pick_engine(run, vocab_size, device, world)
+    size, recompute, why = memory.fit(run, vocab_size, device, world)
     if run.train.micro_batch_size == "auto":
         train["micro_batch_size"], reasons["train.micro_batch_size"] = size, f"{size}: {why}"
     if run.train.recompute == "auto":
@@ -75,6 +81,53 @@ def resolve(run: RunConfig, *, vocab_size: int, n_rows: int) -> tuple[RunConfig,
         reasons["train.early_stop"] = f"{train['early_stop']}: {epochs:.1f} epochs planned"
     resolved = run.model_copy(update={**top, "train": run.train.model_copy(update=train)})
     return resolved, reasons
+
+
+def use_threads(run: RunConfig) -> None:
+    """Let torch work in as many threads as the resolved run says."""
+    assert isinstance(run.train.threads, int)
+    torch.set_num_threads(run.train.threads)
+
+
+def check_ranks(run: RunConfig, ranks: int) -> None:
+    """Raises ConfigError for what several processes cannot do together."""
+    batch, engine, problems = run.train.batch_size, run.distributed.engine, []
+    if ranks == 1:
+        return
+    if batch % ranks:
+        near = [n for n in (batch // ranks * ranks, -(-batch // ranks) * ranks) if n]
+        fits = " or ".join(map(str, near))
+        problems.append(f"train.batch_size: {ranks} processes do not divide {batch}; set {fits}")
+    if run.device.startswith(("cuda:", "mps")):
+        problems.append(f"device: {run.device} is one for {ranks} processes; set cuda or cpu")
+    if engine == "fsdp" and run.optim.name == "muon":
+        problems.append("distributed.engine: fsdp splits the whole matrices muon needs; set ddp")
+    if engine == "fsdp" and run.compile is True:
+        problems.append("distributed.engine: fsdp is not tested with compile: true; set ddp")
+    if problems:
+        raise ConfigError(*problems)
+
+
+def pick_engine(
+    run: RunConfig, vocab_size: int, device: torch.device, world: World
+) -> tuple[RunConfig, str]:
+    """The run with its engine, and why: whole models as long as they fit."""
+    asked = run.distributed.engine
+    whole, split = (
+        run.model_copy(
+            update={"distributed": run.distributed.model_copy(update={"engine": engine})}
+        )
+        for engine in ("ddp", "fsdp")
+    )
+    if asked != "auto":
+        return whole if asked == "ddp" else split, f"{asked}: asked for"
+    if run.optim.name == "muon" or run.compile is True:
+        return whole, "ddp: whole matrices"
+    try:
+        memory.fit(whole, vocab_size, device, world)
+    except ConfigError:
+        return split, "fsdp: the whole model does not fit into each process"
+    return whole, "ddp: the whole model fits into each process"
 
 
 def planned_steps(run: RunConfig, n_rows: int) -> int:
@@ -231,6 +284,8 @@ def pick_compile(run: RunConfig, device: torch.device, n_steps: int) -> tuple[bo
         return False, "false: compiling takes longer than it saves on small CPU runs"
     if broken:
         return False, "false: compiled native dropout is wrong on CUDA (pytorch issue 198333)"
+    if run.distributed.engine == "fsdp":
+        return False, "false: not tested with distributed.engine: fsdp"
     if n_steps < 500:
         return False, f"false: {n_steps} updates do not repay compiling"
     return True, "true: CUDA and a run long enough to repay it"

@@ -3,23 +3,25 @@
     checkpoints/step-00001000/  model.safetensors  optimizer.safetensors  state.json
     checkpoints/best, last      the name of a step folder
 
+The files are the same whatever number of ranks wrote them; large ones are several (tensor_files).
+
 A folder is written under a temporary name, synced and renamed; state.json is sealed and holds the
 sha256 of the other files. A bad folder is passed over, named, and set aside as `*.corrupt`.
 """
 
 import errno
-import os
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from pydantic import Field, ValidationError, field_validator
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from gptlite import __version__, storage
@@ -27,16 +29,24 @@ from gptlite.config import BYTES_PER_PARAMETER
 from gptlite.errors import CheckpointError, ConfigError, DivergedError, StorageError
 from gptlite.model import GPT
 from gptlite.section import Section
+from gptlite.tensor_files import (
+    files_of,
+    is_part,
+    not_finite,
+    read_tensors,
+    size_of,
+    whole_files,
+    write_indexes,
+)
+from gptlite.world import ALONE, World
 
 FORMAT = 2
+FILES = ("model.safetensors", "optimizer.safetensors")
 FOLDER = re.compile(r"step-([0-9]{8})\Z")
 SET_ASIDE = re.compile(r"step-[0-9]{8}\.corrupt(-[0-9]+)?\Z")
-FILES = ("model.safetensors", "optimizer.safetensors")
 ATTEMPTS = 3
 SECONDS_BETWEEN_ATTEMPTS = 2.0
 MOST_STATE_BYTES = 1 << 20
-MOST_HEADER_BYTES = 1 << 22
-"""Names and shapes of a .safetensors file; a thousand layers need half of it."""
 
 
 class Best(Section):
@@ -104,49 +114,70 @@ def folders(run_dir: Path) -> list[Path]:
     return sorted(path for path in found if FOLDER.match(path.name) and path.is_dir())
 
 
-def save(run_dir: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: State) -> Path:
-    """Write a checkpoint; `tensors` maps each of FILES to its tensors.
+def save(
+    run_dir: Path,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    state: State,
+    world: World = ALONE,
+) -> Path:
+    """Write a checkpoint; `tensors` maps each of FILES to its tensors. All ranks call it.
 
     Raises DivergedError if they are not finite, StorageError after ATTEMPTS.
     """
-    broken = [name for part in tensors.values() for name in not_finite(part)]
-    if broken:
+    mine = [name for part in tensors.values() for name in not_finite(part)]
+    if broken := sorted({name for names in world.gathered(mine) for name in names}):
         where = ", ".join(broken[:5])
         raise DivergedError(f"step {state.step}: not finite, so not saved: {where}; lower optim.lr")
     target = run_dir / "checkpoints" / folder_name(state.step)
     for attempt in range(ATTEMPTS):
         if attempt:
             time.sleep(SECONDS_BETWEEN_ATTEMPTS)
-        try:
-            write(target, tensors, state)
+        failure = attempted(target, tensors, state, world)
+        if failure is None:
             return target
-        except (OSError, SafetensorError) as error:
-            failure = getattr(error, "strerror", None) or error
     raise StorageError(
         f"{target}: not saved, {ATTEMPTS} attempts: {failure}; what was saved before is whole: "
         f"make room, then gptlite train --resume {run_dir}"
     )
 
 
-def write(target: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: State) -> None:
+def attempted(
+    target: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: State, world: World
+) -> str | None:
+    """Write if this is the first rank; why that failed, on all ranks."""
+    files, failure = whole_files(tensors, world), None
+    if world.first:
+        try:
+            write(target, files, size_of(tensors), state)
+        except (OSError, SafetensorError) as error:
+            failure = str(getattr(error, "strerror", None) or error)
+    for _ in files:  # who does not write still gives the parts that it has
+        pass
+    return world.shared(lambda: failure)
+
+
+def write(
+    target: Path, files: Iterator[tuple[str, dict[str, Tensor]]], need: int, state: State
+) -> None:
     """One attempt. A loss of power at any moment leaves the folder whole or absent."""
     if target.is_dir():  # the same weights once more, with an evaluation that had been cut short
-        files = read_state(target).files
-        storage.write_text(target / "state.json", storage.sealed(dumped(state, files)))
+        have = read_state(target).files
+        storage.write_text(target / "state.json", storage.sealed(dumped(state, have)))
         return
     disk, work = storage.disk, storage.temporary(target)
-    need = sum(t.numel() * t.element_size() for part in tensors.values() for t in part.values())
     free = disk.free_bytes(target.parent)
     if free < 1.2 * need:
         why = f"needs {need / 2**20:.1f} MiB of free disk and has {free / 2**20:.1f}"
         raise OSError(errno.ENOSPC, why)
     try:
         disk.make_folder(work)
-        for name, part in tensors.items():
-            whole = {key: tensor.contiguous() for key, tensor in part.items()}
+        where: dict[str, list[str]] = {}
+        for name, whole in files:
             disk.fill(work / name, partial(save_file, whole, metadata={"format": "pt"}))
             disk.sync(work / name)
-        text = storage.sealed(dumped(state, {n: storage.file_digest(work / n) for n in tensors}))
+            where[name] = list(whole)
+        names = [*where, *write_indexes(work, where, FILES)]
+        text = storage.sealed(dumped(state, {n: storage.file_digest(work / n) for n in names}))
         disk.fill(work / "state.json", lambda path: path.write_text(text))
         disk.sync(work / "state.json")
         disk.sync(work)
@@ -158,12 +189,6 @@ def write(target: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Stat
 
 def dumped(state: State, files: dict[str, str]) -> dict[str, Any]:
     return {**state.model_dump(mode="json"), "files": files}
-
-
-def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Names of tensors with NaN or infinity; of eight bits or less torch cannot always say."""
-    wide = {name: tensor for name, tensor in tensors.items() if tensor.element_size() > 1}
-    return [name for name, tensor in wide.items() if not tensor.isfinite().all()]
 
 
 def point(run_dir: Path, name: str, step: int) -> None:
@@ -213,7 +238,8 @@ def read_state(path: Path) -> State:
         state = State.model_validate(saved)
         if FOLDER.match(path.name) and folder_name(state.step) != path.name:
             raise CheckpointError(f"{path}: holds step {state.step}, so it was renamed")
-        if FILES[0] not in state.files or not set(state.files) <= set(FILES):
+        parts = [[f for f in state.files if is_part(f, name)] for name in FILES]
+        if not parts[0] or sum(map(len, parts)) != len(state.files):
             raise CheckpointError(f"{at}: names other files than {', '.join(FILES)}")
         for name, sha256 in state.files.items():
             at = path / name
@@ -283,22 +309,6 @@ def chosen(run_dir: Path, which: str) -> Found:
     raise CheckpointError(*(problems or [lacks]))
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file. Raises CheckpointError."""
-    try:
-        with os.fdopen(storage.open_regular(path), "rb") as file:
-            header = int.from_bytes(file.read(8), "little")
-        if header > MOST_HEADER_BYTES:
-            raise CheckpointError(f"{path}: bad checkpoint (header of {header} bytes)")
-        tensors = load_file(path)
-    except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
-        # RuntimeError is torch's, where the file is pruned before it opens it once more.
-        raise CheckpointError(f"{path}: bad checkpoint ({error})") from None
-    if broken := not_finite(tensors):
-        raise CheckpointError(f"{path}: not finite in {', '.join(broken[:5])}")
-    return tensors
-
-
 def model_tensors(model: GPT) -> dict[str, Tensor]:
     """The weights by name; a tied output matrix is stored once."""
     tensors = model.state_dict()
@@ -313,7 +323,7 @@ def check_size(path: Path, n_parameters: int) -> None:
     One that is not much too large is for `load_weights`, which names what does not fit.
     """
     try:
-        size = (path / FILES[0]).stat().st_size
+        size = sum(file.stat().st_size for file in files_of(path / FILES[0]))
     except OSError as error:
         raise CheckpointError(f"{path}/{FILES[0]}: {error.strerror}") from None
     if size + (1 << 16) < BYTES_PER_PARAMETER * n_parameters:
@@ -327,17 +337,22 @@ def load_weights(model: GPT, path: Path) -> None:
     fill(model, read_tensors(path / FILES[0]), path)
 
 
-def fill(model: GPT, tensors: Mapping[str, Tensor], where: object) -> None:
-    """Give the model these weights. Raises CheckpointError naming what does not fit."""
+def fill(model: GPT, tensors: Mapping[str, Tensor], where: object, world: World = ALONE) -> None:
+    """Give the model these weights, which only the first rank has.
+
+    Raises CheckpointError naming what does not fit.
+    """
+    own = model_tensors(model)
     have, want = (
-        {name: (tuple(t.shape), t.dtype) for name, t in each.items()}
-        for each in (tensors, model_tensors(model))
+        {name: (tuple(t.shape), t.dtype) for name, t in each.items()} for each in (tensors, own)
     )
-    if have != want:
+    if world.first and have != want:
         odd = sorted(name for name in have.keys() | want.keys() if have.get(name) != want.get(name))
         few = ", ".join(odd[:5]) + wrapped(tensors)
         raise CheckpointError(f"{where}: {len(odd)} weights do not fit this model: {few}")
-    model.load_state_dict(tensors, strict=False)
+    with torch.no_grad():
+        for name, target in own.items():
+            world.put(target, tensors.get(name))
 
 
 def wrapped(names: Iterable[str]) -> str:

@@ -24,6 +24,7 @@ from gptlite.options import (
     examples,
 )
 from gptlite.output import print_json, print_results, stream, tell, tell_lines, tell_passed_over
+from gptlite.torchrun import entered, refuse_ranks
 
 app = typer.Typer(
     name="gptlite",
@@ -49,11 +50,14 @@ def version(asked: bool) -> None:
 
 @app.callback()
 def main_options(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    pass
+    if context.invoked_subcommand != "train":
+        with user_errors():
+            refuse_ranks(f"gptlite {context.invoked_subcommand}")
 
 
 @app.command(epilog=examples("train"))
@@ -79,7 +83,7 @@ def train(
     verbose: Verbose = False,
 ) -> None:
     """Train a model: tokenize if needed, train, evaluate, sample, save."""
-    with user_errors(verbose):
+    with user_errors(verbose), entered() as world:
         from gptlite.launch import launched
 
         launch = launched(
@@ -87,21 +91,24 @@ def train(
             minutes=minutes,
             out_dir=out_dir,
             resume=resume,
+            world=world,
         )
         from gptlite import loops
 
         loops.building()  # while torch loads; an error above shows before either
-        from gptlite.session import train
+        from gptlite.start import train
 
-        if launch.recipe is not None:
+        if launch.recipe is not None and world.first:
             from gptlite.recipe import keep
 
             tell_lines(launch.recipe)
             keep(launch.recipe, launch.directory)
-        train(launch.run, launch.directory, resume=launch.resumes, strict=strict_resume)
-        from gptlite.report import after_training
+        run, directory = launch.run, launch.directory
+        train(run, directory, resume=launch.resumes, strict=strict_resume, world=world)
+        if world.first:
+            from gptlite.report import after_training
 
-        after_training(launch.directory, tell)
+            after_training(directory, tell)
 
 
 @app.command(epilog=examples("generate"))
@@ -278,6 +285,9 @@ def prepare(
 def plan(
     config: ConfigFiles,
     overrides: Overrides = None,
+    world_size: Annotated[
+        int, typer.Option(min=1, max=1 << 16, help="Memory and batch of each of so many processes.")
+    ] = 1,
     audit: Annotated[
         bool,
         typer.Option("--audit", help="Run one real batch and compare what drops with the plan."),
@@ -293,7 +303,7 @@ def plan(
         from gptlite import audit as auditing
         from gptlite.plan import plan_run, plan_table
 
-        planned = plan_run(run)
+        planned = plan_run(run, world_size)
         found = auditing.audit(planned.run, planned.model, planned.rows) if audit else None
         if json_:
             audited = {} if found is None else {"audit": found}

@@ -141,9 +141,9 @@ class TrainConfig(Section):
     epochs: float | None = Field(None, gt=0)
     """Passes over the training text. Exactly one of max_steps and epochs."""
     batch_size: int = Field(32, ge=1, le=1 << 20)
-    """Sequences per update."""
+    """Sequences per update, over all processes together."""
     micro_batch_size: Count | Auto = "auto"
-    """Sequences per forward pass; auto: as many as memory allows, at most batch_size."""
+    """Sequences per forward pass of a process; auto: as many as memory allows."""
     memory_gib: Annotated[float, Field(gt=0)] | Auto = "auto"
     """What training may take of the device's memory, in GiB; auto: half of it."""
     recompute: bool | Auto = "auto"
@@ -199,6 +199,14 @@ class LogConfig(Section):
     """The project's name at wandb and trackio."""
 
 
+class DistributedConfig(Section):
+    engine: Literal["auto", "ddp", "fsdp"] = "auto"
+    """Of several processes. ddp: each holds the whole model; fsdp: each holds its part of weights,
+    gradients and moments (FSDP2); auto: ddp where it fits."""
+    timeout_seconds: float = Field(60.0, ge=1)
+    """How long a process may stand still before all end, and it is named."""
+
+
 class RunConfig(Section):
     seed: int = Field(1337, ge=0, lt=2**63)
     """Names every random number of the run."""
@@ -223,6 +231,7 @@ class RunConfig(Section):
     train: TrainConfig = TrainConfig()
     sample: SampleConfig = SampleConfig()
     log: LogConfig = LogConfig()
+    distributed: DistributedConfig = DistributedConfig()
 
     @property
     def sources(self) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ depend on the batch size or on padding.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from gptlite.masks import sample_keys
 from gptlite.model import GPT
 from gptlite.tokenizer import Tokenizer
 from gptlite.trained import Trained
+from gptlite.world import ALONE, World, grouped
 
 LOGIT_BYTES = 1 << 28
 """Largest block of logits that an evaluation makes."""
@@ -94,45 +95,70 @@ def measure(
     lengths: Tensor,
     *,
     dropout_active: bool = False,
+    world: World = ALONE,
 ) -> Measured:
     """Loss and accuracy over all targets of the batches, dropout off.
 
+    Of several ranks each measures some batches. What is added up afterwards is one number per row,
+    in the order of the rows, so that the sum does not depend on who measured which.
     Raises DataError if there is no target, AssertionError if two passes over the first batch
     differ: something random would be live.
     """
-    device = next(model.parameters()).device
-    row_nats, row_targets = [], []
+    parts: dict[str, list[Tensor]] = {"nats": [], "text_nats": [], "targets": []}
     place_nats, place_targets = torch.zeros(2, run.model.context_length, dtype=torch.float64)
-    correct, text_nats, text_bytes = 0, 0.0, 0
-    n_rows = 0
+    correct, text_bytes = torch.zeros((), dtype=torch.int64), 0
     if dropout_active:  # native masks: one number, not another at each call
         torch.manual_seed(key(run.seed, "evaluation") >> 1)
     with evaluating(model, dropout_active=dropout_active), precision(run):
-        for number, batch in enumerate(batches):
-            inputs, targets, real = tensors(batch, device)
-            rows = np.arange(n_rows, n_rows := n_rows + len(inputs))
+        passes = dealt(model, batches, run, world, dropout_active)
+        for batch, logits in passes:
+            target = torch.from_numpy(batch.targets)
+            scored, n_bytes = target != IGNORED, lengths[target.clamp(min=0)]
+            nats = torch.zeros(target.shape, dtype=torch.float64)
+            if logits is not None:
+                to = target.to(logits.device)
+                nats = nats_of(logits, to, "none").view_as(to).double().cpu()
+                correct += ((logits.argmax(-1) == to).cpu() & scored).sum()
+            text = scored & (n_bytes > 0)
+            parts["nats"].append(nats.sum(1))
+            parts["text_nats"].append((nats * text).sum(1))
+            parts["targets"].append(scored.sum(1))
+            place_nats[: nats.shape[1]] += nats.sum(0)
+            place_targets[: nats.shape[1]] += scored.sum(0)
+            text_bytes += int((n_bytes * scored).sum())
+    if not parts["nats"] or not int(sum(t.sum() for t in parts["targets"])):
+        raise DataError("nothing to evaluate: the text has no target")
+    counts = torch.cat(parts["targets"])
+    sums, text_nats = (world.sum(torch.cat(parts[name])) for name in ("nats", "text_nats"))
+    total, n = float(sums.sum()), int(counts.sum())
+    variance = float((sums - total / n * counts).square().sum())
+    by_place = (world.sum(place_nats) / place_targets).tolist()
+    places = [None if math.isnan(loss) else loss for loss in by_place]
+    right, in_text = int(world.sum(correct)), float(text_nats.sum())
+    return Measured(total, variance, n, right, in_text, text_bytes, places)
+
+
+def dealt(
+    model: GPT, batches: Iterable[Batch], run: RunConfig, world: World, dropout_active: bool
+) -> Iterator[tuple[Batch, Tensor | None]]:
+    """Every batch, with its logits where this rank computed them.
+
+    All ranks make as many passes; at the end some compute what another one counts.
+    """
+    device, n_rows = next(model.parameters()).device, 0
+    for number, group in enumerate(grouped(iter(batches), world.size)):
+        own = min(world.rank, len(group) - 1)
+        for place, batch in enumerate(group):
+            rows = np.arange(n_rows, n_rows := n_rows + len(batch.inputs))
+            if place != own:
+                yield batch, None
+                continue
+            inputs, _, real = tensors(batch, device)
             samples = sample_keys(run.seed, 0, rows).to(device) if dropout_active else None
             logits = model(inputs, real, samples=samples)
             if number == 0 and not dropout_active:
                 assert torch.equal(logits, model(inputs, real)), "evaluation is not repeatable"
-            nats = nats_of(logits, targets, "none").view_as(targets).double().cpu()
-            scored, target = targets.cpu() != IGNORED, targets.cpu().clamp(min=0)
-            n_bytes = lengths[target] * scored
-            row_nats.append(nats.sum(1))
-            row_targets.append(scored.sum(1))
-            place_nats[: nats.shape[1]] += nats.sum(0)
-            place_targets[: nats.shape[1]] += scored.sum(0)
-            correct += int(((logits.argmax(-1) == targets).cpu() & scored).sum())
-            text_nats += float(nats[n_bytes > 0].sum())
-            text_bytes += int(n_bytes.sum())
-    if not row_nats or not int(sum(t.sum() for t in row_targets)):
-        raise DataError("nothing to evaluate: the text has no target")
-    sums, counts = torch.cat(row_nats), torch.cat(row_targets)
-    total, n = float(sums.sum()), int(counts.sum())
-    variance = float((sums - total / n * counts).square().sum())
-    by_place = (place_nats / place_targets).tolist()
-    places = [None if math.isnan(loss) else loss for loss in by_place]
-    return Measured(total, variance, n, correct, text_nats, text_bytes, places)
+            yield batch, logits if own == world.rank else None
 
 
 def rows_of_file(trained: Trained, file: str) -> Layout:

@@ -19,15 +19,6 @@ def user_errors(verbose: bool = False) -> Iterator[None]:
     try:
         yield
         sys.stdout.flush()  # here, where a reader that has gone is no failure
-    except UserError as error:
-        if verbose:
-            traceback.print_exc()
-        for problem in error.problems:
-            print(visible(problem), file=sys.stderr)
-        raise typer.Exit(error.exit_code) from None
-    except KeyboardInterrupt as error:
-        print("gptlite: interrupted", file=sys.stderr)
-        raise typer.Exit(143 if isinstance(error, Terminated) else 130) from None
     except BrokenPipeError:
         # Whoever read our output has what it wanted; Python would complain once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -35,22 +26,33 @@ def user_errors(verbose: bool = False) -> Iterator[None]:
     except BaseException as error:
         # A panic of a library written in Rust is no Exception.
         panics = type(error).__name__ == "PanicException"
-        if verbose or not (isinstance(error, Exception) or panics):
+        told = isinstance(error, Exception | KeyboardInterrupt) or panics
+        if not told or (verbose and not isinstance(error, UserError | KeyboardInterrupt)):
             raise
-        if isinstance(error, OSError) and error.strerror:  # of the machine, not of ours
-            where = f"{error.filename}: " if error.filename else ""
-            print(f"gptlite: {visible(where + error.strerror)}", file=sys.stderr)
-            raise typer.Exit(StorageError.exit_code) from None
-        if is_out_of_memory(error):
-            print(
-                "gptlite: out of memory; lower train.memory_gib, train.micro_batch_size or the "
-                "sizes under model. What was saved is whole",
-                file=sys.stderr,
-            )
-            raise typer.Exit(1) from None
-        problem = visible(f"{type(error).__name__}: {error}".splitlines()[0])
-        print(f"gptlite: {problem} (a bug; -v shows where)", file=sys.stderr)
-        raise typer.Exit(1) from None
+        if verbose and isinstance(error, UserError):
+            traceback.print_exc()
+        code, problems = ending(error)
+        for problem in problems:
+            print(visible(problem), file=sys.stderr)
+        raise typer.Exit(code) from None
+
+
+def ending(error: BaseException) -> tuple[int, list[str]]:
+    """The exit code of a command that ends so, and what is said of it."""
+    if isinstance(error, UserError):
+        return error.exit_code, list(error.problems)
+    if isinstance(error, KeyboardInterrupt):
+        return 143 if isinstance(error, Terminated) else 130, ["gptlite: interrupted"]
+    if isinstance(error, OSError) and error.strerror:  # of the machine, not of ours
+        where = f"{error.filename}: " if error.filename else ""
+        return StorageError.exit_code, [f"gptlite: {where}{error.strerror}"]
+    if is_out_of_memory(error):
+        return 1, [
+            "gptlite: out of memory; lower train.memory_gib, train.micro_batch_size or the "
+            "sizes under model. What was saved is whole"
+        ]
+    first = f"{type(error).__name__}: {error}".splitlines()[0]
+    return 1, [f"gptlite: {first} (a bug; -v shows where)"]
 
 
 def is_out_of_memory(error: BaseException) -> bool:

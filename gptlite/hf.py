@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from gptlite import storage
-from gptlite.checkpoint import MOST_STATE_BYTES, read_tensors
+from gptlite.checkpoint import MOST_STATE_BYTES
 from gptlite.config import ModelConfig
 from gptlite.errors import CheckpointError
+from gptlite.tensor_files import read_tensors
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"

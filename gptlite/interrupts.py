@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from gptlite.errors import Terminated
+from gptlite.world import ALONE, World
 
 SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
 """Ctrl-C; how systems and schedulers ask to end, and warn before they end it; a terminal closed."""
@@ -16,9 +17,13 @@ class Cut(BaseException):
 
 
 class Interrupts:
-    """Notes the first signal for the loop to act on between updates; the second one leaves."""
+    """Notes the first signal for the loop to act on between updates; the second one leaves.
 
-    def __init__(self) -> None:
+    Of several ranks none acts on a signal by itself: all `poll` at the same moments.
+    """
+
+    def __init__(self, world: World = ALONE) -> None:
+        self.world = world
         self.received = 0
         self.cuttable = False
 
@@ -33,13 +38,19 @@ class Interrupts:
     @contextmanager
     def cutting(self) -> Iterator[None]:
         """Inside, a signal raises Cut at once: evaluating and sampling change nothing."""
-        if self.received:
+        if self.received and self.world.size == 1:
             raise Cut
-        self.cuttable = True
+        self.cuttable = self.world.size == 1
         try:
             yield
         finally:
             self.cuttable = False
+
+    def poll(self) -> None:
+        """Raises Cut if a signal has come to any rank."""
+        self.received = self.world.largest(self.received)
+        if self.received:
+            raise Cut
 
     @contextmanager
     def noticed(self) -> Iterator["Interrupts"]:

@@ -2,12 +2,13 @@
 
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from gptlite import run_directory
 from gptlite.config import RunConfig
 from gptlite.config_reader import load_run
 from gptlite.errors import ConfigError
+from gptlite.world import ALONE, World
 
 
 class Launch(NamedTuple):
@@ -26,17 +27,57 @@ def launched(
     minutes: float,
     out_dir: str | None,
     resume: str | None,
+    world: World = ALONE,
+) -> Launch:
+    """What all ranks do: the first one decides.
+
+    Raises ConfigError, and DataError where a config has to be made for the data.
+    """
+
+    if world.size == 1:
+        return asked(configs, overrides, data, minutes=minutes, out_dir=out_dir, resume=resume)
+
+    def decide() -> tuple[Any, str, bool, str | None]:
+        launch = asked(configs, overrides, data, minutes=minutes, out_dir=out_dir, resume=resume)
+        run = launch.run.model_dump(mode="json")
+        return run, str(launch.directory), launch.resumes, launch.recipe
+
+    run, directory, resumes, recipe = world.shared(decide)
+    launch = Launch(RunConfig.model_validate(run), Path(directory), resumes, recipe)
+    if configs:
+        check_alike(launch.run, load_run(configs, with_options(overrides, data, out_dir)), world)
+    return launch
+
+
+def check_alike(first: RunConfig, own: RunConfig, world: World) -> None:
+    """Raises ConfigError on all ranks if one of them was given another config."""
+    from gptlite.resume import differences
+
+    each = world.gathered(list(differences(first, own)))
+    problems = [
+        f"--config: rank {rank} was given another than rank 0: {change}"
+        for rank, changes in enumerate(each)
+        for change in changes
+    ]
+    if problems:
+        raise ConfigError(*problems)
+
+
+def asked(
+    configs: list[str],
+    overrides: list[str],
+    data: list[str],
+    *,
+    minutes: float,
+    out_dir: str | None,
+    resume: str | None,
 ) -> Launch:
     """Raises ConfigError, and DataError where a config has to be made for the data."""
-    values = list(overrides)
-    if out_dir is not None:
-        values.append(f"out_dir={as_value(out_dir)}")
     named = None if resume in (None, "auto") else run_directory.resumed(str(resume))
     if named is not None and not configs:
         configs = [str(named / "config.yaml")]
+    values = with_options(overrides, data if configs else [], out_dir)
     if configs:
-        if data:
-            values.append(f"data.source={as_value(data[0] if len(data) == 1 else data)}")
         run = load_run(configs, values)
         where = run_directory.where(run.out_dir, configs, resume)
         return Launch(run, *((named, True) if named else where))
@@ -50,6 +91,16 @@ def launched(
 
     run, text = recipe.compose(data, minutes, values)
     return Launch(run, directory, False, text)
+
+
+def with_options(overrides: list[str], data: list[str], out_dir: str | None) -> list[str]:
+    """The values of --set, and of the options that are short for one."""
+    values = list(overrides)
+    if out_dir is not None:
+        values.append(f"out_dir={as_value(out_dir)}")
+    if data:
+        values.append(f"data.source={as_value(data[0] if len(data) == 1 else data)}")
+    return values
 
 
 def as_value(value: str | list[str]) -> str:

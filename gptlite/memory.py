@@ -12,6 +12,7 @@ import torch
 from gptlite.config import RunConfig, physical_memory_bytes
 from gptlite.errors import ConfigError
 from gptlite.loss import PART_BYTES
+from gptlite.world import ALONE, World
 
 GIB = 1 << 30
 BYTES_PER_PARAMETER = 16
@@ -44,12 +45,24 @@ def block_bytes(run: RunConfig) -> int:
     return residual + half * read
 
 
-def training_bytes(run: RunConfig, vocab_size: int, rows: int, recompute: bool) -> int:
+def weight_bytes(run: RunConfig, vocab_size: int, ranks: int) -> int:
+    """Weights, gradients and moments of a process; FSDP gathers one block, or what is in none."""
+    model, n_parameters = run.model, run.model.n_parameters(vocab_size)
+    copies = 2 if run.dtype == "bfloat16" else 0  # of the weights
+    if run.distributed.engine != "fsdp" or ranks == 1:
+        return n_parameters * (BYTES_PER_PARAMETER + copies)
+    blocks = n_parameters - model.model_copy(update={"n_layer": 0}).n_parameters(vocab_size)
+    gathered = n_parameters - blocks + 2 * blocks // model.n_layer  # the next is on its way
+    return n_parameters * BYTES_PER_PARAMETER // ranks + gathered * (8 + copies)
+
+
+def training_bytes(
+    run: RunConfig, vocab_size: int, rows: int, recompute: bool, ranks: int = 1
+) -> int:
     """Peak of an update of `rows` sequences at a time: weights, moments, activations."""
-    model, half = run.model, 2 if run.dtype == "bfloat16" else 4
+    model = run.model
     tokens = rows * model.context_length
-    copies = half if half < 4 else 0  # of the weights, in bfloat16
-    weights = model.n_parameters(vocab_size) * (BYTES_PER_PARAMETER + copies)
+    weights = weight_bytes(run, vocab_size, ranks)
     logits = 10 * vocab_size * tokens
     if 4 * vocab_size * tokens > PART_BYTES:
         logits = 3 * PART_BYTES + 4 * vocab_size * model.n_embd
@@ -60,15 +73,19 @@ def training_bytes(run: RunConfig, vocab_size: int, rows: int, recompute: bool) 
     return PROCESS_BYTES + int(SLACK * kept)
 
 
-def fit(run: RunConfig, vocab_size: int, device: torch.device) -> tuple[int, bool, str]:
+def fit(
+    run: RunConfig, vocab_size: int, device: torch.device, world: World = ALONE
+) -> tuple[int, bool, str]:
     """(sequences per forward pass, whether to recompute, why): the largest part that fits.
 
     Raises ConfigError if not even one sequence does.
     """
     total = memory_bytes(device)
+    if device.type == "cpu":
+        total //= world.here
     budget = total * AUTO_SHARE if run.train.memory_gib == "auto" else run.train.memory_gib * GIB
-    for size, recompute in ways(run):
-        need = training_bytes(run, vocab_size, size, recompute)
+    for size, recompute in ways(run, world.size):
+        need = training_bytes(run, vocab_size, size, recompute, world.size)
         if need <= budget:
             return size, recompute, f"about {need / GIB:.2g} of {budget / GIB:.3g} GiB"
     if need <= total and run.train.memory_gib == "auto":
@@ -82,12 +99,12 @@ def fit(run: RunConfig, vocab_size: int, device: torch.device) -> tuple[int, boo
     )
 
 
-def ways(run: RunConfig) -> Iterator[tuple[int, bool]]:
+def ways(run: RunConfig, ranks: int) -> Iterator[tuple[int, bool]]:
     """Ways to split and recompute that the run leaves open, the fastest first."""
-    train, batch = run.train, run.train.batch_size
+    train, batch = run.train, run.train.batch_size // ranks
     sizes = [part for part in range(batch, 0, -1) if batch % part == 0]
     if train.micro_batch_size != "auto":
-        sizes = [train.micro_batch_size]
+        sizes = [min(batch, train.micro_batch_size)]
     for recompute in (False, True) if train.recompute == "auto" else (train.recompute,):
         for size in sizes:
             yield size, recompute

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gptlite.config import OptimConfig
+from gptlite.world import ALONE, World
 
 WSD_DECAY = 0.2
 """Share of the run over which schedule wsd falls."""
@@ -166,14 +167,21 @@ class Optimizer:
             for key in STATE_KEYS[type(part)]
         }
 
-    def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take back `state_tensors`. Raises ValueError if they are of another model."""
+    @torch.no_grad()
+    def load_state_tensors(self, tensors: Mapping[str, Tensor], world: World = ALONE) -> None:
+        """Take back `state_tensors`, which only the first rank has.
+
+        Raises ValueError if they are of another model.
+        """
         expected = self.expected_state()
         have = {name: (tuple(value.shape), value.dtype) for name, value in tensors.items()}
-        if have != (want := {name: shape for name, (*_, shape) in expected.items()}):
+        if world.first and have != (
+            want := {name: shape for name, (*_, shape) in expected.items()}
+        ):
             odd = sorted(n for n in have.keys() | want.keys() if have.get(n) != want.get(n))
             raise ValueError(f"{len(odd)} optimizer tensors do not fit: {', '.join(odd[:5])}")
-        for name, (part, parameter, key, _) in expected.items():
-            # A copy, as what is read may be mapped from the file; fused AdamW wants its step
-            # beside the parameter.
-            part.state[parameter][key] = tensors[name].to(parameter.device, copy=True)
+        for name, (part, parameter, key, (shape, _)) in expected.items():
+            # Fused AdamW wants its step beside the parameter.
+            new = torch.zeros(shape, device=parameter.device) if key == "step" else None
+            part.state[parameter][key] = torch.zeros_like(parameter) if new is None else new
+            world.put(part.state[parameter][key], tensors.get(name))

@@ -16,6 +16,7 @@ from gptlite.memory import training_bytes
 from gptlite.metrics import clock, human
 from gptlite.model import GPT
 from gptlite.prepare import prepare
+from gptlite.world import World
 
 
 def flops_per_token(run: RunConfig, vocab_size: int) -> int:
@@ -36,15 +37,19 @@ class Planned(NamedTuple):
     plan: dict[str, Any]
 
 
-def plan_run(run: RunConfig) -> Planned:
-    """The resolved run and its plan, with the time of an update and of every site measured."""
+def plan_run(run: RunConfig, world_size: int = 1) -> Planned:
+    """The resolved run and its plan, with the time of an update and of every site measured.
+
+    Of several ranks, what each of them would do; the time is without their talking.
+    """
     files = prepare(run)
     rows = files.rows("train", run.model.context_length)
     vocab_size = files.meta["vocab_size"]
-    resolved, reasons = resolve(run, vocab_size=vocab_size, n_rows=rows.n_rows)
+    world = World(world_size)
+    resolved, reasons = resolve(run, vocab_size=vocab_size, n_rows=rows.n_rows, world=world)
     model = GPT.of_run(resolved, vocab_size)
-    plan = make_plan(resolved, model, files, rows, reasons)
-    seconds = seconds_per_update(resolved, model, rows)
+    plan = make_plan(resolved, model, files, rows, reasons, world_size)
+    seconds = seconds_per_update(resolved, model, rows) / world_size
     for site in plan["dropout"]:
         cost = site_seconds(resolved, model, site)
         site |= {"milliseconds_per_update": 1e3 * cost, "share_of_update": cost / seconds}
@@ -52,7 +57,12 @@ def plan_run(run: RunConfig) -> Planned:
 
 
 def make_plan(
-    run: RunConfig, model: GPT, files: TokenFiles, rows: Layout, reasons: dict[str, str]
+    run: RunConfig,
+    model: GPT,
+    files: TokenFiles,
+    rows: Layout,
+    reasons: dict[str, str],
+    ranks: int = 1,
 ) -> dict[str, Any]:
     """The plan of a resolved run, as it is written to plan.json."""
     vocab_size, train = files.meta["vocab_size"], run.train
@@ -74,8 +84,10 @@ def make_plan(
         "flops_per_token": flops,
         "flops": flops * tokens_per_update * n_steps,
         "memory_bytes_estimate": training_bytes(
-            run, vocab_size, train.micro_batch_size, train.recompute is True
+            run, vocab_size, train.micro_batch_size, train.recompute is True, ranks
         ),
+        "ranks": ranks,
+        "sequences_per_rank": train.batch_size // ranks,
         "auto": reasons,
         "attention": reasons.get("attention", f"{run.attention}: asked for"),
         "dropout": site_plan(run, model, rows.n_rows),
@@ -121,6 +133,7 @@ def summary_lines(run: RunConfig, plan: dict[str, Any]) -> list[str]:
     model, train = run.model, run.train
     tokens = f"{plan['train_tokens']:,} train + {plan['val_tokens']:,} val tokens"
     kind = f"{run.tokenizer.kind} {plan['vocab_size']}, {plan['bytes_per_token']:.2f} bytes/token"
+    each_rank = " in each process" if plan["ranks"] > 1 else ""
     shape = f"{model.n_layer} layers, {model.n_head} heads, {model.n_embd} wide"
     update = f"{train.batch_size} x {model.context_length} tokens"
     if run.data.layout == "documents":
@@ -128,10 +141,13 @@ def summary_lines(run: RunConfig, plan: dict[str, Any]) -> list[str]:
     lines = [
         f"data: {', '.join(run.sources)}: {tokens} ({kind})",
         f"model: {shape}, context {model.context_length}: {human(plan['parameters'])} parameters, "
-        f"about {plan['memory_bytes_estimate'] / 2**30:.2g} GiB to train",
+        f"about {plan['memory_bytes_estimate'] / 2**30:.2g} GiB to train{each_rank}",
         f"plan: {plan['steps']} updates of {update} = {plan['epochs']:.2f} epochs, "
         f"{human(plan['flops'])}FLOP",
     ]
+    if plan["ranks"] > 1:
+        each = f"{plan['sequences_per_rank']} sequences of an update"
+        lines.append(f"ranks: {plan['ranks']}, each with {each}")
     lines += [f"auto: {name} = {why}" for name, why in plan["auto"].items()]
     sites = [f"{site['site']} {site['rate']:g}" for site in plan["dropout"] if site["rate"]]
     lines.append(f"dropout: {', '.join(sites) or 'none'}")

@@ -8,14 +8,14 @@ import torch
 from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
-from gptlite import checkpoint, importing, loops, origin, run_directory
+from gptlite import checkpoint, importing, loops, origin, run_directory, tensor_files
 from gptlite.checkpoint import Found, State
 from gptlite.config import RunConfig
 from gptlite.data import TokenFiles
 from gptlite.errors import ConfigError
 
 FREE_TO_CHANGE = (
-    *("out_dir", "init_from", "device", "log", "sample"),
+    *("out_dir", "init_from", "device", "log", "sample", "distributed"),
     *("data.source", "data.sha256", "data.cache_dir"),
     *("train.max_steps", "train.epochs", "train.log_interval", "train.eval_interval"),
     *("train.eval_batches", "train.save_interval", "train.keep_last", "train.early_stop"),
@@ -40,7 +40,13 @@ def adopt(run: RunConfig, stored: RunConfig) -> RunConfig:
 
 
 def start_point(
-    run: RunConfig, stored: RunConfig | None, directory: Path, files: TokenFiles, *, strict: bool
+    run: RunConfig,
+    stored: RunConfig | None,
+    directory: Path,
+    files: TokenFiles,
+    *,
+    strict: bool,
+    ranks: int,
 ) -> Found | None:
     """Where a run goes on; None at its beginning.
 
@@ -56,7 +62,7 @@ def start_point(
     if found is not None and found.state.data_digest != files.digest:
         changes.append("data: the text is not the one this run was trained on")
     if strict and found is not None:
-        changes += surroundings_changed(run, found.state.environment)
+        changes += surroundings_changed(run, found.state.environment, ranks)
     if changes:
         raise ConfigError(
             *(f"--resume: {change}" for change in changes),
@@ -89,11 +95,12 @@ def differences(old: RunConfig, new: RunConfig) -> Iterator[str]:
     return walk(old.model_dump(mode="json"), new.model_dump(mode="json"), "")
 
 
-def fingerprint(run: RunConfig) -> dict[str, Any]:
+def fingerprint(run: RunConfig, ranks: int) -> dict[str, Any]:
     """What bit-exactness depends on besides config and data."""
     on_gpu = run.device.startswith("cuda")
     return {
         "torch": torch.__version__,
+        "ranks": ranks,
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(run.device) if on_gpu else run.device,
         "processor": torch.backends.cpu.get_cpu_capability(),
@@ -101,9 +108,9 @@ def fingerprint(run: RunConfig) -> dict[str, Any]:
     }
 
 
-def surroundings_changed(run: RunConfig, before: dict[str, Any]) -> list[str]:
+def surroundings_changed(run: RunConfig, before: dict[str, Any], ranks: int) -> list[str]:
     """What is not as it was when the checkpoint was saved: the last bits may differ."""
-    now = fingerprint(run)
+    now, before = fingerprint(run, ranks), {"ranks": 1, **before}
     changed = [name for name in now if before.get(name) != now[name]]
     return [f"{name}: {before.get(name)} -> {now[name]}" for name in changed]
 
@@ -121,7 +128,7 @@ def initial_weights(run: RunConfig) -> dict[str, Tensor] | None:
     else:
         folder = checkpoint.chosen(path, "best").path if run_directory.has_run(path) else path
         checkpoint.read_state(folder)
-        tensors = checkpoint.read_tensors(folder / checkpoint.FILES[0])
+        tensors = tensor_files.read_tensors(folder / checkpoint.FILES[0])
     if "position_embedding.weight" in tensors:
         kept = tensors["position_embedding.weight"][: run.model.context_length]
         tensors["position_embedding.weight"] = kept

@@ -1,38 +1,33 @@
-"""`gptlite train`: what surrounds the loop, from an empty directory to the summary.
+"""What surrounds the loop of a run that has begun, up to the summary.
 
 Evaluating, sampling, saving and logging happen between updates and change none of them.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from gptlite import auto, checkpoint, run_directory, storage
+from gptlite import checkpoint
 from gptlite import plan as planning
 from gptlite.checkpoint import Best, Found, State
-from gptlite.config import RunConfig
-from gptlite.config_reader import dump, load_run
-from gptlite.errors import ConfigError, DivergedError, Stopped
+from gptlite.config_reader import dump
+from gptlite.data import Batch
+from gptlite.errors import DivergedError, Stopped
 from gptlite.evaluate import TRAIN_SUBSET_ROWS, byte_lengths, eval_rows, measure
-from gptlite.generate import Generation, encode_prompt
+from gptlite.generate import Generation
 from gptlite.interrupts import Cut, Interrupts
 from gptlite.keys import key
-from gptlite.memory import keep_freed
-from gptlite.metrics import Console, Meter, MetricsFile, clock, finite
-from gptlite.prepare import prepare
+from gptlite.metrics import Meter, clock, finite
+from gptlite.records import Records, Unrecorded
 from gptlite.resume import (
-    adopt,
     fingerprint,
-    initial_weights,
-    start_point,
     surroundings_changed,
 )
-from gptlite.sinks import Place, Sinks, check_installed
+from gptlite.sinks import Place
 from gptlite.tokenizer import digest
 from gptlite.train import MOST_SKIPPED, SKIP_WINDOW, Trainer, Update
-from gptlite.trained import load_tokenizer
 
 Watch = Callable[[int, int, float], None]
 """Is told step, last step and validation loss of each evaluation; what it raises ends the run."""
@@ -43,7 +38,10 @@ def unwatched(step: int, max_steps: int, val_loss: float) -> None:
 
 
 class Session:
-    """One stay of a run in its directory: metrics, evaluations, samples and checkpoints."""
+    """One stay of a run in its directory: metrics, evaluations, samples and checkpoints.
+
+    Every rank has one, and all do the same at the same moments.
+    """
 
     def __init__(
         self,
@@ -53,7 +51,7 @@ class Session:
         interrupts: Interrupts,
         watch: Watch = unwatched,
     ) -> None:
-        run, self.watch = trainer.run, watch
+        run, self.watch, self.world = trainer.run, watch, trainer.world
         self.trainer, self.directory, self.run = trainer, directory, run
         self.interrupts = interrupts
         self.run_id = f"{key(dump(run), trainer.files.digest):016x}"
@@ -70,12 +68,10 @@ class Session:
         known = trainer.step
         if self.pending is not None:  # what was cut short there is done again, and saved
             known, self.saved_step = known - 1, -1
-        self.metrics = MetricsFile(directory / "metrics.jsonl", known)
-        self.console = Console(
-            directory / "train.log", run.log.progress, trainer.max_steps, trainer.step
-        )
-        place = Place(run, directory, self.run_id, known)
-        self.sinks = Sinks(place, self.console.say)
+        self.records = Unrecorded()
+        if self.world.first:
+            place = Place(run, directory, self.run_id, known)
+            self.records = Records(place, trainer.max_steps, trainer.step)
         self.val_rows = trainer.files.rows("val", run.model.context_length)
         self.lengths = byte_lengths(trainer.files.tokenizer)
         self.verified = False
@@ -96,7 +92,7 @@ class Session:
 
     def introduce(self, plan: dict[str, Any], found: Found | None, resumed: bool) -> None:
         """Say what will happen."""
-        trainer, say = self.trainer, self.console.say
+        trainer, say = self.trainer, self.records.say
         for line in planning.summary_lines(self.run, plan):
             say(line)
         if trainer.planned:
@@ -109,12 +105,12 @@ class Session:
         for problem in found.problems:
             say(f"{problem}; passed over")
         say(f"resumed at step {trainer.step} of {trainer.max_steps}")
-        for change in surroundings_changed(self.run, found.state.environment):
+        for change in surroundings_changed(self.run, found.state.environment, self.world.size):
             say(f"not as when it was saved: {change}; the last bits of results may differ")
 
     def work(self) -> dict[str, Any]:
         """Train, and say where everything is. Raises Stopped after a signal, DivergedError."""
-        trainer, say = self.trainer, self.console.say
+        trainer, say = self.trainer, self.records.say
         try:
             ended = self.train()
             summary = self.finish(ended)
@@ -151,14 +147,13 @@ class Session:
         self.meter.resume()
         for update in trainer.updates(trainer.max_steps):
             self.meter.count(update.targets)
-            self.console.advance()
+            self.records.advance()
             if trainer.skipped[-1:] == [update.step]:
                 self.tell_skipped(update)
             if self.is_due(update.step):
                 self.meter.pause()
                 self.settle(self.row(update))
-            if self.interrupts.received:
-                raise Cut
+            self.interrupts.poll()
             if self.stops_early:
                 return "early_stop"
             self.meter.resume()
@@ -186,9 +181,7 @@ class Session:
         if self.evaluates_at(step) and "val/loss" not in row:
             row |= self.evaluate(step)
         if self.evaluates_at(step) or step % train.log_interval == 0:
-            self.metrics.write(row)
-            self.sinks.write(row)
-            self.console.progress(step, row, self.val_loss)
+            self.records.row(step, row, self.val_loss)
         if self.samples_at(step):
             self.sample()
         self.pending = None
@@ -214,12 +207,14 @@ class Session:
         limit = None if batches == "all" else batches * run.train.batch_size
         val, subset = self.val_rows.sweep(rows, limit), trainer.rows.sweep(rows, TRAIN_SUBSET_ROWS)
         with self.interrupts.cutting():
-            measured = measure(trainer.model, val, run, self.lengths)
-            train = measure(trainer.model, subset, run, self.lengths)
+            measured, train = (
+                measure(trainer.model, self.polled(each), run, self.lengths, world=self.world)
+                for each in (val, subset)
+            )
         if not math.isfinite(measured.loss):
             raise DivergedError(f"step {step}: validation loss {measured.loss}")
         if not self.verified:
-            self.console.say("evaluation: dropout: off (verified)")
+            self.records.say("evaluation: dropout: off (verified)")
             self.verified = True
         self.val_loss = measured.loss
         self.worse += 1
@@ -232,6 +227,12 @@ class Session:
             "val/loss": measured.loss,
             "val/bits_per_byte": measured.bits_per_byte,
         }
+
+    def polled(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The batches, until a signal has come to any rank."""
+        for batch in batches:
+            self.interrupts.poll()
+            yield batch
 
     def save(self) -> None:
         """A checkpoint of now; older ones go. Raises StorageError, DivergedError if not finite."""
@@ -250,22 +251,18 @@ class Session:
             data_digest=trainer.files.digest,
             tokenizer_sha256=digest(trainer.files.tokenizer),
             config=self.run.model_dump(mode="json"),
-            environment=fingerprint(self.run),
+            environment=fingerprint(self.run, self.world.size),
         )
-        self.metrics.sync()
-        checkpoint.save(self.directory, trainer.tensors(), state)
+        self.records.sync()
+        checkpoint.save(self.directory, trainer.tensors(), state, self.world)
         self.saved_step = trainer.step
-        checkpoint.point(self.directory, "last", trainer.step)
-        if self.is_best(trainer.step):
-            checkpoint.point(self.directory, "best", trainer.step)
-        best_step = None if self.best is None else self.best.step
-        checkpoint.prune(self.directory, self.run.train.keep_last, best_step)
+        self.records.saved(trainer.step, None if self.best is None else self.best.step)
 
     def sample(self) -> str:
         """Continue the configured prompts; the text goes to samples/ and is returned."""
         run, trainer = self.run, self.trainer
         documents = run.data.layout == "documents"
-        with self.interrupts.cutting():
+        with self.interrupts.cutting(), trainer.engine.whole():
             generation = Generation(
                 trainer.model,
                 trainer.files.tokenizer,
@@ -276,12 +273,11 @@ class Session:
                 documents=documents,
             )
             text = "\n".join(result["prompt"] + result["text"] for result in generation.results())
-        path = self.directory / "samples" / f"step-{trainer.step:08d}.txt"
-        storage.write_text(path, text + "\n")
+        self.records.sample(trainer.step, text)
         return text
 
     def tell_skipped(self, update: Update) -> None:
-        self.console.say(
+        self.records.say(
             f"step {update.step}: loss {update.loss}, gradient norm {update.grad_norm}; skipped "
             f"({len(self.trainer.skipped)} of at most {MOST_SKIPPED} in {SKIP_WINDOW} updates)"
         )
@@ -316,66 +312,6 @@ class Session:
             "val_loss": self.val_loss,
             "best": self.best.model_dump() if self.best else None,
         }
-        storage.write_json(self.directory / "summary.json", summary)
-        self.console.say(f"sample at step {trainer.step}:\n{text}")
+        self.records.summary(summary)
+        self.records.say(f"sample at step {trainer.step}:\n{text}")
         return summary
-
-
-def train(
-    run: RunConfig,
-    directory: Path,
-    *,
-    resume: bool = False,
-    strict: bool = False,
-    watch: Watch = unwatched,
-) -> dict[str, Any]:
-    """Train a run in its directory; returns the summary.
-
-    Raises ConfigError and DataError before anything is written, Stopped after a signal, with the
-    checkpoint saved. `strict`: not to resume where surroundings have changed.
-    """
-    stored = load_run([str(directory / "config.yaml")]) if resume else None
-    files = prepare(run, load_tokenizer(directory) if resume and run.init_from else None)
-    n_rows = files.rows("train", run.model.context_length).n_rows
-    files.tokens("val")  # too little text for validation is better known before training
-    for prompt in run.sample.prompts:
-        documents = run.data.layout == "documents"
-        encode_prompt(files.tokenizer, prompt, documents, place=f"sample.prompts: {prompt!r}")
-    check_installed(run.log.sinks)
-    weights = None if resume else initial_weights(run)
-    asked = run if stored is None else adopt(run, stored)
-    resolved, reasons = auto.resolve(asked, vocab_size=files.meta["vocab_size"], n_rows=n_rows)
-    keep_freed()
-    run_directory.create(directory)
-    with run_directory.locked(directory), Interrupts().noticed() as interrupts:
-        if stored is None and run_directory.has_run(directory):
-            raise ConfigError(f"out_dir: {directory} contains a run; give another --out-dir")
-        run_directory.clean(directory)
-        found = start_point(resolved, stored, directory, files, strict=strict)
-        trainer = Trainer(resolved, files)
-        if found is not None:
-            trainer.restore(found.path, found.state)
-        elif weights is not None:
-            checkpoint.fill(trainer.model, weights, f"init_from: {run.init_from}")
-        plan = planning.make_plan(resolved, trainer.model, files, trainer.rows, reasons)
-        write_description(trainer, directory, plan)
-        saved = found.state if found else None
-        session = Session(trainer, directory, saved, interrupts, watch)
-        try:
-            session.introduce(plan, found, resume)
-            return session.work()
-        except BaseException as error:
-            session.console.log_failure(error)
-            raise
-        finally:
-            session.sinks.close()
-            session.console.close()
-
-
-def write_description(trainer: Trainer, directory: Path, plan: dict[str, Any]) -> None:
-    """config.yaml, env.json, plan.json and the tokenizer: what the run is."""
-    tokenizer = trainer.files.tokenizer.to_json()
-    storage.write_json(directory / "env.json", run_directory.environment())
-    storage.write_json(directory / "plan.json", plan)
-    storage.write_text(directory / "tokenizer" / "tokenizer.json", storage.sealed(tokenizer))
-    storage.write_text(directory / "config.yaml", dump(trainer.run))

@@ -146,7 +146,7 @@ def do(queue: Queue, job: Job, threads: int, watch: "Watch") -> Record:
 
 def train(queue: Queue, run: RunConfig, directory: Path, threads: int, watch: "Watch") -> None:
     """One run, with the precision and number of threads of all runs of the study."""
-    from gptlite import auto, session
+    from gptlite import auto, start
     from gptlite.prepare import prepare
 
     def fastest() -> str:
@@ -160,7 +160,7 @@ def train(queue: Queue, run: RunConfig, directory: Path, threads: int, watch: "W
     if run.dtype == "auto":  # chosen by a clock, which could say otherwise for the next run
         run = run.model_copy(update={"dtype": queue.settled("dtype", fastest)})
     try:
-        session.train(run, directory, resume=run_directory.has_run(directory), watch=watch)
+        start.train(run, directory, resume=run_directory.has_run(directory), watch=watch)
     except Stopped as stopped:
         told = f"{directory}: stopped, saved; go on with: the same command"
         raise Stopped(stopped.exit_code - 128, told) from None

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from gptlite import auto, checkpoint
-from gptlite.checkpoint import FILES, State, load_weights, model_tensors
+from gptlite import auto, tensor_files
+from gptlite.checkpoint import FILES, State, fill, model_tensors
 from gptlite.config import RunConfig
 from gptlite.data import Batch, TokenFiles, batch_at
 from gptlite.dropout import (
@@ -30,6 +30,7 @@ from gptlite.keys import key
 from gptlite.masks import sample_keys
 from gptlite.model import GPT
 from gptlite.optim import Optimizer, lr_at
+from gptlite.world import ALONE, World
 
 MOST_SKIPPED, SKIP_WINDOW = 10, 1000
 """Updates that `train.on_nonfinite: skip` may skip, in so many."""
@@ -50,11 +51,17 @@ class Update(NamedTuple):
 
 
 class Trainer:
-    """Model, optimizer and step: all that an update changes."""
+    """Model, optimizer and step: all that an update changes.
 
-    def __init__(self, run: RunConfig, files: TokenFiles) -> None:
-        self.run, self.files = run, files
-        self.device = torch.device(run.device)
+    Of several ranks each computes its rows of every batch; their gradients are added up.
+    """
+
+    def __init__(self, run: RunConfig, files: TokenFiles, world: World = ALONE) -> None:
+        self.run, self.files, self.world = run, files, world
+        self.device = world.device(run)
+        each = run.train.batch_size // world.size
+        self.own = slice(each * world.rank, each * (world.rank + 1))
+        """The rows of a batch that this rank computes."""
         self.rows = files.rows("train", run.model.context_length)
         self.max_steps = auto.planned_steps(run, self.rows.n_rows)
         self.model = GPT.of_run(run, files.meta["vocab_size"])
@@ -65,6 +72,7 @@ class Trainer:
         self.native = bool(run.dropout.native_sites(run.attention))
         if run.compile is True:
             self.model.compile()
+        self.engine = world.engine(run, self.model)
         self.optimizer = Optimizer(self.model, run.optim)
         self.parameters = list(self.model.parameters())
         self.step, self.strength = 0, 1.0
@@ -81,7 +89,7 @@ class Trainer:
             )
             loss = self.accumulate(batch)
             norm = get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-            loss_nats, grad_norm = loss.item(), norm.item()
+            loss_nats, grad_norm = loss.item(), self.world.full(norm).item()
             lr = lr_at(self.step, self.max_steps, run.optim)
             if math.isfinite(loss_nats) and math.isfinite(grad_norm):
                 if run.optim.grad_clip and grad_norm > run.optim.grad_clip:
@@ -116,20 +124,22 @@ class Trainer:
 
     def accumulate(self, batch: Batch) -> torch.Tensor:
         """Gradients of the mean nats per target of a whole update, part by part."""
-        size, n_targets = self.run.train.micro_batch_size, batch.n_targets
+        size, n_targets, stop = self.run.train.micro_batch_size, batch.n_targets, self.own.stop
         assert isinstance(size, int)
         total = torch.zeros((), device=self.device)
-        for start in range(0, len(batch.inputs), size):
-            inputs, targets, real = tensors(batch.part(start, start + size), self.device)
-            samples = sample_keys(self.run.seed, self.step, np.arange(start, start + len(inputs)))
+        for start in range(self.own.start, stop, size):
+            rows = np.arange(start, min(start + size, stop))
+            inputs, targets, real = tensors(batch.part(start, rows[-1] + 1), self.device)
+            samples = sample_keys(self.run.seed, self.step, rows).to(self.device)
             if self.native:
                 torch.manual_seed(key(self.run.seed, "dropout", self.step, start) >> 1)
-            with auto.precision(self.run):
-                nats = self.model(inputs, real, samples=samples.to(self.device), targets=targets)
-            loss = nats / n_targets
-            loss.backward()
+            with self.engine.syncing(last=start + size >= stop):
+                with auto.precision(self.run):
+                    nats = self.engine(inputs, real, samples=samples, targets=targets)
+                loss = nats / n_targets
+                (loss * self.engine.scale).backward()
             total += loss.detach()
-        return total
+        return self.world.sum(total)
 
     def tensors(self) -> dict[str, dict[str, torch.Tensor]]:
         """What a checkpoint stores, by file."""
@@ -137,14 +147,19 @@ class Trainer:
         return dict(zip(FILES, (model, optimizer), strict=True))
 
     def restore(self, path: Path, state: State) -> None:
-        """Go on from a verified checkpoint. Raises CheckpointError if it is of another model."""
-        load_weights(self.model, path)
-        if FILES[1] not in state.files:
+        """Go on from a verified checkpoint, which only the first rank reads.
+
+        Raises CheckpointError if it is of another model.
+        """
+        if not any(tensor_files.is_part(name, FILES[1]) for name in state.files):
             raise CheckpointError(f"{path}: has no optimizer state; use init_from for weights only")
-        moments = checkpoint.read_tensors(path / FILES[1])
+        read = tensor_files.read_tensors if self.world.first else lambda _: {}
+        fill(self.model, read(path / FILES[0]), path, self.world)
+        moments = read(path / FILES[1])
         self.step, self.skipped = state.step, list(state.skipped)
         try:
-            if moments or self.step > len(self.skipped):  # there are none before a first update
-                self.optimizer.load_state_tensors(moments)
+            # There are none before a first update.
+            if self.world.largest(bool(moments) or self.step > len(self.skipped)):
+                self.optimizer.load_state_tensors(moments, self.world)
         except ValueError as error:
             raise CheckpointError(f"{path}: {error}") from None

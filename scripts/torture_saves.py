@@ -28,7 +28,7 @@ from faults import (
 )
 from torture_runs import Outcome, Workplace, digest, on_disk, wait
 
-from gptlite import checkpoint, session, storage
+from gptlite import checkpoint, start, storage
 from gptlite.config_reader import load_run
 from gptlite.errors import UserError
 from gptlite.prepare import prepare
@@ -122,14 +122,14 @@ def recorded(place: Workplace, n: int) -> list[Operation]:
 
     def noting_save(self: Session) -> None:
         save(self)
-        rows = self.metrics.path.read_bytes()
+        rows = (self.directory / "metrics.jsonl").read_bytes()
         best = None if self.best is None else self.best.step
         disk.note({"step": self.trainer.step, "best": best, "rows": rows})
 
     train = {"save_interval": max(1, n // 4), "eval_interval": 2, "keep_last": 2}
     small = {"n_layer": 1, "n_embd": 8, "n_head": 1, "context_length": 8}
     brief = {"warmup_steps": 1}
-    session.Session.save = noting_save  # type: ignore[method-assign]
+    Session.save = noting_save  # type: ignore[method-assign]
     try:
         for steps, resume in ((n // 2, False), (n, True)):
             config = place.config(
@@ -139,9 +139,9 @@ def recorded(place: Workplace, n: int) -> list[Operation]:
             if not resume:
                 prepare(run)  # the cache is not part of the run
             with using(disk):
-                session.train(run, place.folder / "run", resume=resume)
+                start.train(run, place.folder / "run", resume=resume)
     finally:
-        session.Session.save = save  # type: ignore[method-assign]
+        Session.save = save  # type: ignore[method-assign]
     return disk.operations
 
 
@@ -227,7 +227,7 @@ def broken_disk(place: Workplace, rng: random.Random, n: int) -> Iterator[Outcom
     counting = Watched()
     with using(counting):
         run = load_run([str(config)], [f"out_dir={json.dumps(str(place.folder / 'count'))}"])
-        session.train(run, place.folder / "count")
+        start.train(run, place.folder / "count")
     want = digest(place.folder / "count", steps)
     every = [(at, errno.ENOSPC, 10**9) for at in range(1, counting.n_operations + 1)]
     every = every if n >= 100 else rng.sample(every, 2 * n)

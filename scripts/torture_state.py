@@ -15,7 +15,7 @@ import torch
 from faults import Dying, Watched
 from torture_runs import Outcome, Workplace, digest, on_disk
 
-from gptlite import checkpoint, storage
+from gptlite import checkpoint, storage, tensor_files
 from gptlite.data import open_token_files
 from gptlite.errors import CheckpointError, DataError
 from gptlite.train import Trainer
@@ -207,7 +207,7 @@ def divergence(place: Workplace, rng: random.Random, n: int) -> Iterator[Outcome
         code = place.run(config, name, prepared=poisoned(kind, first, times))
         run_dir, said = place.folder / name, place.said(name)
         last = checkpoint.chosen(run_dir, "last")
-        tensors = [checkpoint.read_tensors(last.path / file) for file in checkpoint.FILES]
+        tensors = [tensor_files.read_tensors(last.path / file) for file in checkpoint.FILES]
         assert all(t.isfinite().all() for part in tensors for t in part.values())
         if policy == "stop":
             assert code == 4, said[-2:]

@@ -16,7 +16,11 @@ FILES = sorted(PACKAGE.glob("*.py"))
 MAY_IMPORT = {
     "errors": "",
     "storage": "errors",
-    "interrupts": "errors",
+    "world": "config model",
+    "torchrun": "distributed errors world",
+    "heartbeat": "errors",
+    "distributed": "config errors exits heartbeat model world",
+    "interrupts": "errors world",
     "exits": "errors",
     "output": "errors",
     "charts": "",
@@ -29,8 +33,8 @@ MAY_IMPORT = {
     "trials": "errors keys run_directory storage study_config",
     "comparison": "errors intervals",
     "study": (
-        "auto comparison config errors exits metrics output prepare run_directory session storage "
-        "study_config suites trained trials"
+        "auto comparison config errors exits metrics output prepare run_directory session start "
+        "storage study_config suites trained trials"
     ),
     "keys": "",
     "section": "",
@@ -42,7 +46,7 @@ MAY_IMPORT = {
     "hf_config": "config dropout_config errors storage",
     "hf_tokenizer": "errors storage tokenizer",
     "origin": "errors hf_config hf_tokenizer strict_yaml tokenizer",
-    "hf": "checkpoint config errors storage",
+    "hf": "checkpoint config errors storage tensor_files",
     "torch_file": "errors storage",
     "nanogpt": "errors tokenizer torch_file",
     "export": "checkpoint config_reader errors hf hf_config hf_tokenizer storage trained",
@@ -62,16 +66,18 @@ MAY_IMPORT = {
     "kernels": "loops masks",
     "loss": "data",
     "model": "config dropout dropout_config kernels keys loss masks",
-    "optim": "config",
+    "optim": "config world",
     "run_directory": "errors storage",
     "metrics": "errors storage",
     "sinks": "config config_reader errors",
-    "checkpoint": "config errors model section storage",
-    "memory": "config errors loss",
-    "auto": "config dropout errors loops masks memory model",
+    "tensor_files": "errors storage world",
+    "checkpoint": "config errors model section storage tensor_files world",
+    "memory": "config errors loss world",
+    "auto": "config dropout errors loops masks memory model world",
     "trained": "auto checkpoint config config_reader errors model tokenizer",
     "evaluate": (
-        "auto config data dropout errors keys loss masks model readers sources tokenizer trained"
+        "auto config data dropout errors keys loss masks model readers sources tokenizer trained "
+        "world"
     ),
     "intervals": "keys",
     "knockout": "auto config data dropout evaluate intervals keys loss model",
@@ -83,12 +89,20 @@ MAY_IMPORT = {
     ),
     "generate": "config dropout errors keys model tokenizer",
     "audit": "auto config data dropout dropout_config evaluate loss masks model",
-    "plan": "audit auto config data evaluate masks memory metrics model prepare",
-    "train": "auto checkpoint config data dropout errors evaluate keys masks model optim",
-    "resume": "checkpoint config data errors importing loops origin run_directory",
+    "plan": "audit auto config data evaluate masks memory metrics model prepare world",
+    "train": (
+        "auto checkpoint config data dropout errors evaluate keys masks model optim tensor_files "
+        "world"
+    ),
+    "resume": "checkpoint config data errors importing loops origin run_directory tensor_files",
+    "records": "checkpoint metrics sinks storage",
     "session": (
-        "auto checkpoint config config_reader errors evaluate generate interrupts keys memory "
-        "metrics plan prepare resume run_directory sinks storage tokenizer train trained"
+        "checkpoint config_reader data errors evaluate generate interrupts keys metrics plan "
+        "records resume sinks tokenizer train"
+    ),
+    "start": (
+        "auto checkpoint config config_reader data errors generate interrupts memory plan "
+        "prepare resume run_directory session sinks storage train trained world"
     ),
     "foreign_config": "config_reader errors storage strict_yaml",
     "options": "config_reader config_words",
@@ -99,12 +113,12 @@ MAY_IMPORT = {
         "auto config config_reader metrics model plan prepare readers run_directory sources "
         "storage strict_yaml"
     ),
-    "launch": "config config_reader errors recipe run_directory",
+    "launch": "config config_reader errors recipe resume run_directory world",
     "interchange_cli": "errors exits export importing options output run_directory trained",
     "cli": (
         "audit config_cli config_reader errors exits generate harness interactive "
         "interchange_cli launch loops options output plan prepare recipe report run_directory "
-        "session sources study suites trained"
+        "sources start study suites torchrun trained"
     ),
     "__main__": "cli",
     "__init__": "",
@@ -112,9 +126,9 @@ MAY_IMPORT = {
 """An arrow that is not listed is an error; importing the package for its version is not."""
 
 TORCH_FREE = (
-    "errors storage interrupts exits output keys section dropout_config config strict_yaml "
-    "config_words config_reader foreign_config hf_config hf_tokenizer origin study_config trials "
-    "tokenizer readers remote sources data prepare loops "
+    "errors storage interrupts world torchrun exits output keys section dropout_config config "
+    "strict_yaml config_words config_reader foreign_config hf_config hf_tokenizer origin study_config "
+    "trials tokenizer readers remote sources data prepare loops "
     "charts verdict network_drawing run_files figures report"
 )
 UNPICKLERS = {"pickle", "_pickle", "shelve", "marshal", "dill", "cloudpickle", "joblib", "code"}

@@ -9,7 +9,7 @@ import torch
 from conftest import state_at
 from safetensors.torch import save_file
 
-from gptlite import checkpoint, storage
+from gptlite import checkpoint, storage, tensor_files
 from gptlite.checkpoint import FILES, Found
 from gptlite.config import ModelConfig
 from gptlite.errors import CheckpointError, ConfigError, DivergedError, StorageError
@@ -48,7 +48,7 @@ def test_a_checkpoint_comes_back_as_it_was(run_dir: Path) -> None:
 
 
 def test_a_tied_matrix_is_stored_once(run_dir: Path) -> None:
-    assert "head.weight" not in checkpoint.read_tensors(save(run_dir, 1) / FILES[0])
+    assert "head.weight" not in tensor_files.read_tensors(save(run_dir, 1) / FILES[0])
 
 
 def test_a_failed_save_leaves_what_was_there(
@@ -178,7 +178,7 @@ def test_weights_that_vanish_while_they_are_opened_are_no_bug(
     def gone(file: Path) -> None:
         raise RuntimeError(f"unable to open file <{file}> in read-only mode")
 
-    monkeypatch.setattr(checkpoint, "load_file", gone)
+    monkeypatch.setattr(tensor_files, "load_file", gone)
     with pytest.raises(CheckpointError, match="bad checkpoint .unable to open"):
         checkpoint.load_weights(GPT(SMALL, 20), path)
 

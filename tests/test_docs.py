@@ -18,7 +18,7 @@ from gptlite.cli import app
 from gptlite.config import RunConfig
 from gptlite.export import export
 from gptlite.options import EXAMPLES
-from gptlite.session import train
+from gptlite.start import train
 from gptlite.trained import load_trained
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -26,7 +26,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from gptlite import checkpoint, storage, tokenizer
+from gptlite import checkpoint, storage, tensor_files, tokenizer
 from gptlite.checkpoint import FILES
 from gptlite.config import ModelConfig, OptimConfig, RunConfig, SampleConfig
 from gptlite.config_reader import dump, load_run
@@ -288,7 +288,7 @@ def read_checkpoint(path: Path) -> Any:
     try:
         state = checkpoint.read_state(path)
         checkpoint.load_weights(model, path)
-        moments = checkpoint.read_tensors(path / FILES[1])
+        moments = tensor_files.read_tensors(path / FILES[1])
     except CheckpointError as error:
         assert all(len(visible(problem)) < 1500 for problem in error.problems)  # noqa: PT017
         return None

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from gptlite.cli import app
 from gptlite.export import export
-from gptlite.session import train
+from gptlite.start import train
 from gptlite.trained import load_trained
 
 TASKS = {

@@ -11,7 +11,7 @@ import torch
 from conftest import Workshop, merged, prose, state_at
 from safetensors.torch import save_file
 
-from gptlite import checkpoint, hf_tokenizer, run_directory, storage
+from gptlite import checkpoint, hf_tokenizer, run_directory, storage, tensor_files
 from gptlite import tokenizer as tokenizers
 from gptlite.checkpoint import FILES, model_tensors
 from gptlite.config_reader import dump
@@ -138,7 +138,7 @@ def test_what_was_changed_elsewhere_counts_more_than_what_we_wrote(workshop: Wor
     _, folder = exported(workshop, model={"bias": False}, dropout=dropout)
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "resid_pdrop": 0.5}))
-    weights = checkpoint.read_tensors(folder / "model.safetensors")
+    weights = tensor_files.read_tensors(folder / "model.safetensors")
     weights["transformer.h.0.ln_1.bias"] += 1
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     back = load_trained(import_model(str(folder), workshop.folder / "back", None), "best")
@@ -209,7 +209,7 @@ def test_weights_that_are_missing_too_many_or_of_another_shape_are_refused(
 ) -> None:
     _, folder = exported(workshop)
     path = folder / "model.safetensors"
-    whole = checkpoint.read_tensors(path)
+    whole = tensor_files.read_tensors(path)
     for change, told in (
         ({"transformer.wpe.weight": None}, "position_embedding.weight"),
         ({"transformer.h.9.ln_1.bias": torch.zeros(32)}, "transformer.h.9.ln_1.bias"),
@@ -229,7 +229,7 @@ def test_weights_that_are_missing_too_many_or_of_another_shape_are_refused(
 
 def test_weights_in_several_files_and_with_other_prefixes_are_read(workshop: Workshop) -> None:
     trained, folder = exported(workshop)
-    whole = checkpoint.read_tensors(folder / "model.safetensors")
+    whole = tensor_files.read_tensors(folder / "model.safetensors")
     whole = {name.removeprefix("transformer."): tensor for name, tensor in whole.items()}
     whole["h.0.attn.bias"] = torch.ones(1, 1, 4, 4)  # the causal mask of OpenAI's files
     names = sorted(whole)

@@ -14,7 +14,7 @@ from gptlite import interactive
 from gptlite.cli import app
 from gptlite.config import SampleConfig
 from gptlite.errors import ConfigError
-from gptlite.session import train
+from gptlite.start import train
 
 Asked = list[tuple[str, float, int]]
 

@@ -19,7 +19,7 @@ from gptlite.errors import ConfigError, DataError
 from gptlite.export import export
 from gptlite.importing import import_model
 from gptlite.prepare import prepare
-from gptlite.session import train
+from gptlite.start import train
 from gptlite.trained import load_trained
 
 BPE: dict[str, Any] = {"tokenizer": {"kind": "bpe", "vocab_size": 300}}

@@ -14,7 +14,7 @@ from gptlite import charts, report, suites
 from gptlite.errors import ConfigError, StorageError
 from gptlite.network_drawing import network
 from gptlite.prepare import prepare
-from gptlite.session import train
+from gptlite.start import train
 from gptlite.suites import Effort
 from gptlite.trained import load_trained
 

@@ -27,7 +27,8 @@ from gptlite.errors import (
     Terminated,
 )
 from gptlite.interrupts import Cut, Interrupts
-from gptlite.session import Session, train
+from gptlite.session import Session
+from gptlite.start import train
 from gptlite.train import MOST_SKIPPED, Trainer
 
 
@@ -106,7 +107,7 @@ def test_what_has_changed_around_a_run_is_said_and_strictly_refused(
     workshop: Workshop, trained: Path, monkeypatch: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     now = resume.fingerprint
-    monkeypatch.setattr(resume, "fingerprint", lambda run: {**now(run), "torch": "9.9"})
+    monkeypatch.setattr(resume, "fingerprint", lambda *of: {**now(*of), "torch": "9.9"})
     train(workshop.run(), trained, resume=True)
     change = f"torch: {torch.__version__} -> 9.9"
     assert f"not as when it was saved: {change}" in capsys.readouterr().err

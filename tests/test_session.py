@@ -8,9 +8,10 @@ import pytest
 import torch
 from conftest import Workshop
 
-from gptlite import checkpoint
+from gptlite import checkpoint, tensor_files
 from gptlite.errors import CheckpointError, ConfigError, DivergedError
-from gptlite.session import Session, train
+from gptlite.session import Session
+from gptlite.start import train
 
 LEARN = {"lr": 1e-2, "min_lr": 1e-3, "warmup_steps": 2}
 
@@ -129,7 +130,7 @@ def test_a_diverged_run_keeps_its_last_good_checkpoint(
     with pytest.raises(DivergedError, match="step 5"):
         train(run, workshop.folder / "run")
     path = checkpoint.chosen(workshop.folder / "run", "step-2").path
-    weights = checkpoint.read_tensors(path / "model.safetensors")
+    weights = tensor_files.read_tensors(path / "model.safetensors")
     assert all(tensor.isfinite().all() for tensor in weights.values())
 
 

@@ -11,7 +11,7 @@ from conftest import Workshop
 
 from gptlite import sinks
 from gptlite.errors import UserError
-from gptlite.session import train
+from gptlite.start import train
 
 Rows = list[dict[str, Any]]
 

@@ -15,13 +15,14 @@ import yaml
 from conftest import RATES, Bench
 from typer.testing import CliRunner
 
-from gptlite import auto, run_directory, session, study, suites
+from gptlite import auto, run_directory, start, study, suites
 from gptlite.cli import app
 from gptlite.config_reader import shipped_configs
 from gptlite.data import batch_at
 from gptlite.errors import ConfigError, DivergedError
 from gptlite.model import GPT
 from gptlite.prepare import prepare
+from gptlite.session import unwatched
 from gptlite.study_config import StudyConfig, read_study
 from gptlite.trials import Queue
 
@@ -156,13 +157,13 @@ def test_what_is_finished_is_not_done_again(bench: Bench, monkeypatch: pytest.Mo
     first = bench.run(**RATES, evaluate=[])
     before = bench.summaries()
     trained = []
-    train = session.train
+    train = start.train
 
     def noting(run: Any, directory: Path, **rest: Any) -> Any:
         trained.append(directory.name)
         return train(run, directory, **rest)
 
-    monkeypatch.setattr(session, "train", noting)
+    monkeypatch.setattr(start, "train", noting)
     assert bench.run(**RATES, evaluate=[]) == first
     assert not trained
     more = bench.run(**RATES, evaluate=["loss"])
@@ -187,14 +188,14 @@ def test_each_point_is_compared_with_the_baseline_of_its_own_other_axes(bench: B
 
 
 def test_a_run_that_diverges_is_an_outcome(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    train = session.train
+    train = start.train
 
     def wild(run: Any, directory: Path, **rest: Any) -> Any:
         if run.optim.lr > 1:
             raise DivergedError("step 3: loss nan")
         return train(run, directory, **rest)
 
-    monkeypatch.setattr(session, "train", wild)
+    monkeypatch.setattr(start, "train", wild)
     points = {"wild": {"optim.lr": 2.0}, "tame": {}}
     found = bench.run(points=points, seeds=[1], evaluate=[])
     assert [run["state"] for run in found["runs"]] == ["failed", "done"]
@@ -305,7 +306,7 @@ def test_a_point_that_is_being_tried_is_waited_for(
             other.close()
 
     monkeypatch.setattr(time, "sleep", sleep)
-    assert study.do(queue, job, 1, session.unwatched)["state"] == "done"
+    assert study.do(queue, job, 1, unwatched)["state"] == "done"
     assert waited == [1]
 
 

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from gptlite import suites
 from gptlite.cli import app
 from gptlite.errors import ConfigError
-from gptlite.session import train
+from gptlite.start import train
 from gptlite.suites import SUITES, Effort, Measurement
 from gptlite.trained import load_trained
 

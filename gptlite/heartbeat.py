@@ -1,0 +1,122 @@
+"""That ranks live, and why one left: through torch's key-value store, beside all other traffic.
+
+Every rank counts up `beat/RANK`. The first rank watches all, the others watch the first. A rank
+that fails says so under `failed`; one that stands still is named by who watches it. Whoever reads
+`failed` leaves with the exit code that stands there, whatever it was waiting for.
+"""
+
+import json
+import os
+import sys
+import threading
+import time
+from typing import NamedTuple
+
+import torch.distributed as dist
+from torch._C._distributed_c10d import Store
+
+from gptlite.errors import visible
+
+INTERVAL = 0.5
+"""Seconds between beats."""
+GRACE = 2.0
+"""Seconds for a rank to fail by itself, as the others did, before it is made to leave."""
+FAREWELL = 5.0
+"""Seconds that whoever holds the store waits for the others to have read it."""
+
+
+class Failure(NamedTuple):
+    """Why a rank left; the exit code is that of all."""
+
+    rank: int
+    exit_code: int
+    problems: list[str]
+
+    def lines(self) -> list[str]:
+        return [f"rank {self.rank}: {problem}" for problem in self.problems]
+
+
+class Heartbeat(threading.Thread):
+    """Beats, and watches others, until it is stopped."""
+
+    def __init__(self, store: Store, rank: int, names: list[str]) -> None:
+        super().__init__(daemon=True, name="heartbeat")
+        self.rank, self.names = rank, names
+        self.store: Store = store.clone()  # type: ignore[attr-defined]  # stubs lack it
+        self.timeout_seconds = 60.0
+        self.leaving = threading.Event()
+        self.watched = [other for other in range(len(names)) if other != rank]
+        if rank:
+            self.watched = [0]
+        now = time.monotonic()
+        self.seen = {other: (b"", now) for other in self.watched}
+
+    def run(self) -> None:
+        beats = 0
+        try:
+            while not self.leaving.wait(INTERVAL):
+                beats += 1
+                self.store.set(f"beat/{self.rank}", str(beats))
+                if self.store.check(["failed"]):
+                    self.follow(self.failure())
+                if (still := self.standing_still()) is not None:
+                    self.follow(self.report(still))
+        except dist.DistError:
+            lost = Failure(self.rank, 1, ["lost contact with the rendezvous: its process is gone"])
+            self.follow(lost)
+
+    def standing_still(self) -> Failure | None:
+        """A watched rank that has not answered for too long."""
+        now = time.monotonic()
+        for other in self.watched:
+            at = f"beat/{other}"
+            count = self.store.get(at) if self.store.check([at]) else b""
+            before, since = self.seen[other]
+            if count != before:
+                self.seen[other] = (count, now)
+            elif now - since > self.timeout_seconds:
+                why = f"{self.names[other]} has not answered for {self.timeout_seconds:g} seconds"
+                return Failure(other, 1, [why])
+        return None
+
+    def report(self, failure: Failure) -> Failure:
+        """Say why a rank leaves; of several, the one that was first counts."""
+        self.store.compare_set("failed", "", json.dumps(failure))
+        return self.failure()
+
+    def failure(self) -> Failure:
+        return Failure(*json.loads(self.store.get("failed")))
+
+    def follow(self, failure: Failure) -> None:
+        """Leave as another rank did, from wherever this one is."""
+        if self.leaving.wait(GRACE):  # it has noticed by itself
+            return
+        if self.rank == 0:
+            print("\n".join(map(visible, failure.lines())), file=sys.stderr, flush=True)
+        os._exit(failure.exit_code)
+
+    def found(self, seconds: float) -> Failure | None:
+        """What another rank says, for whom it may have left without."""
+        until = time.monotonic() + seconds
+        try:
+            while time.monotonic() < until:
+                if self.store.check(["failed"]):
+                    return self.failure()
+                time.sleep(0.1)
+        except dist.DistError:
+            pass
+        return None
+
+    def stop(self) -> None:
+        """End the thread; the first rank waits a moment until all others have read the last."""
+        self.leaving.set()
+        if threading.current_thread() is not self:
+            self.join(FAREWELL)
+        until = time.monotonic() + FAREWELL
+        try:
+            self.store.set(f"left/{self.rank}", "1")
+            others = [f"left/{other}" for other in self.watched]
+            while self.rank == 0 and not self.store.check(others) and time.monotonic() < until:
+                time.sleep(0.05)
+        except dist.DistError:  # the store went before
+            pass

@@ -1,0 +1,155 @@
+"""How a run begins or goes on: its data, its choices, its directory; then its Session works.
+
+Every rank passes through here; the first one decides, and the others hear of it.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from gptlite import auto, checkpoint, run_directory, storage
+from gptlite import plan as planning
+from gptlite.checkpoint import Found, State
+from gptlite.config import RunConfig
+from gptlite.config_reader import dump, load_run
+from gptlite.data import TokenFiles
+from gptlite.errors import ConfigError, DataError
+from gptlite.generate import encode_prompt
+from gptlite.interrupts import Interrupts
+from gptlite.memory import keep_freed
+from gptlite.prepare import prepare
+from gptlite.resume import adopt, initial_weights, start_point
+from gptlite.session import Session, Watch, unwatched
+from gptlite.sinks import check_installed
+from gptlite.train import Trainer
+from gptlite.trained import load_tokenizer
+from gptlite.world import ALONE, World
+
+
+def train(
+    run: RunConfig,
+    directory: Path,
+    *,
+    resume: bool = False,
+    strict: bool = False,
+    watch: Watch = unwatched,
+    world: World = ALONE,
+) -> dict[str, Any]:
+    """Train a run in its directory; returns the summary. All ranks call it with the same.
+
+    Raises ConfigError and DataError before anything is written, Stopped after a signal, with the
+    checkpoint saved. `strict`: not to resume where surroundings have changed.
+    """
+    auto.check_ranks(run, world.size)
+    stored = load_run([str(directory / "config.yaml")]) if resume else None
+    files = opened(run, directory, resume, world)
+    check_installed(run.log.sinks)
+    weights = initial_weights(run) if world.first and not resume else None
+    asked = run if stored is None else adopt(run, stored)
+    resolved, reasons = resolved_alike(asked, files, world)
+    keep_freed()
+    with held(directory, world), Interrupts(world).noticed() as interrupts:
+        found = found_by_first(
+            lambda: begun(resolved, stored, directory, files, strict, world), world
+        )
+        trainer = Trainer(resolved, files, world)
+        if found is not None:
+            trainer.restore(found.path, found.state)
+        elif run.init_from is not None:
+            checkpoint.fill(trainer.model, weights or {}, f"init_from: {run.init_from}", world)
+        plan = planning.make_plan(resolved, trainer.model, files, trainer.rows, reasons, world.size)
+        if world.first:
+            write_description(trainer, directory, plan)
+        saved = found.state if found else None
+        session = Session(trainer, directory, saved, interrupts, watch)
+        try:
+            session.introduce(plan, found, resume)
+            return session.work()
+        except BaseException as error:
+            session.records.failed(error)
+            raise
+        finally:
+            session.records.close()
+
+
+def opened(run: RunConfig, directory: Path, resume: bool, world: World) -> TokenFiles:
+    """The token files, the same on all ranks, with enough text for the run and its prompts."""
+    own = load_tokenizer(directory) if resume and run.init_from else None
+    files = world.in_turn(lambda: prepare(run, own))
+    files.tokens("val")  # too little text for validation is better known before training
+    for prompt in run.sample.prompts:
+        documents = run.data.layout == "documents"
+        encode_prompt(files.tokenizer, prompt, documents, place=f"sample.prompts: {prompt!r}")
+    digests = world.gathered(files.digest)
+    if others := [rank for rank, one in enumerate(digests) if one != digests[0]]:
+        ranks = ", ".join(map(str, others))
+        raise DataError(f"data.source: rank {ranks} has other text or tokens than rank 0")
+    return files
+
+
+def resolved_alike(
+    run: RunConfig, files: TokenFiles, world: World
+) -> tuple[RunConfig, dict[str, str]]:
+    """What `auto` means for all ranks: the first one times and chooses."""
+    n_rows = files.rows("train", run.model.context_length).n_rows
+    sizes = {"vocab_size": files.meta["vocab_size"], "n_rows": n_rows}
+
+    def choose() -> tuple[Any, dict[str, str]]:
+        resolved, reasons = auto.resolve(run, **sizes, world=world)
+        return resolved.model_dump(mode="json"), reasons
+
+    values, reasons = world.shared(choose)
+    resolved = RunConfig.model_validate(values)
+    auto.use_threads(resolved)
+    return resolved, reasons
+
+
+@contextmanager
+def held(directory: Path, world: World) -> Iterator[None]:
+    """The run directory, made and cleaned by the first rank, which holds its lock."""
+    if not world.first:
+        yield
+        return
+    run_directory.create(directory)
+    with run_directory.locked(directory):
+        yield
+
+
+def begun(
+    run: RunConfig,
+    stored: RunConfig | None,
+    directory: Path,
+    files: TokenFiles,
+    strict: bool,
+    world: World,
+) -> Found | None:
+    """Where the run goes on, in a directory that is ours and clean."""
+    if stored is None and run_directory.has_run(directory):
+        raise ConfigError(f"out_dir: {directory} contains a run; give another --out-dir")
+    run_directory.clean(directory)
+    return start_point(run, stored, directory, files, strict=strict, ranks=world.size)
+
+
+def found_by_first(find: Callable[[], Found | None], world: World) -> Found | None:
+    """The checkpoint that the first rank found, for all."""
+
+    def described() -> Any:
+        found = find()
+        if found is None:
+            return None
+        return str(found.path), found.state.model_dump(mode="json"), found.problems
+
+    if (shared := world.shared(described)) is None:
+        return None
+    path, state, problems = shared
+    return Found(Path(path), State.model_validate(state), problems)
+
+
+def write_description(trainer: Trainer, directory: Path, plan: dict[str, Any]) -> None:
+    """config.yaml, env.json, plan.json and the tokenizer: what the run is."""
+    tokenizer = trainer.files.tokenizer.to_json()
+    storage.write_json(directory / "env.json", run_directory.environment())
+    storage.write_json(directory / "plan.json", plan)
+    storage.write_text(directory / "tokenizer" / "tokenizer.json", storage.sealed(tokenizer))
+    storage.write_text(directory / "config.yaml", dump(trainer.run))
