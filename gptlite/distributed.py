@@ -6,8 +6,12 @@ Batches and masks are functions of global numbers, so ranks only add up gradient
 
 import json
 import os
+import signal
 import socket
+import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -15,10 +19,9 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._C._distributed_c10d import PrefixStore, Store
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.rendezvous import rendezvous as torch_rendezvous
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -30,13 +33,13 @@ from gptlite.heartbeat import Failure, Heartbeat
 from gptlite.model import GPT
 from gptlite.world import Engine, World
 
-JOIN_SECONDS = 10
-"""For the ranks to find each other; torchrun starts them together."""
+CONNECT_SECONDS, JOIN_SECONDS = 5, 10
+"""To reach the store (torch tries twice as long), and for all ranks to have come there."""
 COLLECTIVE_MINUTES = 60
 """Longest wait of a rank for the others, as when the first saves; the dead are noticed before."""
 TOLD_SECONDS = 4.0
 """How long a rank that lost another waits to be told why."""
-VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")
 T = TypeVar("T")
 
 
@@ -102,14 +105,34 @@ class Ranks(World):
         self.rank, self.store, self.round = int(os.environ["RANK"]), store, 0
         self.turn = int(os.environ.get("LOCAL_RANK", "0"))
         self.here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        self.wait_for_all(JOIN_SECONDS)
         name = f"process {os.getpid()} on {socket.gethostname()}"
-        self.versions = [f"torch {torch.__version__}, gptlite {__version__}"]
-        names, versions = zip(*self.gathered([name, self.versions]), strict=True)
-        for other, theirs in enumerate(versions):
-            if theirs != versions[0]:
-                raise ConfigError(f"rank {other} has {theirs[0]}, rank 0 has {versions[0][0]}")
+        versions = f"torch {torch.__version__}, gptlite {__version__}"
+        names, have = zip(*self.gathered([name, versions]), strict=True)
+        for other, theirs in enumerate(have):
+            if theirs != have[0]:
+                raise ConfigError(f"rank {other} has {theirs}, rank 0 has {have[0]}")
         self.heartbeat = Heartbeat(store, self.rank, list(names))
         self.heartbeat.start()
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+            store=PrefixStore("group", store),
+            rank=self.rank,
+            world_size=self.size,
+            timeout=timedelta(minutes=COLLECTIVE_MINUTES),
+        )
+
+    def wait_for_all(self, seconds: float) -> None:
+        """Raises ConfigError naming the ranks that did not come."""
+        self.store.set(f"here/{self.rank}", "1")
+        until = time.monotonic() + seconds
+        while missing := [r for r in range(self.size) if not self.store.check([f"here/{r}"])]:
+            if time.monotonic() > until:
+                names = ", ".join(map(str, missing))
+                raise ConfigError(
+                    f"rank {names} of {self.size} did not come in {seconds:g} seconds"
+                )
+            time.sleep(0.05)
 
     def shared(self, make: Callable[[], T]) -> T:
         found: T = self.gathered(make() if self.first else None)[0]
@@ -178,6 +201,7 @@ class Ranks(World):
             failure = told or Failure(self.rank, 1, [f"lost contact with another rank: {error}"])
             error = UserError(*failure.lines())
             error.exit_code = failure.exit_code
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, when the first one is gone
         try:
             self.heartbeat.leaving.set()
             self.heartbeat.report(failure)
@@ -201,25 +225,31 @@ def rendezvous() -> Store:
             f"{', '.join(missing)}: not set, though WORLD_SIZE is {os.environ['WORLD_SIZE']}; "
             "start with torchrun, which sets them"
         )
-    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    host, port, rank, size = (os.environ[name] for name in VARIABLES)
+    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun holds the store
+    found: Future[TCPStore] = Future()
+
+    def connect() -> None:
+        try:
+            store = TCPStore(
+                *(host, int(port), int(size)),
+                is_master=rank == "0" and not agent,
+                timeout=timedelta(seconds=CONNECT_SECONDS),
+                wait_for_workers=False,
+            )
+            found.set_result(store)
+        except (dist.DistError, RuntimeError, ValueError) as error:
+            found.set_exception(error)
+
+    # Another program that listens there can keep torch waiting for its answer for ever.
+    threading.Thread(target=connect, daemon=True).start()
     try:
-        found = torch_rendezvous("env://", timeout=timedelta(seconds=JOIN_SECONDS))
-        store, rank, size = next(found)
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
-            store=PrefixStore("group", store),
-            rank=rank,
-            world_size=size,
-            timeout=timedelta(minutes=COLLECTIVE_MINUTES),
-        )
-    except (dist.DistError, RuntimeError, ValueError) as error:
-        first = str(error).strip().partition("\n")[0]
-        used = "EADDRINUSE" in first
-        why = "the port is in use by another program" if used else f"{first:.200}"
-        raise ConfigError(
-            f"rendezvous of {os.environ['WORLD_SIZE']} ranks at {where} failed: {why}"
-        ) from None
-    return PrefixStore("gptlite", store)
+        store = found.result(JOIN_SECONDS)
+    except (dist.DistError, RuntimeError, ValueError, TimeoutError) as error:
+        why = str(error).strip().partition("\n")[0][:200] or "no answer of a store of torch's"
+        why = "the port is in use by another program" if "EADDRINUSE" in why else why
+        raise ConfigError(f"rendezvous of {size} ranks at {host}:{port} failed: {why}") from None
+    return PrefixStore(f"gptlite/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 @contextmanager

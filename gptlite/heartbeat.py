@@ -22,7 +22,7 @@ INTERVAL = 0.5
 GRACE = 2.0
 """Seconds for a rank to fail by itself, as the others did, before it is made to leave."""
 FAREWELL = 5.0
-"""Seconds that whoever holds the store waits for the others to have read it."""
+"""Seconds that a rank that leaves waits for the others, who leave too."""
 
 
 class Failure(NamedTuple):
@@ -108,15 +108,17 @@ class Heartbeat(threading.Thread):
         return None
 
     def stop(self) -> None:
-        """End the thread; the first rank waits a moment until all others have read the last."""
+        """End the thread, and wait a moment for the others to be as far.
+
+        The first rank may hold the store; and who leaves early has torchrun end the others.
+        """
         self.leaving.set()
-        if threading.current_thread() is not self:
-            self.join(FAREWELL)
+        self.join(FAREWELL)
         until = time.monotonic() + FAREWELL
         try:
             self.store.set(f"left/{self.rank}", "1")
             others = [f"left/{other}" for other in self.watched]
-            while self.rank == 0 and not self.store.check(others) and time.monotonic() < until:
+            while not self.store.check(others) and time.monotonic() < until:
                 time.sleep(0.05)
         except dist.DistError:  # the store went before
             pass

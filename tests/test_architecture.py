@@ -127,8 +127,8 @@ MAY_IMPORT = {
 
 TORCH_FREE = (
     "errors storage interrupts world torchrun exits output keys section dropout_config config "
-    "strict_yaml config_words config_reader foreign_config hf_config hf_tokenizer origin study_config "
-    "trials tokenizer readers remote sources data prepare loops "
+    "strict_yaml config_words config_reader foreign_config hf_config hf_tokenizer origin "
+    "study_config trials tokenizer readers remote sources data prepare loops "
     "charts verdict network_drawing run_files figures report"
 )
 UNPICKLERS = {"pickle", "_pickle", "shelve", "marshal", "dill", "cloudpickle", "joblib", "code"}
