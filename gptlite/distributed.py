@@ -29,7 +29,7 @@ from gptlite import __version__
 from gptlite.config import RunConfig
 from gptlite.errors import ConfigError, UserError
 from gptlite.exits import ending
-from gptlite.heartbeat import Failure, Heartbeat
+from gptlite.heartbeat import FAREWELL, Failure, Heartbeat
 from gptlite.model import GPT
 from gptlite.world import Engine, World
 
@@ -114,6 +114,8 @@ class Ranks(World):
                 raise ConfigError(f"rank {other} has {theirs}, rank 0 has {have[0]}")
         self.heartbeat = Heartbeat(store, self.rank, list(names))
         self.heartbeat.start()
+        self.farewell = FAREWELL
+        """Seconds to wait for the others at the end."""
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
             store=PrefixStore("group", store),
@@ -121,6 +123,9 @@ class Ranks(World):
             world_size=self.size,
             timeout=timedelta(minutes=COLLECTIVE_MINUTES),
         )
+
+    def expects_life(self, seconds: float) -> None:
+        self.heartbeat.timeout_seconds = seconds
 
     def wait_for_all(self, seconds: float) -> None:
         """Raises ConfigError naming the ranks that did not come."""
@@ -197,6 +202,7 @@ class Ranks(World):
         code, problems = ending(error)
         failure = Failure(self.rank, code, problems)
         if is_lost_contact(error):
+            self.farewell = 0.0
             told = self.heartbeat.found(TOLD_SECONDS)
             failure = told or Failure(self.rank, 1, [f"lost contact with another rank: {error}"])
             error = UserError(*failure.lines())
@@ -267,5 +273,5 @@ def joined() -> Iterator[Ranks]:
     except BaseException as error:
         raise ranks.leave(error) from None
     finally:
-        ranks.heartbeat.stop()
+        ranks.heartbeat.stop(ranks.farewell)
     dist.destroy_process_group()

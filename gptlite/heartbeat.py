@@ -10,6 +10,7 @@ import os
 import sys
 import threading
 import time
+from contextlib import suppress
 from typing import NamedTuple
 
 import torch.distributed as dist
@@ -93,6 +94,8 @@ class Heartbeat(threading.Thread):
             return
         if self.rank == 0:
             print("\n".join(map(visible, failure.lines())), file=sys.stderr, flush=True)
+        with suppress(dist.DistError):
+            self.store.set(f"left/{self.rank}", "1")
         os._exit(failure.exit_code)
 
     def found(self, seconds: float) -> Failure | None:
@@ -107,14 +110,14 @@ class Heartbeat(threading.Thread):
             pass
         return None
 
-    def stop(self) -> None:
-        """End the thread, and wait a moment for the others to be as far.
+    def stop(self, farewell: float = FAREWELL) -> None:
+        """End the thread, and wait so many seconds for the others to be as far.
 
         The first rank may hold the store; and who leaves early has torchrun end the others.
         """
         self.leaving.set()
         self.join(FAREWELL)
-        until = time.monotonic() + FAREWELL
+        until = time.monotonic() + farewell
         try:
             self.store.set(f"left/{self.rank}", "1")
             others = [f"left/{other}" for other in self.watched]

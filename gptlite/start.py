@@ -42,6 +42,7 @@ def train(
     checkpoint saved. `strict`: not to resume where surroundings have changed.
     """
     auto.check_ranks(run, world.size)
+    world.expects_life(run.distributed.timeout_seconds)
     stored = load_run([str(directory / "config.yaml")]) if resume else None
     files = opened(run, directory, resume, world)
     check_installed(run.log.sinks)

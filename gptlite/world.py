@@ -74,6 +74,9 @@ class World:
         """Made by one rank of each machine first, then by the others, who find it in the cache."""
         return make()
 
+    def expects_life(self, seconds: float) -> None:
+        """All end if a rank shows no sign of life for so long."""
+
     def device(self, run: "RunConfig") -> "torch.device":
         import torch
 

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import re
 import socket
 import sys
 import traceback
@@ -16,6 +17,10 @@ from gptlite.exits import user_errors
 from gptlite.torchrun import entered
 from gptlite.world import World
 
+NOISE = re.compile(
+    r"^(\[.*\bc10d\b|Exception raised from|frame #|<omitting python).*\n+", re.MULTILINE
+)
+"""Of torch's C++ side; the command silences it before torch is loaded, which it is here already."""
 PROCESSES = multiprocessing.get_context("fork")
 
 
@@ -77,7 +82,8 @@ def ended(processes: list[Any], folder: Path, seconds: float = 60) -> list[Ended
         assert process.exitcode is not None, f"rank {rank} goes on"
         path = folder / f"{rank}.json"
         result = json.loads(path.read_text()) if path.exists() else None
-        found.append(Ended(process.exitcode, (folder / f"{rank}.err").read_text(), result))
+        said = NOISE.sub("", (folder / f"{rank}.err").read_text())
+        found.append(Ended(process.exitcode, said, result))
     return found
 
 
