@@ -7,7 +7,6 @@ Batches and masks are functions of global numbers, so ranks only add up gradient
 import json
 import os
 import signal
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -29,7 +28,7 @@ from gptlite import __version__
 from gptlite.config import RunConfig
 from gptlite.errors import ConfigError, UserError
 from gptlite.exits import ending
-from gptlite.heartbeat import FAREWELL, Failure, Heartbeat
+from gptlite.heartbeat import FAREWELL, Failure, Heartbeat, Process
 from gptlite.model import GPT
 from gptlite.world import Engine, World
 
@@ -106,13 +105,12 @@ class Ranks(World):
         self.turn = int(os.environ.get("LOCAL_RANK", "0"))
         self.here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         self.wait_for_all(JOIN_SECONDS)
-        name = f"process {os.getpid()} on {socket.gethostname()}"
         versions = f"torch {torch.__version__}, gptlite {__version__}"
-        names, have = zip(*self.gathered([name, versions]), strict=True)
+        processes, have = zip(*self.gathered([Process.own(), versions]), strict=True)
         for other, theirs in enumerate(have):
             if theirs != have[0]:
                 raise ConfigError(f"rank {other} has {theirs}, rank 0 has {have[0]}")
-        self.heartbeat = Heartbeat(store, self.rank, list(names))
+        self.heartbeat = Heartbeat(store, self.rank, [Process(*each) for each in processes])
         self.heartbeat.start()
         self.farewell = FAREWELL
         """Seconds to wait for the others at the end."""

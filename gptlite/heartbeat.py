@@ -7,6 +7,7 @@ that fails says so under `failed`; one that stands still is named by who watches
 
 import json
 import os
+import socket
 import sys
 import threading
 import time
@@ -26,6 +27,33 @@ FAREWELL = 5.0
 """Seconds that a rank that leaves waits for the others, who leave too."""
 
 
+class Process(NamedTuple):
+    """Which process a rank is."""
+
+    pid: int
+    host: str
+    pids: str
+    """Names the system's list of processes that the pid is from; empty: not known."""
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}"
+
+    @classmethod
+    def own(cls) -> "Process":
+        try:
+            pids = os.readlink("/proc/self/ns/pid")
+        except OSError:
+            pids = ""
+        return cls(os.getpid(), socket.gethostname(), pids)
+
+    def is_gone(self) -> bool:
+        """Whether it has ended, as far as this process can see it."""
+        here = Process.own()
+        if not self.pids or (self.host, self.pids) != (here.host, here.pids):
+            return False
+        return not os.path.exists(f"/proc/{self.pid}")
+
+
 class Failure(NamedTuple):
     """Why a rank left; the exit code is that of all."""
 
@@ -40,13 +68,13 @@ class Failure(NamedTuple):
 class Heartbeat(threading.Thread):
     """Beats, and watches others, until it is stopped."""
 
-    def __init__(self, store: Store, rank: int, names: list[str]) -> None:
+    def __init__(self, store: Store, rank: int, processes: list[Process]) -> None:
         super().__init__(daemon=True, name="heartbeat")
-        self.rank, self.names = rank, names
+        self.rank, self.processes = rank, processes
         self.store: Store = store.clone()  # type: ignore[attr-defined]  # stubs lack it
         self.timeout_seconds = 60.0
         self.leaving = threading.Event()
-        self.watched = [other for other in range(len(names)) if other != rank]
+        self.watched = [other for other in range(len(processes)) if other != rank]
         if rank:
             self.watched = [0]
         now = time.monotonic()
@@ -60,11 +88,20 @@ class Heartbeat(threading.Thread):
                 self.store.set(f"beat/{self.rank}", str(beats))
                 if self.store.check(["failed"]):
                     self.follow(self.failure())
-                if (still := self.standing_still()) is not None:
-                    self.follow(self.report(still))
+                for failure in (self.gone(), self.standing_still()):
+                    if failure is not None:
+                        self.follow(self.report(failure))
         except dist.DistError:
             lost = Failure(self.rank, 1, ["lost contact with the rendezvous: its process is gone"])
             self.follow(lost)
+
+    def gone(self) -> Failure | None:
+        """A watched rank of this machine that was killed, and so could not say anything."""
+        for other in self.watched:
+            process = self.processes[other]
+            if process.is_gone() and not self.store.check([f"left/{other}"]):
+                return Failure(other, 1, [f"{process} was killed"])
+        return None
 
     def standing_still(self) -> Failure | None:
         """A watched rank that has not answered for too long."""
@@ -76,7 +113,8 @@ class Heartbeat(threading.Thread):
             if count != before:
                 self.seen[other] = (count, now)
             elif now - since > self.timeout_seconds:
-                why = f"{self.names[other]} has not answered for {self.timeout_seconds:g} seconds"
+                seconds = f"{self.timeout_seconds:g} seconds"
+                why = f"{self.processes[other]} has not answered for {seconds}"
                 return Failure(other, 1, [why])
         return None
 

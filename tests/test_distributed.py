@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Workshop
-from ranks import begun, ended, together
+from ranks import NOISE, begun, ended, together
 
 from gptlite import checkpoint, tensor_files
 from gptlite.config import RunConfig
