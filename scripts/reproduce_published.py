@@ -107,7 +107,6 @@ PUBLISHED = {
         f"shakespeare_3m_{rate:g}": Published(
             *("nats per character", number, 0.03, LMXLAB, best_loss, "shakespeare_3m"),
             (f"dropout.rate={rate:g}",),
-            gpu=True,
         )
         for rate, number in ((0.0, 1.611), (0.1, 1.573), (0.2, 1.560))
     },

@@ -23,7 +23,7 @@ from gptlite.trained import load_trained
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ["README.md", "data/README.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
-COMMAND = re.compile(r"(?:\$ )?((?:gptlite|\./scripts/|scripts/|python scripts/)\S* ?.*)")
+COMMAND = re.compile(r"(?:\$ )?((?:gptlite|torchrun --standalone|\./scripts/|scripts/|python scripts/)\S* ?.*)")
 LAMBADA = "gptlite eval --run runs/NAME --suite lm-eval --tasks lambada_openai,arc_easy --limit 200"
 LEAVES = {"gptlite config check --config run.yaml": 2, "gptlite import gpt2": 2, LAMBADA: 1}
 """Exit codes other than 0: a config with mistakes, and what needs the Hub or another package."""
@@ -79,6 +79,11 @@ def test_the_commands_of_a_page_run(desk: Path, page: str) -> None:
             result = CliRunner().invoke(app, words[1:])
             expected = LEAVES.get(line, 0)
             assert result.exit_code == expected, f"{line}: {result.output} {result.exception}"
+        elif words[0] == "torchrun":
+            own = ["tiny.yaml" if word == "quickstart" else word for word in words[1:]]
+            launch = [sys.executable, "-m", "torch.distributed.run", *own, "--out-dir", "ranks"]
+            subprocess.run(launch, check=True, cwd=desk, capture_output=True, timeout=120)
+            assert (desk / "ranks" / "summary.json").is_file(), line
         elif words[0] == "python":
             script = [sys.executable, str(ROOT / words[1]), "--help"]
             assert subprocess.run(script, capture_output=True).returncode == 0, line
