@@ -43,7 +43,7 @@ def train(
     """
     auto.check_ranks(run, world.size)
     world.expects_life(run.distributed.timeout_seconds)
-    stored = load_run([str(directory / "config.yaml")]) if resume else None
+    stored = load_run([str(directory / "config.yaml")]) if world.first and resume else None
     files = opened(run, directory, resume, world)
     check_installed(run.log.sinks)
     weights = initial_weights(run) if world.first and not resume else None

@@ -48,7 +48,7 @@ def begun(size: int, work: Callable[[World], Any], folder: Path, **environment: 
     for rank in range(size):
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         own |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
-        process = PROCESSES.Process(target=as_rank, args=(work, folder, shared | own))
+        process = PROCESSES.Process(target=as_rank, args=(work, folder, shared | own), daemon=True)
         process.start()
         processes.append(process)
     return processes
@@ -79,7 +79,10 @@ def ended(processes: list[Any], folder: Path, seconds: float = 60) -> list[Ended
     found = []
     for rank, process in enumerate(processes):
         process.join(seconds)
-        assert process.exitcode is not None, f"rank {rank} goes on"
+        if process.exitcode is None:
+            for each in processes:
+                each.kill()
+            raise AssertionError(f"rank {rank} goes on")
         path = folder / f"{rank}.json"
         result = json.loads(path.read_text()) if path.exists() else None
         said = NOISE.sub("", (folder / f"{rank}.err").read_text())

@@ -23,7 +23,9 @@ from gptlite.trained import load_trained
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ["README.md", "data/README.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
-COMMAND = re.compile(r"(?:\$ )?((?:gptlite|torchrun --standalone|\./scripts/|scripts/|python scripts/)\S* ?.*)")
+COMMAND = re.compile(
+    r"(?:\$ )?((?:gptlite|torchrun --standalone|\./scripts/|scripts/|python scripts/)\S* ?.*)"
+)
 LAMBADA = "gptlite eval --run runs/NAME --suite lm-eval --tasks lambada_openai,arc_easy --limit 200"
 LEAVES = {"gptlite config check --config run.yaml": 2, "gptlite import gpt2": 2, LAMBADA: 1}
 """Exit codes other than 0: a config with mistakes, and what needs the Hub or another package."""
