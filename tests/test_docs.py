@@ -25,8 +25,13 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = ["README.md", "data/README.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
 COMMAND = re.compile(r"(?:\$ )?((?:gptlite|\./scripts/|scripts/|python scripts/)\S* ?.*)")
 LAMBADA = "gptlite eval --run runs/NAME --suite lm-eval --tasks lambada_openai,arc_easy --limit 200"
-LEAVES = {"gptlite config check --config run.yaml": 2, "gptlite import gpt2": 2, LAMBADA: 1}
-"""Exit codes other than 0: a config with mistakes, and what needs the Hub or another package."""
+SHARED = "gptlite study rates.yaml --storage postgresql+psycopg://USER@HOST:PORT/DATABASE"
+LEAVES = {
+    **{"gptlite config check --config run.yaml": 2, "gptlite import gpt2": 2},
+    **{LAMBADA: 1, SHARED: 2},
+}
+"""Exit codes other than 0: a config with mistakes, what needs the Hub or another package, and an
+address that is none."""
 
 
 def commands(page: str) -> list[str]:

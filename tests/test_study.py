@@ -322,7 +322,7 @@ def test_the_command_prints_and_says_what_is_wrong(bench: Bench) -> None:
     missing = runner.invoke(app, ["study", str(bench.folder / "no.yaml")])
     assert (missing.exit_code, missing.stderr.count("\n")) == (2, 1)
     bad = runner.invoke(app, [*arguments, "--storage", "nosuch://x"])
-    assert (bad.exit_code, bad.stderr.count("\n")) == (5, 1)
+    assert (bad.exit_code, bad.stderr.count("\n")) == (2, 1)
 
 
 def test_workers_that_are_told_to_stop_save_first(bench: Bench) -> None:
