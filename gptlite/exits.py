@@ -10,7 +10,8 @@ from typing import Any
 
 import typer
 
-from gptlite.errors import StorageError, Terminated, UserError, visible
+from gptlite.errors import StorageError, Terminated, UserError
+from gptlite.output import tell_problem
 
 
 @contextmanager
@@ -23,7 +24,7 @@ def user_errors(verbose: bool = False) -> Iterator[None]:
         if verbose:
             traceback.print_exc()
         for problem in error.problems:
-            print(visible(problem), file=sys.stderr)
+            tell_problem(problem)
         raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt as error:
         print("gptlite: interrupted", file=sys.stderr)
@@ -39,17 +40,16 @@ def user_errors(verbose: bool = False) -> Iterator[None]:
             raise
         if isinstance(error, OSError) and error.strerror:  # of the machine, not of ours
             where = f"{error.filename}: " if error.filename else ""
-            print(f"gptlite: {visible(where + error.strerror)}", file=sys.stderr)
+            tell_problem(f"gptlite: {where}{error.strerror}")
             raise typer.Exit(StorageError.exit_code) from None
         if is_out_of_memory(error):
-            print(
+            tell_problem(
                 "gptlite: out of memory; lower train.memory_gib, train.micro_batch_size or the "
-                "sizes under model. What was saved is whole",
-                file=sys.stderr,
+                "sizes under model. What was saved is whole"
             )
             raise typer.Exit(1) from None
-        problem = visible(f"{type(error).__name__}: {error}".splitlines()[0])
-        print(f"gptlite: {problem} (a bug; -v shows where)", file=sys.stderr)
+        problem = f"{type(error).__name__}: {error}".splitlines()[0]
+        tell_problem(f"gptlite: {problem} (a bug; -v shows where)")
         raise typer.Exit(1) from None
 
 

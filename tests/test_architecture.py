@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "errors": "",
     "storage": "errors",
     "interrupts": "errors",
-    "exits": "errors",
+    "exits": "errors output",
     "output": "errors",
     "charts": "",
     "verdict": "",
