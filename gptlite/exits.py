@@ -10,7 +10,8 @@ from typing import Any
 
 import typer
 
-from gptlite.errors import StorageError, Terminated, UserError, visible
+from gptlite.errors import StorageError, Terminated, UserError
+from gptlite.output import tell_problem
 
 
 @contextmanager
@@ -33,7 +34,7 @@ def user_errors(verbose: bool = False) -> Iterator[None]:
             traceback.print_exc()
         code, problems = ending(error)
         for problem in problems:
-            print(visible(problem), file=sys.stderr)
+            tell_problem(problem)
         raise typer.Exit(code) from None
 
 

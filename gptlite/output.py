@@ -1,10 +1,13 @@
 """What commands print: results on stdout, one JSON document or text; remarks on stderr."""
 
 import json
+import os
 import re
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TextIO
+
+import typer
 
 from gptlite.errors import visible
 
@@ -65,6 +68,22 @@ def stream(generation: Any) -> None:
 
 def tell(line: str) -> None:
     print(visible(line), file=sys.stderr)
+
+
+def tell_problem(problem: str) -> None:
+    """One line of an error; on a terminal the place it names is red."""
+    place, colon, why = visible(problem).partition(": ")
+    if colon and in_colour(sys.stderr):
+        place = typer.style(place, fg="red")
+    print(f"{place}{colon}{why}", file=sys.stderr)
+
+
+def in_colour(stream: TextIO) -> bool:
+    """NO_COLOR and FORCE_COLOR decide, in this order; else terminals that a person looks at."""
+    if os.environ.get("NO_COLOR") or os.environ.get("FORCE_COLOR"):
+        return not os.environ.get("NO_COLOR")
+    plain = os.environ.get("CI") or os.environ.get("TERM") == "dumb"
+    return stream.isatty() and not plain
 
 
 def tell_lines(text: str) -> None:

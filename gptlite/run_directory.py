@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from gptlite import __version__, storage
-from gptlite.errors import ConfigError, RunInUseError, StorageError, visible
+from gptlite.errors import ConfigError, RunInUseError, StorageError, visible, without_passwords
 
 RUNS = Path("runs")
 PARTS = ("checkpoints", "tokenizer", "samples", "eval")
@@ -189,6 +189,6 @@ def environment() -> dict[str, Any]:
         "processor": torch.backends.cpu.get_cpu_capability(),
         "cpu_threads": torch.get_num_threads(),
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "arguments": sys.argv[1:],
+        "arguments": [without_passwords(argument) for argument in sys.argv[1:]],
         "started_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }

@@ -4,8 +4,12 @@ A sink sees what the file sees, once it is in the file. One that fails is named 
 goes on. Each package is imported only where it is asked for.
 """
 
+import io
 import math
-from collections.abc import Callable, Mapping
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -55,43 +59,60 @@ class TensorBoard:
         self.writer.close()
 
 
+@contextmanager
+def remarking() -> Iterator[None]:
+    """What a package prints is a remark: on stderr, in plain letters. stdout is for results."""
+    with redirect_stdout(io.StringIO()) as said:
+        yield
+    print(re.sub(r"\x1b\[[0-9;]*m", "", said.getvalue()), end="", file=sys.stderr)
+
+
 class Board:
     """Weights & Biases, and trackio, which has the same words."""
 
     def __init__(self, module: Any, place: Place, **more: Any) -> None:
-        self.run = module.init(
-            project=place.run.log.project,
-            name=place.directory.name,
-            config=place.config,
-            resume="allow",
-            **more,
-        )
-        self.log = module.log if module.__name__ == "trackio" else self.run.log
+        with remarking():
+            self.run = module.init(
+                project=place.run.log.project,
+                name=place.directory.name,
+                config=place.config,
+                **more,
+            )
+        self.finish = self.run.finish
 
     def write(self, row: Mapping[str, float]) -> None:
-        self.log(dict(row), step=int(row["step"]))
+        self.run.log(dict(row), step=int(row["step"]))
 
     def close(self) -> None:
-        self.run.finish()
+        with remarking():
+            self.finish()
+
+
+class Trackio(Board):
+    """Has a step of its own and renames a number of that name; knows runs by their names."""
+
+    def __init__(self, place: Place) -> None:
+        import trackio
+
+        super().__init__(trackio, place, resume="allow" if place.step else "never")
+        self.finish = trackio.finish  # the run's own would be called once more at exit
+
+    def write(self, row: Mapping[str, float]) -> None:
+        rest = {name: value for name, value in row.items() if name != "step"}
+        self.run.log(rest, step=int(row["step"]))
 
 
 def wandb(place: Place) -> Board:
     """Respects WANDB_MODE and all its other variables; a run that goes on keeps its page."""
     import wandb
 
-    return Board(wandb, place, id=place.run_id, dir=str(place.directory))
-
-
-def trackio(place: Place) -> Board:
-    import trackio
-
-    return Board(trackio, place)
+    return Board(wandb, place, id=place.run_id, dir=str(place.directory), resume="allow")
 
 
 SINKS: dict[str, Callable[[Place], Sink]] = {
     "tensorboard": TensorBoard,
     "wandb": wandb,
-    "trackio": trackio,
+    "trackio": Trackio,
 }
 
 

@@ -9,6 +9,7 @@ where it stopped; a finished one is at most measured again. study.json is made a
 import json
 import multiprocessing
 import os
+import platform
 import sys
 import time
 from collections.abc import Iterator
@@ -47,11 +48,16 @@ def run_study(path: Path, folder: Path, workers: int, url: str | None) -> dict[s
     queue = Queue(study, folder, url)
     storage.write_text(folder / "study.yaml", path.read_text())
     threads = max(1, (os.cpu_count() or 1) // workers)
-    if workers == 1:
-        work(study, queue, threads)
-    else:
-        in_processes(workers, path, folder, url, threads)
-    return write_results(queue)
+    with queue.place.reached():
+        if workers == 1:
+            work(study, queue, threads)
+        else:
+            in_processes(workers, path, folder, url, threads)
+        found, held = write_results(queue), queue.held()
+    for worker, count in held.items():
+        told = f"{study.name}: {worker or 'another worker'} is still at {count} of the trials; once"
+        print(visible(f"{told} they are done the same command tells of them"), file=sys.stderr)
+    return found
 
 
 def in_processes(workers: int, *arguments: Any) -> None:
@@ -85,7 +91,9 @@ def child(path: Path, folder: Path, url: str | None, threads: int) -> None:
     try:
         with user_errors():
             study = read_study(path)
-            work(study, Queue(study, folder, url), threads)
+            queue = Queue(study, folder, url)
+            with queue.place.reached():
+                work(study, queue, threads)
     except typer.Exit as left:
         sys.exit(left.exit_code)
 
@@ -136,6 +144,7 @@ def do(queue: Queue, job: Job, threads: int, watch: "Watch") -> Record:
         "label": job.point.label,
         "point": job.point.coordinates,
         "seed": job.seed,
+        "host": platform.node(),
         "directory": str(directory),
         "state": state,
         "why": why,

@@ -15,18 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from gptlite import run_directory, storage
-from gptlite.errors import ConfigError, RunInUseError, StorageError, UserError
+from gptlite.database import Place, optuna
+from gptlite.errors import ConfigError, RunInUseError
 from gptlite.keys import key
 from gptlite.study_config import Job, Range, Study, shown
-
-
-def optuna() -> Any:
-    try:
-        import optuna
-    except ImportError:
-        raise UserError("studies need scipy and optuna: pip install 'gptlite[study]'") from None
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    return optuna
 
 
 class Queue:
@@ -35,31 +27,15 @@ class Queue:
     def __init__(self, study: Study, folder: Path, url: str | None = None) -> None:
         self.study, self.folder, self.url = study, folder, url
         storage.make_folders(folder / "workers")
+        self.place = Place(folder / "journal.log", url)
         with self.alone():
-            self.trials = self.open()
+            self.trials = self.place.study(study.name)
         self.states = optuna().trial.TrialState
 
-    def open(self) -> Any:
-        library, config = optuna(), self.study.config
-        place: Any = self.url
-        if self.url is None:
-            backend = library.storages.journal.JournalFileBackend(str(self.folder / "journal.log"))
-            place = library.storages.JournalStorage(backend)
-        try:
-            trials = library.create_study(
-                storage=place,
-                study_name=self.study.name,
-                load_if_exists=True,
-                pruner=library.pruners.MedianPruner(4),
-            )
-            n = len(trials.trials)
-        except Exception as error:  # whatever the library of that database raises
-            why = (str(error) or type(error).__name__).splitlines()[0]
-            raise StorageError(f"{self.url or self.folder / 'journal.log'}: {why}") from None
-        # Named by how far the study is: who goes on must not draw again what was drawn before.
-        seed = key(self.study.name, config.seeds[0], n) % 2**32
-        trials.sampler = library.samplers.TPESampler(seed=seed, constant_liar=True)
-        return trials
+    def sampler(self, number: int) -> Any:
+        """Named by the trial, so that no two workers draw the same, and nobody who goes on."""
+        seed = key(self.study.name, self.study.config.seeds[0], number) % 2**32
+        return optuna().samplers.TPESampler(seed=seed, constant_liar=True)
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -78,11 +54,19 @@ class Queue:
             yield name
 
     def settled(self, name: str, choose: Callable[[], str]) -> str:
-        """What the first worker chose for all runs of the study."""
+        """What was chosen first for all runs of the study, as a trial that nobody runs: of those
+        that choose at the same time on two machines the first counts."""
         with self.alone():
-            if name not in self.trials.user_attrs:
-                self.trials.set_user_attr(name, choose())
-            return str(self.trials.user_attrs[name])
+            if not self.chosen(name):
+                made = optuna().trial.create_trial(
+                    state=self.states.FAIL, user_attrs={"chosen": name, "value": choose()}
+                )
+                self.trials.add_trial(made)
+            return self.chosen(name)[0]
+
+    def chosen(self, name: str) -> list[str]:
+        attributes = [trial.user_attrs for trial in self.trials.get_trials()]
+        return [str(about["value"]) for about in attributes if about.get("chosen") == name]
 
     def claim(self, worker: str) -> Any:
         """A trial to work on, now this worker's; None if none is left."""
@@ -117,8 +101,11 @@ class Queue:
         return found
 
     def next_of_grid(self, worker: str) -> Any:
-        """The first run that nobody has done or does."""
-        names = [job.name for job in self.study.jobs]
+        """The first run that nobody has done or does; what was begun on this disk
+        before the others, as elsewhere it would be trained from its beginning."""
+        runs = self.folder / "runs"
+        jobs = sorted(self.study.jobs, key=lambda job: not run_directory.has_run(runs / job.name))
+        names = [job.name for job in jobs]
         while left := [name for name in names if name not in self.first_trials()]:
             trial = self.begin(worker, left[0])
             if self.first_trials()[left[0]] == trial.number:
@@ -157,7 +144,15 @@ class Queue:
         """Where the search looks next."""
         trial = self.trials.ask()
         trial.set_user_attr("worker", worker)
+        self.trials.sampler = self.sampler(trial.number)
         return trial
+
+    def held(self) -> dict[str, int]:
+        """How many trials each worker is at that this disk does not know to be dead."""
+        at_work = [
+            trial.user_attrs.get("worker", "") for trial in self.of_state(self.states.RUNNING)
+        ]
+        return {name: at_work.count(name) for name in at_work if not self.is_dead(name)}
 
     def stands(self, trial: Any) -> bool:
         """Whether a trial is being done, or done and measured as the study says now."""

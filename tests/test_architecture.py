@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "heartbeat": "errors",
     "distributed": "config errors exits heartbeat model world",
     "interrupts": "errors world",
-    "exits": "errors",
+    "exits": "errors output",
     "output": "errors",
     "charts": "",
     "verdict": "",
@@ -30,7 +30,8 @@ MAY_IMPORT = {
     "figures": "charts network_drawing run_files verdict",
     "report": "charts errors figures run_directory run_files storage verdict",
     "study_config": "config config_reader config_words errors section strict_yaml",
-    "trials": "errors keys run_directory storage study_config",
+    "database": "errors",
+    "trials": "database errors keys run_directory storage study_config",
     "comparison": "errors intervals",
     "study": (
         "auto comparison config errors exits metrics output prepare run_directory session start "

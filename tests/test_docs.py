@@ -27,8 +27,13 @@ COMMAND = re.compile(
     r"(?:\$ )?((?:gptlite|torchrun --standalone|\./scripts/|scripts/|python scripts/)\S* ?.*)"
 )
 LAMBADA = "gptlite eval --run runs/NAME --suite lm-eval --tasks lambada_openai,arc_easy --limit 200"
-LEAVES = {"gptlite config check --config run.yaml": 2, "gptlite import gpt2": 2, LAMBADA: 1}
-"""Exit codes other than 0: a config with mistakes, and what needs the Hub or another package."""
+SHARED = "gptlite study rates.yaml --storage postgresql+psycopg://USER@HOST:PORT/DATABASE"
+LEAVES = {
+    **{"gptlite config check --config run.yaml": 2, "gptlite import gpt2": 2},
+    **{LAMBADA: 1, SHARED: 2},
+}
+"""Exit codes other than 0: a config with mistakes, what needs the Hub or another package, and an
+address that is none."""
 
 
 def commands(page: str) -> list[str]:

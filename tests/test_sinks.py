@@ -1,8 +1,14 @@
 """What metrics.jsonl holds also reaches those who are asked to; none of them touches training."""
 
 import json
+import os
+import sqlite3
+import subprocess
 import sys
+import time
 import types
+from contextlib import closing
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +45,8 @@ class Recorder:
         return self
 
     def log(self, row: dict[str, Any], step: int) -> None:
-        assert step == row["step"]
-        self.rows.append(row)
+        assert row.get("step", step) == step
+        self.rows.append({"step": step, **row})
 
     def finish(self) -> None:
         self.finished += 1
@@ -65,7 +71,9 @@ def test_a_board_gets_every_row_and_a_resumed_run_goes_on_there(
     assert board.rows == rows_of(workshop.folder / "run")
     assert board.finished == 2
     first, second = board.begun
-    assert (first["project"], first["name"], first["resume"]) == ("mine", "run", "allow")
+    assert (first["project"], first["name"]) == ("mine", "run")
+    new = "never" if board.__name__ == "trackio" else "allow"  # it knows runs by their names
+    assert (first["resume"], second["resume"]) == (new, "allow")
     assert first["config"]["model"]["n_layer"] == 2
     assert first.get("id") == second.get("id")
 
@@ -154,6 +162,45 @@ def test_wandb_offline_writes_a_run(workshop: Workshop, monkeypatch: pytest.Monk
     train(workshop.run(log={"sinks": ["wandb"]}), workshop.folder / "run")
     (offline,) = (workshop.folder / "run" / "wandb").glob("offline-run-*")
     (file,) = offline.glob("*.wandb")
-    raw = file.read_bytes()
-    assert b"val/loss" in raw
-    assert b"dropout/embedding" in raw
+    wanted, until = (b"val/loss", b"dropout/embedding"), time.monotonic() + 60
+    while time.monotonic() < until and not all(name in file.read_bytes() for name in wanted):
+        time.sleep(0.05)  # a process of its own writes it, and may do so after the run's end
+    assert all(name in file.read_bytes() for name in wanted)
+
+
+TRACKED = """
+import sys
+from pathlib import Path
+from conftest import Workshop
+from gptlite.session import train
+
+workshop, log = Workshop(Path(sys.argv[1])), {"sinks": ["trackio"], "project": "mine"}
+train(workshop.run(log=log), workshop.folder / "run")
+train(workshop.run(log=log, train={"max_steps": 10}), workshop.folder / "run", resume=True)
+train(workshop.run(log=log), workshop.folder / "other" / "run")
+"""
+
+
+def test_trackio_keeps_the_rows_of_each_run(tmp_path: Path) -> None:
+    """The package itself, in a process of its own: it reads TRACKIO_DIR once, and prints."""
+    if find_spec("trackio") is None:
+        pytest.skip("the trackio extra is not installed")
+    boards = tmp_path / "boards"
+    ran = subprocess.run(
+        [sys.executable, "-c", TRACKED, str(tmp_path)],
+        **{"cwd": Path(__file__).parent, "capture_output": True, "text": True, "check": True},
+        env={**os.environ, "TRACKIO_DIR": str(boards), "HF_HUB_OFFLINE": "1"},
+    )
+    assert ran.stdout == ""
+    assert "mine" in ran.stderr
+    assert "\x1b" not in ran.stderr
+    assert "log.sinks" not in ran.stderr
+    assert "Warning" not in ran.stderr
+    with closing(sqlite3.connect(boards / "mine.db")) as database:
+        found = database.execute("select run_id, step, metrics from metrics order by id").fetchall()
+    rows: dict[str, Rows] = {}
+    for run_id, step, metrics in found:
+        rows.setdefault(run_id, []).append({"step": step, **json.loads(metrics)})
+    first, other = rows.values()  # of one name, and yet not one run
+    assert first == rows_of(tmp_path / "run")
+    assert other == rows_of(tmp_path / "other" / "run")

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from contextlib import ExitStack
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -314,13 +315,15 @@ def test_the_command_prints_and_says_what_is_wrong(bench: Bench) -> None:
     path, runner = bench.write(**RATES, evaluate=[], seeds=[1]), CliRunner()
     arguments = ["study", str(path), "--out-dir", str(bench.out)]
     assert "2 of 2 runs done" in runner.invoke(app, arguments).stdout
-    assert "best_val_loss over dropout.rate" in (bench.out / "report.html").read_text()
+    page = (bench.out / "report.html").read_text()
+    drawn = find_spec("matplotlib") is not None
+    assert ("best_val_loss over dropout.rate" if drawn else "figures need matplotlib") in page
     document = json.loads(runner.invoke(app, [*arguments, "--json"]).stdout)
     assert document["name"] == "tiny"
     missing = runner.invoke(app, ["study", str(bench.folder / "no.yaml")])
     assert (missing.exit_code, missing.stderr.count("\n")) == (2, 1)
     bad = runner.invoke(app, [*arguments, "--storage", "nosuch://x"])
-    assert (bad.exit_code, bad.stderr.count("\n")) == (5, 1)
+    assert (bad.exit_code, bad.stderr.count("\n")) == (2, 1)
 
 
 def test_workers_that_are_told_to_stop_save_first(bench: Bench) -> None:

@@ -47,8 +47,8 @@ def told(trained: Path) -> Any:
     return result
 
 
-def on_a_terminal(*arguments: str) -> tuple[str, Any]:
-    """What a terminal gets on stdout, and the exit code."""
+def on_a_terminal(*arguments: str, stream: str = "stdout") -> tuple[str, Any]:
+    """What a terminal gets on this stream, and the exit code."""
     ours, theirs = os.openpty()
     got: list[bytes] = []
 
@@ -63,7 +63,7 @@ def on_a_terminal(*arguments: str) -> tuple[str, Any]:
     reader.start()
     with pytest.MonkeyPatch.context() as patch:
         with open(theirs, "w", encoding="utf-8") as screen:
-            patch.setattr("sys.stdout", screen)
+            patch.setattr(f"sys.{stream}", screen)
             try:
                 app(arguments)
             except SystemExit as ended:
@@ -183,3 +183,48 @@ def test_what_is_shown_has_nothing_left_to_obey() -> None:
     assert CONTROL.sub("", every) in re.sub(r"\\(x|u)[0-9a-f]+|\\[nrt]", "", visible(every))
     assert visible(ESCAPES) == SHOWN
     assert visible("a\nb\tc", keep="\n\t") == "a\nb\tc"
+
+
+@pytest.mark.parametrize(
+    ("environment", "coloured"),
+    [
+        ({}, True),
+        ({"CI": "true"}, False),
+        ({"TERM": "dumb"}, False),
+        ({"NO_COLOR": "1"}, False),
+        ({"NO_COLOR": ""}, True),  # as if unset, says no-color.org
+        ({"FORCE_COLOR": "1", "CI": "true"}, True),
+        ({"FORCE_COLOR": "1", "NO_COLOR": "1"}, False),
+    ],
+)
+def test_of_an_error_the_place_alone_is_red_on_a_terminal(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    environment: dict[str, str],
+    coloured: bool,
+) -> None:
+    config = tmp_path / "run \x1b[32m.yaml"
+    config.write_text("model: {n_layer: 2.5}\ndropout: {rate: 2}\n")
+    for name in ("CI", "NO_COLOR", "FORCE_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    command = ("config", "check", "--config", str(config))
+    screen, code = on_a_terminal(*command, stream="stderr")
+    before, after = ("\x1b[31m", "\x1b[0m") if coloured else ("", "")
+    place = re.escape(f"{before}{tmp_path}/run \\x1b[32m.yaml:") + r"\d+:\d+" + re.escape(after)
+    lines = screen.splitlines()
+    assert code == 2
+    assert len(lines) >= 2
+    assert all(re.fullmatch(rf"{place}: [^\x1b]+", line) for line in lines), lines
+
+
+def test_an_error_in_a_file_has_no_colour_unless_it_is_forced(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("CI", "NO_COLOR", "FORCE_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    assert "\x1b" not in invoke("config", "check", "--config", "no.yaml").stderr
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert invoke("config", "check", "--config", "no.yaml").stderr.count("\x1b") == 2
