@@ -133,7 +133,9 @@ def read_lines(path: Path) -> Iterator[Chunk]:
 
 def read_jsonl(path: Path, field: str) -> Iterator[Chunk]:
     with opened(path) as raw, io.TextIOWrapper(raw, "utf-8-sig", newline="\n") as file:
-        for number, line in enumerate(records(path, file), 1):
+        number = 0
+        for line in records(path, file):
+            number += 1
             if not line.strip():
                 continue
             place = f"data.source: {path}:{number}"
@@ -144,8 +146,15 @@ def read_jsonl(path: Path, field: str) -> Iterator[Chunk]:
             text = record.get(field) if isinstance(record, dict) else None
             if not isinstance(text, str):
                 raise DataError(f"{place}: no text in field '{field}' (data.text_field)")
-            if text:  # JSON can spell half a surrogate pair, which UTF-8 cannot
-                yield text.encode(errors="replace").decode(), True
+            del line, record  # of a document of a gigabyte there is one copy, not three
+            yield from pieces(text)
+
+
+def pieces(text: str) -> Iterator[Chunk]:
+    """A document, CHUNK characters at a time; none if it is empty."""
+    for start in range(0, len(text), CHUNK):
+        piece = text[start : start + CHUNK]  # JSON spells halves of surrogate pairs, UTF-8 cannot
+        yield piece.encode(errors="replace").decode(), start + CHUNK >= len(text)
 
 
 def read_csv(path: Path, field: str) -> Iterator[Chunk]:
@@ -155,8 +164,7 @@ def read_csv(path: Path, field: str) -> Iterator[Chunk]:
         if field not in (rows.fieldnames or ()):
             raise no_column(path, field, rows.fieldnames)
         for row in rows:
-            if row[field]:
-                yield row[field], True
+            yield from pieces(row[field] or "")
 
 
 def read_parquet(path: Path, field: str) -> Iterator[Chunk]:
@@ -173,7 +181,8 @@ def read_parquet(path: Path, field: str) -> Iterator[Chunk]:
             if not (types.is_string(kind) or types.is_large_string(kind)):
                 raise DataError(f"data.source: {path}: column '{field}' holds {kind}, not text")
             for batch in file.iter_batches(PARQUET_ROWS, columns=[field]):
-                yield from ((text, True) for text in batch.column(0).to_pylist() if text)
+                for text in batch.column(0).to_pylist():
+                    yield from pieces(text or "")
     except pyarrow.ArrowException as error:
         why = str(error).splitlines()[0]
         raise DataError(f"data.source: {path}: not a whole .parquet file ({why})") from None

@@ -153,6 +153,23 @@ def test_checkpoints_are_chosen_by_name(run_dir: Path) -> None:
         checkpoint.chosen(run_dir, "../../etc")
 
 
+@pytest.mark.parametrize("which", ["best", "last"])
+def test_for_a_damaged_checkpoint_the_newest_good_one_stands_in(run_dir: Path, which: str) -> None:
+    """Not the oldest, not a damaged one, and never for one asked for by its number."""
+    for step in range(1, 6):
+        save(run_dir, step)
+    checkpoint.point(run_dir, which, 3)
+    for step in (3, 5):
+        (run_dir / "checkpoints" / f"step-0000000{step}" / FILES[0]).write_bytes(b"x")
+    found = checkpoint.chosen(run_dir, which)
+    assert found.state.step == 4
+    assert len(found.problems) == 2
+    assert "step-00000003" in found.problems[0]
+    assert "step-00000005" in found.problems[1]
+    with pytest.raises(CheckpointError, match="step-00000003"):
+        checkpoint.chosen(run_dir, "step-3")
+
+
 def test_weights_of_another_shape_are_named(run_dir: Path) -> None:
     path = save(run_dir, 1)
     with pytest.raises(CheckpointError, match=r"2 weights do not fit this model: blocks\.0\.mlp"):

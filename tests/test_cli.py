@@ -263,6 +263,22 @@ def test_shipped_configs_are_valid_and_say_what_they_are_for(path: Path) -> None
     assert validate(parse(dump(run), "dumped")) == run
 
 
+WORDS_OF_YAML = (
+    "yes no On off y N true False null ~ 017 0x1F 3e-4 1e3 .5 1_000 1:30 -1 .inf .NaN - ="
+)
+
+
+@pytest.mark.parametrize("word", [*WORDS_OF_YAML.split(), "", " a", "2026-01-01", "a: b", "a #b"])
+def test_text_that_some_yaml_reads_as_something_else_is_dumped_in_quotes(word: str) -> None:
+    """A file named 1e3, a prompt that says yes: as they were, for readers of YAML 1.1 and 1.2."""
+    source = {"data": {"source": word or "x"}, "train": {"max_steps": 300}}
+    run = RunConfig.model_validate({**source, "sample": {"prompts": [word]}})
+    text = dump(run)
+    assert text.count(f'"{word}"') == (2 if word else 1)
+    assert validate(parse(text, "dumped")) == run
+    assert yaml.safe_load(text)["sample"]["prompts"] == [word]
+
+
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)
 
 

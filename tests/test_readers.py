@@ -1,6 +1,7 @@
 """Kinds of files: compressed, columns of tables, encodings, lines without an end."""
 
 import gzip
+import json
 import sys
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 from conftest import Workshop
 from test_sources import joined
 
-from gptlite import sources
+from gptlite import readers, sources
 from gptlite.config import DataConfig
 from gptlite.errors import DataError, UserError
 from gptlite.readers import kind_of, read_file
@@ -124,3 +125,30 @@ def test_one_line_of_many_megabytes_streams(tmp_path: Path, suffix: str) -> None
             sizes.append(len(text))
             ends.append(end)
         assert (sum(sizes), max(sizes) <= 1 << 20, sum(ends)) == (40 << 20, True, 1)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_a_long_record_is_handed_on_in_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """What comes after a reader holds little of it, however long a document is."""
+    monkeypatch.setattr(readers, "CHUNK", 8)
+    path, texts = tmp_path / f"a.{kind}", ["x" * 20, "é" * 8, "b"]
+    if kind == "jsonl":
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in ["", *texts]))
+    elif kind == "csv":
+        path.write_text("text,n\n,1\n" + "".join(f"{text},1\n" for text in texts))
+    else:
+        pytest.importorskip("pyarrow", reason="the data extra is not installed")
+        arrow = readers.arrow(path)
+        arrow.parquet.write_table(arrow.table({"text": ["", None, *texts]}), path)
+    chunks = list(read_file(path, DataConfig(source=str(path))))
+    assert max(len(text) for text, _ in chunks) == 8
+    assert [ends for _, ends in chunks] == [False, False, True, True, True]
+    assert joined(chunks) == texts
+
+
+def test_half_a_character_of_json_is_replaced_and_whole_ones_stay(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(r'{"text": "a\ud83d\ude00b\ud83dc"}')
+    assert joined(list(read_file(path, DataConfig(source=str(path))))) == ["a😀b?c"]
