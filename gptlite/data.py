@@ -2,6 +2,7 @@
 
     train.bin, val.bin   token ids, raw little-endian uint16, or uint32 if the vocabulary needs it
     meta.json            layout, dtype, tokenizer digest, counts, sha256 of each file
+    part-00000/ …        instead: the two files of each part of a large corpus; read as one
 
 A batch is a pure function of (seed, step): resuming at step 1000 needs the number 1000 and nothing
 else. B rows, T positions; `row` is a sequence's index in the update's batch.
@@ -9,14 +10,14 @@ else. B rows, T positions; `row` is a sequence's index in the update's batch.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gptlite import storage, tokenizer
+from gptlite import ledger, storage, tokenizer
 from gptlite.errors import DataError
 from gptlite.keys import key, permuted
 from gptlite.tokenizer import Tokenizer
@@ -27,11 +28,56 @@ ORDER_BLOCK = 4096
 MOST_META_BYTES = 1 << 26
 READ_WHOLE_BYTES = 1 << 26
 """Token files up to here are read at once: a mapped file that someone cuts short kills the run."""
+STRETCH = 1 << 24
+"""Tokens that are looked through at a time."""
 Ids = NDArray[np.int64]
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
     return np.dtype("<u2") if vocab_size <= 1 << 16 else np.dtype("<u4")
+
+
+class Joined:
+    """Arrays of ids, one behind the other, read as one; nothing is copied until it is asked for."""
+
+    def __init__(self, parts: list[NDArray[Any]]) -> None:
+        self.parts = [part for part in parts if len(part)]
+        self.dtype = parts[0].dtype
+        self.ends = np.cumsum([len(part) for part in self.parts], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return int(self.ends[-1]) if self.parts else 0
+
+    def __getitem__(self, at: Any) -> Any:
+        if isinstance(at, slice):
+            return self.between(*at.indices(len(self)))
+        places = np.asarray(at)
+        if places.size and not -len(self) <= places.min() <= places.max() < len(self):
+            raise IndexError(f"tokens {places.min()} to {places.max()} of {len(self)}")
+        places = np.where(places < 0, places + len(self), places)
+        which = np.searchsorted(self.ends, places, side="right")
+        ids = np.empty(places.shape, self.dtype)
+        for one in np.unique(which).tolist():
+            inside, part = which == one, self.parts[one]
+            ids[inside] = part[places[inside] - (self.ends[one] - len(part))]
+        return ids if ids.ndim else ids[()]
+
+    def between(self, start: int, stop: int, step: int) -> NDArray[Any]:
+        assert step == 1, "tokens are read forwards, one by one"
+        begins = self.ends - [len(part) for part in self.parts]
+        pieces = [
+            part[max(0, start - begin) : max(0, stop - begin)]
+            for part, begin in zip(self.parts, begins.tolist(), strict=True)
+            if begin < stop and start < begin + len(part)
+        ]
+        return np.concatenate(pieces) if pieces else np.empty(0, self.dtype)
+
+
+Tokens = NDArray[Any] | Joined
+
+
+def part_name(number: int) -> str:
+    return f"part-{number:05d}"
 
 
 @dataclass(frozen=True)
@@ -53,7 +99,16 @@ class TokenFiles:
             )
         return self.train_tokens
 
-    def tokens(self, split: str) -> NDArray[Any]:
+    def files(self, split: str) -> list[tuple[Path, dict[str, Any]]]:
+        """The files of a split in their order, with what meta.json says of each."""
+        if "parts" not in self.meta:
+            return [(self.folder / f"{split}.bin", self.meta["splits"][split])]
+        return [
+            (self.folder / part_name(number) / f"{split}.bin", part[split])
+            for number, part in enumerate(self.meta["parts"])
+        ]
+
+    def tokens(self, split: str) -> Tokens:
         """The ids of a split, mapped if large. Raises DataError if there are too few to learn."""
         n = self.n_tokens(split)
         if n < 2:
@@ -61,10 +116,16 @@ class TokenFiles:
                 f"data.source: {split} has {n} tokens, needs >= 2; give more text, or change "
                 f"data.val_fraction"
             )
-        path, dtype = self.folder / f"{split}.bin", token_dtype(self.meta["vocab_size"])
-        if n * dtype.itemsize > READ_WHOLE_BYTES:
-            return np.memmap(path, dtype, "r")[:n]
-        return np.fromfile(path, dtype, n)
+        dtype, left = token_dtype(self.meta["vocab_size"]), n
+        mapped = n * dtype.itemsize > READ_WHOLE_BYTES
+        parts = []
+        for path, about in self.files(split):
+            count = min(left, about["tokens"])
+            if count:
+                whole = np.memmap(path, dtype, "r")[:count] if mapped else None
+                parts.append(np.fromfile(path, dtype, count) if whole is None else whole)
+            left -= count
+        return parts[0] if len(parts) == 1 else Joined(parts)
 
     def rows(self, split: str, context_length: int) -> "Layout":
         tokens = self.tokens(split)
@@ -104,24 +165,42 @@ def checked(folder: Path, meta: dict[str, Any], built: Tokenizer) -> TokenFiles:
     ids = (meta["vocab_size"], meta["eot"])
     if ids != (built.vocab_size, built.eot) or meta["layout"] not in ("stream", "documents"):
         raise DataError(f"{folder}/meta.json: damaged (layout or vocabulary)")
-    size_of_one = token_dtype(built.vocab_size).itemsize
+    files = TokenFiles(folder, meta, built)
+    expected = {}
     for split in ("train", "val"):
-        about, path = meta["splits"][split], folder / f"{split}.bin"
-        size = path.stat().st_size if path.is_file() else 0
-        if size != about["tokens"] * size_of_one:
-            tokens = f"meta.json says {about['tokens']} tokens of {size_of_one} bytes"
-            raise DataError(f"{path}: has {size} bytes, {tokens}")
-        if storage.file_digest(path) != about["sha256"]:
+        for path, about in files.files(split):
+            check_size(path, about["tokens"], token_dtype(built.vocab_size).itemsize)
+            expected[path] = about["sha256"]
+        n_tokens = sum(about["tokens"] for _, about in files.files(split))
+        if n_tokens != meta["splits"][split]["tokens"]:
+            raise DataError(f"{folder}/meta.json: damaged (its parts have {n_tokens} tokens)")
+    check = partial(checked_digest, expected=expected, vocab_size=built.vocab_size)
+    found = ledger.digests(list(expected), folder / "verified.json", check)
+    for path, sha256 in zip(expected, found, strict=True):
+        if sha256 != expected[path]:
             raise DataError(f"{path}: damaged (sha256 differs from meta.json)")
-        if size:
-            check_ids(path, np.memmap(path, token_dtype(built.vocab_size), "r"), built.vocab_size)
-    return TokenFiles(folder, meta, built)
+    return files
+
+
+def check_size(path: Path, n_tokens: int, size_of_one: int) -> None:
+    size = path.stat().st_size if path.is_file() else 0
+    if size != n_tokens * size_of_one:
+        tokens = f"meta.json says {n_tokens} tokens of {size_of_one} bytes"
+        raise DataError(f"{path}: has {size} bytes, {tokens}")
+
+
+def checked_digest(path: Path, expected: dict[Path, str], vocab_size: int) -> str:
+    """sha256 of a token file; DataError for an id too large in one that is as it was made."""
+    sha256 = storage.file_digest(path)
+    if sha256 == expected[path] and path.stat().st_size:
+        check_ids(path, np.memmap(path, token_dtype(vocab_size), "r"), vocab_size)
+    return sha256
 
 
 def check_ids(path: Path, tokens: NDArray[Any], vocab_size: int) -> None:
     """DataError for an id that the vocabulary does not have."""
-    for start in range(0, len(tokens), 1 << 24):
-        part = tokens[start : start + (1 << 24)]
+    for start in range(0, len(tokens), STRETCH):
+        part = tokens[start : start + STRETCH]
         if part.max() >= vocab_size:
             at = start + int(np.argmax(part >= vocab_size))
             raise DataError(f"{path}: token {tokens[at]} at offset {at} >= vocab_size {vocab_size}")
@@ -187,7 +266,7 @@ def spread(n_rows: int, limit: int | None) -> Ids:
 class Stream:
     """Fixed windows over all tokens, cut at an offset that differs from epoch to epoch."""
 
-    def __init__(self, tokens: NDArray[Any], context_length: int) -> None:
+    def __init__(self, tokens: Tokens, context_length: int) -> None:
         self.tokens = tokens
         self.length = min(context_length, len(tokens) - 1)
         self.n_rows = max(1, (len(tokens) - self.length) // self.length)
@@ -212,6 +291,13 @@ class Stream:
             yield Batch(ids[:, :-1], np.where(at[:, 1:] <= n_targets, ids[:, 1:], IGNORED), None)
 
 
+def places_of(tokens: Tokens, value: int) -> Ids:
+    """Where an id stands, looked for in one stretch after the other."""
+    stretches = range(0, len(tokens), STRETCH)
+    found = [at + np.flatnonzero(tokens[at : at + STRETCH] == value) for at in stretches]
+    return np.concatenate([np.empty(0, np.int64), *found])
+
+
 class Documents:
     """One document per row, padded on the right to the longest of the batch.
 
@@ -220,9 +306,9 @@ class Documents:
     token before it.
     """
 
-    def __init__(self, tokens: NDArray[Any], context_length: int, eot: int) -> None:
+    def __init__(self, tokens: Tokens, context_length: int, eot: int) -> None:
         self.tokens, self.pad = tokens, eot
-        marks = np.flatnonzero(np.asarray(tokens) == eot)
+        marks = places_of(tokens, eot)
         starts, lengths = marks[:-1], np.diff(marks)
         if not len(starts):
             raise DataError("data.source: this split has no whole document")

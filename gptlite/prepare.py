@@ -6,54 +6,44 @@ A folder per content in the cache, named by the digest of everything that decide
     tokenizer.json       the tokenizer, which also travels with every run
     meta.json            written last: layout, counts, bytes, digests
 
-Two passes: one counts (and lists characters and documents), one encodes. A trained tokenizer sees
-the training part only.
+A trained tokenizer sees the training part only. Several files that are large together go through
+several processes, into parts; see shards.py.
 """
 
 import hashlib
 import json
 import os
 import shutil
-from array import array
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
-from gptlite import origin, readers, sources, storage, tokenizer
+from gptlite import ledger, origin, shards, sources, storage, tokenizer
 from gptlite.config import RunConfig
 from gptlite.data import TokenFiles, check_ids, open_token_files, token_dtype
+from gptlite.encoding import (
+    cut_of,
+    divide,
+    encode,
+    first_pass,
+    is_separate,
+    learned,
+    with_progress,
+)
 from gptlite.errors import ConfigError, DataError, StorageError
 from gptlite.readers import Chunk
 from gptlite.tokenizer import Tokenizer
 
 FORMAT = 2
-WAITING_PIECES = 64
-"""Pieces of text that are encoded ahead of the one that is written."""
-WORTH_A_THREAD = 4096
-"""Characters; less is encoded at once where it is."""
 FOREIGN_MAGIC = {
     b"\x93NUMPY": "a .npy array",
     (20240520).to_bytes(4, "little"): "llm.c's format (GPT-2)",
     (20240801).to_bytes(4, "little"): "llm.c's format (Llama 3)",
 }
-
-
-@dataclass
-class Scan:
-    """What the first pass over the text finds."""
-
-    n_bytes: int = 0
-    n_documents: int = 0
-    characters: set[str] = field(default_factory=set)
-    digests: "array[int]" = field(default_factory=lambda: array("Q"))
-    """Eight bytes of each document's digest, kept only to split by document."""
 
 
 def prepare(run: RunConfig, own: Tokenizer | None = None) -> TokenFiles:
@@ -80,22 +70,30 @@ def found_or_made(run: RunConfig, own: Tokenizer | None) -> TokenFiles:
     if len(run.sources) == 1 and os.path.isfile(folder / "train.bin"):
         return adopt(folder, run, own)
     files = sources.locate(run)
-    listing = [described(file) for file in files]
+    listing = described(files, run)
     target = Path(run.data.cache_dir) / "tokens" / cache_key(run, listing, own)
     if not (target / "meta.json").is_file():
         try:
-            make(target, files, listing, run, own)
+            way = make_of_parts if shards.worth_it(listing) else make
+            way(target, files, listing, run, own)
         except OSError as error:
             raise StorageError(f"{error.filename or target}: {error.strerror}") from None
     return open_token_files(target)
 
 
-def described(file: Path) -> dict[str, Any]:
+def described(files: list[Path], run: RunConfig) -> list[dict[str, Any]]:
+    """Name, size and digest of each source."""
     try:
-        sha256 = storage.file_digest(file, links=True)
-        return {"name": file.name, "bytes": file.stat().st_size, "sha256": sha256}
+        digests = ledger.digests(files, Path(run.data.cache_dir) / "digests.json", source_digest)
+        about = zip(files, digests, strict=True)
+        return [{"name": f.name, "bytes": f.stat().st_size, "sha256": d} for f, d in about]
     except OSError as error:
-        raise StorageError(f"data.source: {file}: {error.strerror}") from None
+        where = f"data.source: {error.filename}"
+        raise StorageError(f"{where}: {error.strerror}") from None
+
+
+def source_digest(file: Path) -> str:
+    return storage.file_digest(file, links=True)
 
 
 def cache_key(run: RunConfig, listing: list[dict[str, Any]], own: Tokenizer | None) -> str:
@@ -194,176 +192,40 @@ def make(
     work = storage.temporary(target)
     work.mkdir(parents=True, exist_ok=True)
     try:
-        scan = first_pass(files, run)
-        if not scan.n_bytes:
-            raise DataError(f"data.source: {', '.join(run.sources)}: has no text (0 bytes)")
-        is_val = splitter(scan, run)
+        scan = first_pass(with_progress(files, run, "read", 0), run)
+        cut = cut_of(scan, run)
 
         def split_text(desc: str) -> Iterator[tuple[str, Chunk]]:
-            return divide(with_progress(files, run, desc, scan.n_bytes), is_val, scan, run)
+            return divide(with_progress(files, run, desc, scan.n_bytes), cut)
 
-        separate = run.data.layout == "documents" or scan.n_documents > 1
-        built = own or tokenizer.build(
-            run.tokenizer,
-            eot=separate,
-            characters=scan.characters,
-            texts=(text for split, (text, _) in split_text("learn") if split == "train"),
-        )
-        splits = encode(split_text("encode"), built, work, run, separate=separate)
-        meta = describe(run, built, splits, listing)
-        storage.write_text(work / "tokenizer.json", storage.sealed(built.to_json()))
-        storage.write_text(work / "meta.json", storage.sealed(meta))
+        built = own or learned(run, scan, split_text("learn"))
+        separate, leading = is_separate(scan, run), run.data.layout == "documents"
+        splits = encode(split_text("encode"), built, work, separate=separate, leading=leading)
+        finish(work, describe(run, built, splits, listing), built)
         with suppress(OSError):  # another process may have made the same folder meanwhile
             os.rename(work, target)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def with_progress(files: list[Path], run: RunConfig, desc: str, total: int) -> Iterator[Chunk]:
-    with tqdm(
-        total=total or None, unit="B", unit_scale=True, desc=desc, disable=None, delay=2
-    ) as bar:
-        for file in files:
-            for text, ends in readers.read_file(file, run.data):
-                bar.update(len(text))
-                yield text, ends
-
-
-def first_pass(files: list[Path], run: RunConfig) -> Scan:
-    scan = Scan()
-    by_document, characters = run.split_by == "document", run.tokenizer.kind == "char"
-    hashed = hashlib.blake2b(digest_size=8)
-    for text, ends in with_progress(files, run, "read", 0):
-        raw = text.encode("utf-8", errors="replace")
-        scan.n_bytes += len(raw)
-        if characters:
-            scan.characters.update(text)
-        if by_document:
-            hashed.update(raw)
-        if ends:
-            scan.n_documents += 1
-            if by_document:
-                scan.digests.append(int.from_bytes(hashed.digest(), "little"))
-                hashed = hashlib.blake2b(digest_size=8)
-    return scan
-
-
-def splitter(scan: Scan, run: RunConfig) -> Callable[[int], bool]:
-    """Whether a document, by number, is for validation. Equal documents stay on one side."""
-    if run.split_by == "tail":
-        return lambda number: False  # `divide` goes by bytes
-    n, digests = scan.n_documents, np.array(scan.digests, dtype=np.uint64)
-    n_distinct = len(np.unique(digests))
-    if n_distinct < 2:
-        raise DataError(
-            f"data.source: has {n_distinct} distinct document, needs >= 2 to split by document; "
-            "set data.split_by: tail"
-        )
-    n_val = min(max(1, round(n * run.data.val_fraction)), n - 1)
-    last = np.partition(digests, n_val - 1)[n_val - 1]
-    chosen = digests < last if last == digests.max() else digests <= last  # leave some to train on
-    return lambda number: bool(chosen[number])
-
-
-def divide(
-    chunks: Iterator[Chunk], is_val: Callable[[int], bool], scan: Scan, run: RunConfig
-) -> Iterator[tuple[str, Chunk]]:
-    """Each piece of text with its split; a text cut by its tail is cut between characters."""
-    tail = run.split_by == "tail"
-    first_of_tail = int(scan.n_bytes * (1 - run.data.val_fraction))
-    whole_documents = run.data.layout == "documents"
-    at = number = 0
-    split, fresh = "train", True
-    for text, ends in chunks:
-        raw = text.encode("utf-8", errors="replace")
-        if fresh and (is_val(number) or (tail and whole_documents and at >= first_of_tail)):
-            split = "val"
-        elif fresh and not tail:
-            split = "train"
-        if tail and not whole_documents and split == "train" and at + len(raw) > first_of_tail:
-            head = raw[: first_of_tail - at].decode(errors="ignore")
-            if head or not fresh:  # else the document before has ended just here
-                yield "train", (head, True)
-            split, text = "val", text[len(head) :]
-        yield split, (text, ends)
-        at, fresh = at + len(raw), ends
-        number += ends
-
-
-class TokenWriter:
-    """One token file, hashed as it is written; pieces are encoded in threads, written in order."""
-
-    def __init__(
-        self, path: Path, built: Tokenizer, threads: ThreadPoolExecutor, *, separate: bool
-    ) -> None:
-        self.built, self.threads, self.separate = built, threads, separate
-        self.file, self.sha256 = path.open("wb"), hashlib.sha256()
-        self.dtype = token_dtype(built.vocab_size)
-        self.counts = {"tokens": 0, "documents": 0, "bytes": 0}
-        self.held = ""
-        self.waiting: deque[Future[np.ndarray] | np.ndarray] = deque()
-
-    def write(self, ids: Future[np.ndarray] | np.ndarray) -> None:
-        """Write these when all before are written."""
-        self.waiting.append(ids)
-        while len(self.waiting) > WAITING_PIECES:
-            self.write_first()
-
-    def write_first(self) -> None:
-        ids = self.waiting.popleft()
-        ids = ids.result() if isinstance(ids, Future) else ids
-        raw = ids.astype(self.dtype, copy=False).tobytes()
-        self.file.write(raw)
-        self.sha256.update(raw)
-        self.counts["tokens"] += len(ids)
-
-    def add(self, text: str, ends: bool) -> None:
-        self.counts["bytes"] += len(text.encode("utf-8", errors="replace"))
-        pieces, self.held = tokenizer.cut(self.held + text, final=ends)
-        encode = self.built.encode_array
-        for piece in pieces:
-            here = len(piece) < WORTH_A_THREAD
-            self.write(encode(piece) if here else self.threads.submit(encode, piece))
-        if ends:
-            self.counts["documents"] += 1
-            if self.separate:
-                self.end_of_text()
-
-    def end_of_text(self) -> None:
-        if self.built.eot is not None:
-            self.write(np.array([self.built.eot]))
-
-    def close(self) -> dict[str, Any]:
-        while self.waiting:
-            self.write_first()
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
-        return {**self.counts, "sha256": self.sha256.hexdigest()}
-
-
-def encode(
-    parts: Iterator[tuple[str, Chunk]],
-    built: Tokenizer,
-    work: Path,
+def make_of_parts(
+    target: Path,
+    files: list[Path],
+    listing: list[dict[str, Any]],
     run: RunConfig,
-    *,
-    separate: bool,
-) -> dict[str, Any]:
-    """Write both token files.
+    own: Tokenizer | None,
+) -> None:
+    """The same in parts, by several processes; parts that a killed attempt left are taken up."""
+    with shards.workplace(target) as work:
+        if (target / "meta.json").is_file():  # made by another process, for which we waited
+            return
+        built, parts = shards.tokenize(files, listing, run, own, work)
+        splits = shards.joined(work, parts)
+        finish(work, {**describe(run, built, splits, listing), "parts": parts}, built)
+        storage.discard(target)  # one that has lost its meta.json
+        os.rename(work, target)
 
-    The end-of-text token stands behind each document if there are several; in the documents layout
-    also at the beginning, so that every document has something to be predicted from.
-    """
-    with ThreadPoolExecutor(os.cpu_count()) as threads, ExitStack() as stack:
-        writers = {
-            split: TokenWriter(work / f"{split}.bin", built, threads, separate=separate)
-            for split in ("train", "val")
-        }
-        for writer in writers.values():
-            stack.callback(writer.file.close)
-            if run.data.layout == "documents":
-                writer.end_of_text()
-        for split, (text, ends) in parts:
-            writers[split].add(text, ends)
-        return {split: writer.close() for split, writer in writers.items()}
+
+def finish(work: Path, meta: dict[str, Any], built: Tokenizer) -> None:
+    storage.write_text(work / "tokenizer.json", storage.sealed(built.to_json()))
+    storage.write_text(work / "meta.json", storage.sealed(meta))

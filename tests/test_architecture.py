@@ -59,8 +59,14 @@ MAY_IMPORT = {
     "readers": "config errors",
     "remote": "config errors readers storage",
     "sources": "config errors readers remote storage",
-    "data": "errors keys storage tokenizer",
-    "prepare": "config data errors origin readers sources storage tokenizer",
+    "ledger": "errors storage",
+    "workers": "errors",
+    "data": "errors keys ledger storage tokenizer",
+    "encoding": "config data errors readers tokenizer",
+    "shards": "config data encoding errors output run_directory storage tokenizer workers",
+    "prepare": (
+        "config data encoding errors ledger origin readers shards sources storage tokenizer"
+    ),
     "loops": "",
     "masks": "dropout_config keys loops",
     "dropout": "dropout_config errors keys masks",
@@ -129,7 +135,8 @@ MAY_IMPORT = {
 TORCH_FREE = (
     "errors storage interrupts world torchrun exits output keys section dropout_config config "
     "strict_yaml config_words config_reader foreign_config hf_config hf_tokenizer origin "
-    "study_config trials tokenizer readers remote sources data prepare loops "
+    "study_config trials tokenizer readers remote sources ledger workers data encoding shards "
+    "prepare loops "
     "charts verdict network_drawing run_files figures report"
 )
 UNPICKLERS = {"pickle", "_pickle", "shelve", "marshal", "dill", "cloudpickle", "joblib", "code"}

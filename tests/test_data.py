@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptlite import prepare, readers, tokenizer
+from gptlite import encoding, readers, tokenizer
 from gptlite.data import (
     IGNORED,
     Batch,
@@ -710,7 +710,7 @@ def peak_bytes(workshop, n_bytes: int) -> int:
 
 def test_memory_does_not_grow_with_the_text(workshop, monkeypatch):
     monkeypatch.setattr(readers, "CHUNK", 1 << 18)
-    monkeypatch.setattr(prepare, "WAITING_PIECES", 4)
+    monkeypatch.setattr(encoding, "WAITING_PIECES", 4)
     small, large = peak_bytes(workshop, 2_000_000), peak_bytes(workshop, 12_000_000)
     assert large < 1.2 * small
     assert large < 12_000_000
@@ -719,7 +719,7 @@ def test_memory_does_not_grow_with_the_text(workshop, monkeypatch):
 @pytest.mark.parametrize("kind", ["byte", "char", "bpe"])
 def test_threads_write_what_one_piece_after_the_other_gives(workshop, monkeypatch, kind):
     monkeypatch.setattr(tokenizer, "PIECE", 64)
-    monkeypatch.setattr(prepare, "WAITING_PIECES", 3)
+    monkeypatch.setattr(encoding, "WAITING_PIECES", 3)
     folder = workshop.folder / "texts"
     folder.mkdir()
     for number, text in enumerate(["Ä long one. " * 300 + "😀", "short", f"{tokenizer.EOT} " * 40]):
@@ -727,7 +727,7 @@ def test_threads_write_what_one_piece_after_the_other_gives(workshop, monkeypatc
     written = []
     for threads, worth in ((1, 1 << 30), (3, 16)):
         monkeypatch.setattr("os.cpu_count", lambda threads=threads: threads)
-        monkeypatch.setattr(prepare, "WORTH_A_THREAD", worth)
+        monkeypatch.setattr(encoding, "WORTH_A_THREAD", worth)
         data = {"source": str(folder), "cache_dir": str(workshop.folder / str(threads))}
         made = workshop.files(data=data, tokenizer={"kind": kind})
         written.append([made.tokens(split).tolist() for split in ("train", "val")])
@@ -735,7 +735,7 @@ def test_threads_write_what_one_piece_after_the_other_gives(workshop, monkeypatc
 
 
 def test_an_error_in_a_thread_is_the_same_one_line_and_leaves_nothing(workshop, monkeypatch):
-    monkeypatch.setattr(prepare, "WORTH_A_THREAD", 1)
+    monkeypatch.setattr(encoding, "WORTH_A_THREAD", 1)
 
     def refuse(self, text: str) -> None:
         raise DataError("cannot encode this")
