@@ -78,6 +78,7 @@ def opened(run: RunConfig, directory: Path, resume: bool, world: World) -> Token
     """The token files, the same on all ranks, with enough text for the run and its prompts."""
     own = load_tokenizer(directory) if resume and run.init_from else None
     files = world.in_turn(lambda: prepare(run, own))
+    files.rows("train", run.model.context_length)
     files.tokens("val")  # too little text for validation is better known before training
     for prompt in run.sample.prompts:
         documents = run.data.layout == "documents"
