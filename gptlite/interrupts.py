@@ -48,8 +48,9 @@ class Interrupts:
 
     def poll(self) -> None:
         """Raises Cut if a signal has come to any rank."""
-        self.received = self.world.largest(self.received)
-        if self.received:
+        agreed = self.world.largest(self.received)
+        if agreed:  # else what is noted stays: a signal may have come while ranks agreed
+            self.received = agreed
             raise Cut
 
     @contextmanager

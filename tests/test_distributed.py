@@ -287,7 +287,7 @@ def until_saved(directory: Path) -> None:
 
 def test_a_signal_to_one_rank_saves_and_ends_all(workshop: Workshop) -> None:
     place, directory = workshop.folder / "ranks", workshop.folder / "run"
-    run = run_of(workshop, train={"save_interval": 4})
+    run = run_of(workshop, train={"save_interval": 4, "max_steps": 2000})
     processes = begun(2, partial(slowly, run, directory), place)
     until_saved(directory)
     os.kill(processes[1].pid, signal.SIGTERM)
@@ -323,7 +323,7 @@ def test_a_rank_that_is_killed_ends_the_others_and_nothing_saved_is_lost(
 
 def test_a_rank_that_stands_still_is_named(workshop: Workshop) -> None:
     place, directory = workshop.folder / "ranks", workshop.folder / "run"
-    run = run_of(workshop, train={"save_interval": 4})
+    run = run_of(workshop, train={"save_interval": 4, "max_steps": 2000})
     impatient = run.distributed.model_copy(update={"timeout_seconds": 2.0})
     run = run.model_copy(update={"distributed": impatient})
     processes = begun(2, partial(slowly, run, directory), place)

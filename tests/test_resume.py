@@ -30,6 +30,7 @@ from gptlite.interrupts import Cut, Interrupts
 from gptlite.session import Session
 from gptlite.start import train
 from gptlite.train import MOST_SKIPPED, Trainer
+from gptlite.world import World
 
 
 def harm(folder: Path) -> None:
@@ -161,6 +162,20 @@ def test_a_signal_cuts_what_changes_nothing(interrupts: Interrupts) -> None:
         signal.raise_signal(signal.SIGTERM)
     with pytest.raises(Cut), interrupts.cutting():
         pytest.fail("begun although a signal had come")
+
+
+def test_a_signal_that_comes_while_ranks_agree_is_not_lost() -> None:
+    class Agreeing(World):
+        def largest(self, number: int) -> int:
+            signal.raise_signal(signal.SIGTERM)
+            return number
+
+    with Interrupts(Agreeing(2)).noticed() as listening:
+        listening.poll()
+        listening.world = World(2)
+        with pytest.raises(Cut):
+            listening.poll()
+    assert listening.received == signal.SIGTERM
 
 
 def test_what_the_caller_ignores_stays_ignored() -> None:
