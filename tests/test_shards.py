@@ -448,6 +448,18 @@ def test_a_process_that_is_killed_is_one_line_that_names_its_file(tmp_path):
     assert caught.value.exit_code == 1
 
 
+def deadly_later(files: tuple[Path, Path], moved: workers.Moved) -> None:
+    for file in files:
+        moved(file, 1)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_process_that_is_killed_names_the_file_it_was_at(tmp_path):
+    files = tmp_path / "first.txt", tmp_path / "second.txt"
+    with pytest.raises(UserError, match=f"^data.source: {files[1]}: "):
+        WORK(deadly_later, [files], [files[0]], silent)
+
+
 def test_a_bug_in_a_process_says_where(tmp_path):
     with pytest.raises(RuntimeError, match="ZeroDivisionError: of ours") as caught:
         WORK(buggy, [tmp_path], [tmp_path], silent)
@@ -574,6 +586,18 @@ def test_a_command_that_is_told_to_leave_takes_its_processes_along(large, number
     assert_gone(at_work)
     assert not list(large.tokens.glob("*/meta.json"))
     assert not list(large.tokens.glob("*.unfinished/.tmp-part*/made.json"))
+
+
+@linux
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+def test_signals_are_for_the_command_and_not_for_its_processes(large, number):
+    """A Ctrl-C reaches all of them; if one of them acted first, the user would read of a crash."""
+    attempt = Attempt(large)
+    for pid in attempt.until_some_parts(1):
+        os.kill(pid, number)
+    code, out, err = attempt.end()
+    assert (code, err) == (0, "")
+    assert out.startswith("train: ")
 
 
 @linux
