@@ -36,7 +36,6 @@ def resolve(
 
     `n_rows` is the number of rows in an epoch. Raises ConfigError for what this machine lacks.
     """
-    check_ranks(run, world.size)
     reasons: dict[str, str] = {}
     top: dict[str, Any] = {}
     train: dict[str, Any] = {}
@@ -62,11 +61,11 @@ def resolve(
         raise ConfigError(*problems)
     if run.dropout.masks == "auto" and any(run.dropout.rates().values()):
         reasons["dropout.masks"] = describe_masks(run, device)
+    if world.size > 1:
+        run, reasons["distributed.engine"] = pick_engine(run, vocab_size, device, world)
     top["compile"], why = pick_compile(run, device, n_steps)
     if run.compile == "auto":
         reasons["compile"] = why
-    if world.size > 1:
-        run, reasons["distributed.engine"] = pick_engine(run, vocab_size, device, world)
     size, recompute, why = memory.fit(run, vocab_size, device, world)
     if run.train.micro_batch_size == "auto":
         train["micro_batch_size"], reasons["train.micro_batch_size"] = size, f"{size}: {why}"

@@ -84,15 +84,14 @@ def train(
 ) -> None:
     """Train a model: tokenize if needed, train, evaluate, sample, save."""
     with user_errors(verbose), entered() as world:
-        from gptlite.launch import launched
+        from gptlite.config_reader import load_run
+        from gptlite.launch import agreed, launched, with_options
 
-        launch = launched(
-            *(config or [], overrides or [], data or []),
-            minutes=minutes,
-            out_dir=out_dir,
-            resume=resume,
-            world=world,
-        )
+        configs, values, texts = config or [], overrides or [], data or []
+        read = partial(load_run, configs, with_options(values, texts, out_dir))
+        where = {"out_dir": out_dir, "resume": resume}
+        decide = partial(launched, configs, values, texts, minutes=minutes, **where)
+        launch = agreed(decide, read if configs else None, world)
         from gptlite import loops
 
         loops.building()  # while torch loads; an error above shows before either

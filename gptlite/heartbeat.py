@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch.distributed as dist
 from torch._C._distributed_c10d import Store
 
-from gptlite.errors import visible
+from gptlite.output import tell_problem
 
 INTERVAL = 0.5
 """Seconds between beats."""
@@ -131,7 +131,9 @@ class Heartbeat(threading.Thread):
         if self.leaving.wait(GRACE):  # it has noticed by itself
             return
         if self.rank == 0:
-            print("\n".join(map(visible, failure.lines())), file=sys.stderr, flush=True)
+            for line in failure.lines():
+                tell_problem(line)
+            sys.stderr.flush()
         with suppress(dist.DistError):
             self.store.set(f"left/{self.rank}", "1")
         os._exit(failure.exit_code)

@@ -1,6 +1,7 @@
 """What `gptlite train` is asked for: which run, in which directory, new or going on. No torch."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,7 +9,7 @@ from gptlite import run_directory
 from gptlite.config import RunConfig
 from gptlite.config_reader import load_run
 from gptlite.errors import ConfigError
-from gptlite.world import ALONE, World
+from gptlite.world import World
 
 
 class Launch(NamedTuple):
@@ -19,33 +20,25 @@ class Launch(NamedTuple):
     """The YAML of a config that was made for a text, with its reasons."""
 
 
-def launched(
-    configs: list[str],
-    overrides: list[str],
-    data: list[str],
-    *,
-    minutes: float,
-    out_dir: str | None,
-    resume: str | None,
-    world: World = ALONE,
+def agreed(
+    decide: Callable[[], Launch], own: Callable[[], RunConfig] | None, world: World
 ) -> Launch:
-    """What all ranks do: the first one decides.
+    """What the first rank decides, for all; `own` reads the config that this one was given.
 
-    Raises ConfigError, and DataError where a config has to be made for the data.
+    Raises ConfigError on all ranks if they were given different ones.
     """
-
     if world.size == 1:
-        return asked(configs, overrides, data, minutes=minutes, out_dir=out_dir, resume=resume)
+        return decide()
 
-    def decide() -> tuple[Any, str, bool, str | None]:
-        launch = asked(configs, overrides, data, minutes=minutes, out_dir=out_dir, resume=resume)
+    def described() -> tuple[Any, str, bool, str | None]:
+        launch = decide()
         run = launch.run.model_dump(mode="json")
         return run, str(launch.directory), launch.resumes, launch.recipe
 
-    run, directory, resumes, recipe = world.shared(decide)
+    run, directory, resumes, recipe = world.shared(described)
     launch = Launch(RunConfig.model_validate(run), Path(directory), resumes, recipe)
-    if configs:
-        check_alike(launch.run, load_run(configs, with_options(overrides, data, out_dir)), world)
+    if own is not None:
+        check_alike(launch.run, own(), world)
     return launch
 
 
@@ -63,7 +56,7 @@ def check_alike(first: RunConfig, own: RunConfig, world: World) -> None:
         raise ConfigError(*problems)
 
 
-def asked(
+def launched(
     configs: list[str],
     overrides: list[str],
     data: list[str],

@@ -175,13 +175,13 @@ class Optimizer:
         """
         expected = self.expected_state()
         have = {name: (tuple(value.shape), value.dtype) for name, value in tensors.items()}
-        if world.first and have != (
-            want := {name: shape for name, (*_, shape) in expected.items()}
-        ):
+        want = {name: shape for name, (*_, shape) in expected.items()}
+        if world.first and have != want:
             odd = sorted(n for n in have.keys() | want.keys() if have.get(n) != want.get(n))
             raise ValueError(f"{len(odd)} optimizer tensors do not fit: {', '.join(odd[:5])}")
         for name, (part, parameter, key, (shape, _)) in expected.items():
-            # Fused AdamW wants its step beside the parameter.
-            new = torch.zeros(shape, device=parameter.device) if key == "step" else None
-            part.state[parameter][key] = torch.zeros_like(parameter) if new is None else new
-            world.put(part.state[parameter][key], tensors.get(name))
+            # Fused AdamW wants its step beside the parameter; the rest is split as that is.
+            step = torch.zeros(shape, device=parameter.device)
+            value = step if key == "step" else torch.zeros_like(parameter)
+            world.put(value, tensors.get(name))
+            part.state[parameter][key] = value

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from gptlite.audit import advice, site_plan, site_seconds
-from gptlite.auto import planned_steps, precision, resolve
+from gptlite.auto import check_ranks, planned_steps, precision, resolve
 from gptlite.config import RunConfig
 from gptlite.data import Batch, Layout, TokenFiles, batch_at
 from gptlite.evaluate import tensors
@@ -42,6 +42,7 @@ def plan_run(run: RunConfig, world_size: int = 1) -> Planned:
 
     Of several ranks, what each of them would do; the time is without their talking.
     """
+    check_ranks(run, world_size)
     files = prepare(run)
     rows = files.rows("train", run.model.context_length)
     vocab_size = files.meta["vocab_size"]
@@ -49,11 +50,11 @@ def plan_run(run: RunConfig, world_size: int = 1) -> Planned:
     resolved, reasons = resolve(run, vocab_size=vocab_size, n_rows=rows.n_rows, world=world)
     model = GPT.of_run(resolved, vocab_size)
     plan = make_plan(resolved, model, files, rows, reasons, world_size)
-    seconds = seconds_per_update(resolved, model, rows) / world_size
+    seconds = seconds_per_update(resolved, model, rows)
     for site in plan["dropout"]:
         cost = site_seconds(resolved, model, site)
         site |= {"milliseconds_per_update": 1e3 * cost, "share_of_update": cost / seconds}
-    return Planned(resolved, model, rows, {**plan, "seconds_per_update": seconds})
+    return Planned(resolved, model, rows, {**plan, "seconds_per_update": seconds / world_size})
 
 
 def make_plan(

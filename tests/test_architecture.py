@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "storage": "errors",
     "world": "config model",
     "torchrun": "distributed errors world",
-    "heartbeat": "errors",
+    "heartbeat": "output",
     "distributed": "config errors exits heartbeat model world",
     "interrupts": "errors world",
     "exits": "errors output",

@@ -355,39 +355,6 @@ def test_a_schedule_compiles_one_graph_for_the_whole_run(mode: str, shape: str) 
     torch._dynamo.reset()
 
 
-def gloo_rank(rank: int, folder: str) -> None:
-    """One of two processes: its half of the batch, gradients summed, and what fell."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2
-    )
-    model = GPT(SMALL, 20, EVERYWHERE).train()
-    ids = torch.randint(20, (8, 8), generator=torch.Generator().manual_seed(0))
-    mine, keys = ids[4 * rank : 4 * rank + 4], samples(4, first=4 * rank)
-    model(mine, samples=keys).log_softmax(-1)[..., 3].sum().backward()
-    for parameter in model.parameters():
-        torch.distributed.all_reduce(parameter.grad)
-    gradients = [p.grad for p in model.parameters()]
-    torch.save([fallen(model, mine, keys), gradients], f"{folder}/rank{rank}")
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.slow
-def test_two_ranks_draw_the_masks_of_one(tmp_path: Any) -> None:
-    """Equal seeds used to give equal masks on every rank (transformers 31412)."""
-    torch.multiprocessing.spawn(gloo_rank, args=(str(tmp_path),), nprocs=2)
-    halves, gradients = zip(
-        *(torch.load(tmp_path / f"rank{rank}", weights_only=True) for rank in range(2)), strict=True
-    )
-    model = GPT(SMALL, 20, EVERYWHERE).train()
-    ids = torch.randint(20, (8, 8), generator=torch.Generator().manual_seed(0))
-    for name, mask in fallen(model, ids, samples(8)).items():
-        assert torch.equal(torch.cat([half[name] for half in halves]), mask), name
-    model(ids, samples=samples(8)).log_softmax(-1)[..., 3].sum().backward()
-    for parameter, summed in zip(model.parameters(), gradients[0], strict=True):
-        torch.testing.assert_close(parameter.grad, summed, rtol=1e-4, atol=1e-6)
-
-
 # What a mask is.
 
 
