@@ -169,9 +169,13 @@ def hold(file: TextIO) -> bool:
 
 
 def in_use(directory: Path, file: TextIO) -> RunInUseError:
-    """Names who holds the lock; it says so a moment after taking it."""
-    file.seek(0)
-    holder = file.read(200).strip() or "another process"
+    """Names who holds the lock; it says so a moment after taking it, for which is waited."""
+    for _ in range(10):
+        file.seek(0)
+        if holder := file.read(200).strip():
+            break
+        time.sleep(0.05)
+    holder = holder or "another process"
     return RunInUseError(f"{directory}: in use by {holder}; give another --out-dir")
 
 
