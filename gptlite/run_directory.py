@@ -127,8 +127,7 @@ def locked(directory: Path) -> Iterator[None]:
     The lock ends with the process, however that ends.
     """
     with open_lock(directory) as file:
-        if not hold(file):
-            raise in_use(directory, file)
+        refuse(directory, hold(file))
         file.truncate(0)
         file.write(f"pid {os.getpid()} on {platform.node()}")
         file.flush()
@@ -140,8 +139,7 @@ def refuse_if_held(directory: Path) -> None:
     """RunInUseError if a run is at work there."""
     if os.path.isfile(directory / ".lock"):
         with open_lock(directory) as file:
-            if not hold(file):
-                raise in_use(directory, file)
+            refuse(directory, hold(file))
 
 
 def open_lock(directory: Path) -> TextIO:
@@ -150,33 +148,35 @@ def open_lock(directory: Path) -> TextIO:
     return os.fdopen(storage.open_regular(directory / ".lock", flags), "a+", errors="replace")
 
 
-def hold(file: TextIO) -> bool:
-    """Whether the lock is ours now. Where there are no locks, a warning must do."""
-    for _ in range(5):  # who only looks holds it for a moment
+def refuse(directory: Path, holder: str | None) -> None:
+    """RunInUseError if another one has the lock."""
+    if holder is not None:
+        raise RunInUseError(f"{directory}: in use by {holder}; give another --out-dir")
+
+
+def hold(file: TextIO) -> str | None:
+    """Make the lock ours; else who has it. Where there are no locks, a warning must do.
+
+    Who holds it says so a moment after taking it and until just before the end; who only looks
+    holds it for a moment.
+    """
+    holder = ""
+    for _ in range(5):
         try:
             import fcntl
 
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
+            return None
         except BlockingIOError:
+            file.seek(0)
+            holder = file.read(200).strip() or holder
             time.sleep(0.05)
         except (ImportError, OSError) as error:  # Windows, and some network file systems
             why = getattr(error, "strerror", None) or "not on this system"
             warning = f"{file.name}: cannot be locked ({why}); let no other run write here"
             print(visible(warning), file=sys.stderr)
-            return True
-    return False
-
-
-def in_use(directory: Path, file: TextIO) -> RunInUseError:
-    """Names who holds the lock; it says so a moment after taking it, for which is waited."""
-    for _ in range(10):
-        file.seek(0)
-        if holder := file.read(200).strip():
-            break
-        time.sleep(0.05)
-    holder = holder or "another process"
-    return RunInUseError(f"{directory}: in use by {holder}; give another --out-dir")
+            return None
+    return holder or "another process"
 
 
 def environment() -> dict[str, Any]:

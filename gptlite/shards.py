@@ -107,7 +107,7 @@ def workplace(target: Path) -> Iterator[Path]:
     storage.make_folders(target.parent)
     with run_directory.open_lock(target.parent) as lock:
         waited = False
-        while not run_directory.hold(lock):  # which itself waits a little
+        while run_directory.hold(lock):  # which itself waits a little
             if not waited:
                 tell(f"{target.parent}: waiting for another process that makes token files there")
             waited = True

@@ -41,7 +41,7 @@ class Queue:
     def alone(self) -> Iterator[None]:
         """While one worker looks for work, the others on this disk wait."""
         with run_directory.open_lock(self.folder) as file:
-            while not run_directory.hold(file):
+            while run_directory.hold(file):
                 time.sleep(0.05)
             yield
 

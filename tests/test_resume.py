@@ -1,6 +1,5 @@
 """Going on: from the newest good checkpoint, never from zero, never in another run's place."""
 
-import io
 import json
 import os
 import shutil
@@ -391,4 +390,6 @@ def test_a_lock_file_holds_no_name_when_nobody_does(tmp_path: Path) -> None:
     with run_directory.locked(tmp_path):
         assert (tmp_path / ".lock").read_text()
     assert (tmp_path / ".lock").read_text() == ""
-    assert "another process" in str(run_directory.in_use(tmp_path, io.StringIO()))
+    with run_directory.open_lock(tmp_path) as ours, run_directory.open_lock(tmp_path) as theirs:
+        assert run_directory.hold(ours) is None
+        assert run_directory.hold(theirs) == "another process"
