@@ -28,7 +28,7 @@ from gptlite.tokenizer import Tokenizer
 from gptlite.trained import Trained
 from gptlite.world import ALONE, World, grouped
 
-LOGIT_BYTES = 1 << 28
+LOGIT_BYTES = 1 << 25
 """Largest block of logits that an evaluation makes."""
 TRAIN_SUBSET_ROWS = 256
 """Rows of training text on which the loss without dropout is measured, always the same."""

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from gptlite.data import IGNORED
 
-PART_BYTES = 1 << 27
+PART_BYTES = 1 << 26
 """Largest block of float32 logits made at a time; below it all are made at once."""
 
 
@@ -52,20 +52,31 @@ class _InParts(torch.autograd.Function):
         gradients = None
         if any(ctx.needs_input_grad):
             gradients = torch.empty_like(x), torch.zeros_like(weight)
+        # One block for all parts: new ones of this size would be asked of the system each time.
+        full = x.new_empty(min(rows, len(x)), len(weight), dtype=torch.float32)
+        rounded = full if dtype == torch.float32 else torch.empty_like(full, dtype=dtype)
         with torch.autocast(x.device.type, enabled=False):
             w = weight.to(dtype)
             for start in range(0, len(x), rows):
                 at = slice(start, start + rows)
                 part, wanted = x[at].to(dtype), targets[at, None]
-                scored = wanted != IGNORED
-                logs = (part @ w.T).float().log_softmax(-1)  # (rows, V)
-                wanted = wanted.clamp(min=0)
-                total -= (logs.gather(1, wanted) * scored).sum()
-                if gradients is not None:  # of the logits: softmax - one-hot
-                    minus = torch.full_like(wanted, -1, dtype=logs.dtype)
-                    slope = logs.exp_().scatter_add_(1, wanted, minus).mul_(scored).to(dtype)
-                    gradients[0][at] = slope @ w
-                    gradients[1].add_(slope.T @ part)
+                scored, wanted = wanted != IGNORED, wanted.clamp(min=0)
+                logits, slope = full[: len(part)], rounded[: len(part)]
+                torch.mm(part, w.T, out=slope)
+                if rounded is not full:
+                    logits.copy_(slope)
+                logits.sub_(logits.amax(-1, keepdim=True))
+                own = logits.gather(1, wanted)
+                sums = logits.exp_().sum(-1, keepdim=True)
+                total += ((sums.log() - own) * scored).sum()
+                if gradients is None:
+                    continue
+                # The slope of the logits: softmax - one-hot.
+                logits.mul_(scored / sums).scatter_add_(1, wanted, -scored.float())
+                if rounded is not full:
+                    slope.copy_(logits)
+                gradients[0][at] = slope @ w
+                gradients[1].add_(slope.T @ part)
         ctx.save_for_backward(*(gradients or ()))
         return total
 

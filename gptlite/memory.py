@@ -65,7 +65,7 @@ def training_bytes(
     weights = weight_bytes(run, vocab_size, ranks)
     logits = 10 * vocab_size * tokens
     if 4 * vocab_size * tokens > PART_BYTES:
-        logits = 3 * PART_BYTES + 4 * vocab_size * model.n_embd
+        logits = 6 * PART_BYTES + 4 * vocab_size * model.n_embd  # with those of an evaluation
     blocks = model.n_layer * block_bytes(run)
     if recompute:
         blocks = 4 * model.n_layer * model.n_embd + 2 * block_bytes(run)
@@ -111,7 +111,10 @@ def ways(run: RunConfig, ranks: int) -> Iterator[tuple[int, bool]]:
 
 
 def keep_freed() -> None:
-    """Have glibc keep what is freed: handing 10 MB back and forth costs 6 % of a small update."""
+    """Have glibc keep what is freed: handing 10 MB back and forth costs 6 % of a small update.
+
+    In return the heap has holes, the larger the blocks: who makes large ones makes few (loss.py).
+    """
     try:
         libc = ctypes.CDLL(None)
         for name in (-3, -1):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
