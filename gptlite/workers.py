@@ -12,7 +12,7 @@ import signal
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -132,18 +132,16 @@ def signals_held_back() -> Iterator[None]:
 def serve(do: Do, pipe: "Connection[Any, Any]") -> None:
     """A worker's life."""
     threading.Thread(target=leave_with_parent, daemon=True).start()
-    while True:
-        try:
+    with suppress(EOFError, OSError):  # nobody listens any more: the parent is gone
+        while True:
             job = pipe.recv()
-        except EOFError:
-            return
-        told = Told(pipe)
-        try:
-            result = do(job, told)
-            told.send()
-            pipe.send(("done", result))
-        except BaseException as error:  # noqa: BLE001 - a panic of tiktoken is no Exception
-            pipe.send(("failed", portable(error)))
+            told = Told(pipe)
+            try:
+                result = do(job, told)
+                told.send()
+                pipe.send(("done", result))
+            except BaseException as error:  # noqa: BLE001 - a panic of tiktoken is no Exception
+                pipe.send(("failed", portable(error)))
 
 
 def leave_with_parent() -> None:

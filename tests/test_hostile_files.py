@@ -21,10 +21,11 @@ from hostile import STEP, Case, reseal
 from safetensors.torch import load_file, save_file
 from test_bad_input import _own_folder, invoke, trained_run  # noqa: F401
 
-from gptlite import checkpoint, storage, tokenizer
+from gptlite import charts, checkpoint, storage, tokenizer
 from gptlite.checkpoint import FILES, State
 from gptlite.errors import CheckpointError, DataError
 
+pytestmark = pytest.mark.xdist_group("hostile")  # what takes long is made once
 CASES = {case.name: case for case in hostile.cases()}
 
 
@@ -93,7 +94,8 @@ def test_the_watch_sees_what_it_is_there_for(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def copy(run: Path) -> Path:
+def copy(run: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(charts, "available", lambda: False)  # most of the time of a short run
     return Path(shutil.copytree(run, "copy"))
 
 

@@ -4,6 +4,7 @@ The parts are made small, so that a few kilobytes are a large corpus.
 """
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -464,6 +465,18 @@ def test_a_bug_in_a_process_says_where(tmp_path):
     with pytest.raises(RuntimeError, match="ZeroDivisionError: of ours") as caught:
         WORK(buggy, [tmp_path], [tmp_path], silent)
     assert "in buggy" in caught.value.__notes__[0]
+
+
+def test_a_process_whose_parent_is_gone_leaves_without_a_word(monkeypatch):
+    monkeypatch.setattr(workers, "leave_with_parent", lambda: None)
+    ours, theirs = multiprocessing.Pipe()
+    theirs.send("never read")  # so that the end is no end of file but a reset
+    ours.close()
+    workers.serve(buggy, theirs)
+
+    ours, theirs = multiprocessing.Pipe()
+    ours.send(Path("a.md"))
+    workers.serve(lambda file, moved: ours.close(), theirs)
 
 
 def test_results_are_in_the_order_of_the_jobs(tmp_path):
