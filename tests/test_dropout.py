@@ -317,7 +317,6 @@ def keys_for(n: int = 4, step: int = 0) -> Any:
 
 @pytest.mark.skipif(not auto.has_cpp_compiler(), reason="no C++ compiler here")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.slow
 def test_compiled_masks_equal_eager_ones_bit_for_bit() -> None:
     """Forward and backward; torch's own dropout draws other numbers (pytorch 118735)."""
     modules = {site: module_of(site, rate=0.3) for site in SITES}

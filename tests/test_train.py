@@ -156,7 +156,6 @@ def markov_text(n: int) -> tuple[str, float]:
     return "".join("abcd"[state] for state in states), entropy
 
 
-@pytest.mark.slow
 def test_a_known_source_is_learned_to_its_entropy_and_not_below(workshop: Workshop) -> None:
     """Below the entropy would mean that the targets leak into the inputs."""
     text, entropy = markov_text(400_000)
