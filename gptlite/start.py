@@ -76,7 +76,9 @@ def train(
 
 def opened(run: RunConfig, directory: Path, resume: bool, world: World) -> TokenFiles:
     """The token files, the same on all ranks, with enough text for the run and its prompts."""
-    own = load_tokenizer(directory) if resume and run.init_from else None
+    own = None  # that of init_from, which all ranks see, as the run directory perhaps is not
+    if resume and run.init_from and (world.first or run_directory.has_run(directory)):
+        own = load_tokenizer(directory)
     files = world.in_turn(lambda: prepare(run, own))
     files.rows("train", run.model.context_length)
     files.tokens("val")  # too little text for validation is better known before training

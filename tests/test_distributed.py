@@ -152,6 +152,24 @@ def test_two_ranks_that_stop_and_go_on_are_bit_for_bit_undisturbed(workshop: Wor
         assert (last[0] / name).read_bytes() == (last[1] / name).read_bytes()
 
 
+def test_a_run_from_the_weights_of_another_goes_on_where_one_rank_sees_it(
+    workshop: Workshop,
+) -> None:
+    plain = {"optim": {"schedule": "constant", "warmup_steps": 0}}
+    origin, directory = workshop.folder / "origin", workshop.folder / "run"
+    train(run_of(workshop, **plain, train={"max_steps": 2}), origin)
+    half = run_of(workshop, **plain, train={"max_steps": 2}, init_from=str(origin))
+    place = workshop.folder / "ranks"
+    together(2, partial(work, half, directory), place)
+    more = run_of(workshop, **plain, train={"max_steps": 4}, init_from=str(origin))
+    found = together(2, partial(apart, more, directory, workshop.folder / "elsewhere"), place)
+    assert [summary["steps"] for summary in found] == [4, 4]
+    origin.rename(workshop.folder / "gone")
+    last = run_of(workshop, **plain, train={"max_steps": 6}, init_from=str(origin))
+    together(2, partial(work, last, directory, resume=True), place)
+    assert len(losses(directory)) == 6
+
+
 def measured(run: RunConfig, workshop: Workshop, world: World) -> Any:
     files = workshop.files()
     model = GPT.of_run(run, files.meta["vocab_size"])
