@@ -55,7 +55,7 @@ def main_options(
         bool, typer.Option("--version", callback=version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    if context.invoked_subcommand != "train":
+    if context.invoked_subcommand not in ("train", "eval"):
         with user_errors():
             refuse_ranks(f"gptlite {context.invoked_subcommand}")
 
@@ -220,26 +220,34 @@ def evaluate(
     verbose: Verbose = False,
 ) -> None:
     """Measure a trained model on a split; results go to eval/ in the run directory."""
-    with user_errors(verbose):
+    with user_errors(verbose), entered() as world:
         from gptlite import run_directory
 
-        directory = run_directory.existing_run(run)
+        directory = Path(world.shared(lambda: str(run_directory.existing_run(run))))
         from gptlite import suites
         from gptlite.prepare import prepare
-        from gptlite.trained import load_trained
+        from gptlite.trained import load_alike
 
         asked = words(",".join(suite or ["loss"]))
         names = suites.named(name for name in asked if name != "lm-eval")
+        if world.size > 1 and asked != ["loss"]:
+            why = "several processes measure the loss only; start without torchrun"
+            raise ConfigError(f"--suite {','.join(asked)}: {why}")
         if "lm-eval" in asked:
             from gptlite import harness
-        trained = load_trained(directory, checkpoint)
-        tell_passed_over(trained)
-        effort = suites.FAST if fast else suites.FULL
+        trained = load_alike(directory, checkpoint, world)
+        if world.first:
+            tell_passed_over(trained)
+        world.expects_life(trained.run.distributed.timeout_seconds)
         results = suites.evaluate(
-            *(trained, split, names, lambda: prepare(trained.run, trained.tokenizer)),
-            effort=effort,
+            *(trained, split, names),
+            lambda: world.in_turn(lambda: prepare(trained.run, trained.tokenizer)),
+            effort=suites.FAST if fast else suites.FULL,
             dropout_active=dropout_active,
+            world=world,
         )
+        if not world.first:
+            return
         if "lm-eval" in asked:
             found = harness.evaluate(trained, words(tasks), include_path, limit)
             results["lm-eval"] = found

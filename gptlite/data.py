@@ -230,6 +230,8 @@ class Batch(NamedTuple):
 class Layout(Protocol):
     n_rows: int
     """Rows of an epoch."""
+    n_swept: int
+    """Rows of a whole sweep."""
 
     def cut(self, index: Ids, epoch: Ids, seed: int) -> Batch:
         """The rows of these numbers in these epochs."""
@@ -270,6 +272,7 @@ class Stream:
         self.tokens = tokens
         self.length = min(context_length, len(tokens) - 1)
         self.n_rows = max(1, (len(tokens) - self.length) // self.length)
+        self.n_swept = -(-(len(tokens) - 1) // self.length)
         self.spare = len(tokens) - 1 - self.n_rows * self.length
 
     def cut(self, index: Ids, epoch: Ids, seed: int) -> Batch:
@@ -283,7 +286,7 @@ class Stream:
 
     def sweep(self, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
         n_targets = len(self.tokens) - 1
-        starts = spread(-(-n_targets // self.length), limit) * self.length
+        starts = spread(self.n_swept, limit) * self.length
         for first in range(0, len(starts), batch_size):
             start = starts[first : first + batch_size]
             at = start[:, None] + np.arange(self.length + 1)
@@ -318,7 +321,7 @@ class Documents:
         self.lengths = np.minimum(
             np.repeat(lengths, rows) - inside * context_length, context_length
         )
-        self.n_rows = len(self.starts)
+        self.n_rows = self.n_swept = len(self.starts)
 
     def cut(self, index: Ids, epoch: Ids, seed: int) -> Batch:
         return self.padded(index)

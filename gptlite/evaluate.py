@@ -107,8 +107,6 @@ def measure(
     parts: dict[str, list[Tensor]] = {"nats": [], "text_nats": [], "targets": []}
     place_nats, place_targets = torch.zeros(2, run.model.context_length, dtype=torch.float64)
     correct, text_bytes = torch.zeros((), dtype=torch.int64), 0
-    if dropout_active:  # native masks: one number, not another at each call
-        torch.manual_seed(key(run.seed, "evaluation") >> 1)
     with evaluating(model, dropout_active=dropout_active), precision(run):
         passes = dealt(model, batches, run, world, dropout_active)
         for batch, logits in passes:
@@ -154,6 +152,8 @@ def dealt(
                 yield batch, None
                 continue
             inputs, _, real = tensors(batch, device)
+            if dropout_active:  # native masks: those of this batch, at each call and in any rank
+                torch.manual_seed(key(run.seed, "evaluation", number * world.size + place) >> 1)
             samples = sample_keys(run.seed, 0, rows).to(device) if dropout_active else None
             logits = model(inputs, real, samples=samples)
             if number == 0 and not dropout_active:

@@ -24,7 +24,7 @@ from gptlite.session import Session, Watch, unwatched
 from gptlite.sinks import check_installed
 from gptlite.train import Trainer
 from gptlite.trained import load_tokenizer
-from gptlite.world import ALONE, World
+from gptlite.world import ALONE, World, unlike_first
 
 
 def train(
@@ -85,9 +85,7 @@ def opened(run: RunConfig, directory: Path, resume: bool, world: World) -> Token
     for prompt in run.sample.prompts:
         documents = run.data.layout == "documents"
         encode_prompt(files.tokenizer, prompt, documents, place=f"sample.prompts: {prompt!r}")
-    digests = world.gathered(files.digest)
-    if others := [rank for rank, one in enumerate(digests) if one != digests[0]]:
-        ranks = ", ".join(map(str, others))
+    if ranks := unlike_first(world, files.digest):
         raise DataError(f"data.source: rank {ranks} has other text or tokens than rank 0")
     return files
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from gptlite import calibration, importance, knockout, storage
 from gptlite.data import IGNORED, Batch, Layout, TokenFiles
 from gptlite.dropout import planned_sites
-from gptlite.errors import ConfigError
+from gptlite.errors import ConfigError, DataError
 from gptlite.evaluate import (
     TRAIN_SUBSET_ROWS,
     Measured,
@@ -31,6 +31,7 @@ from gptlite.intervals import Floats
 from gptlite.knockout import ABLATIONS, KINDS, Subject
 from gptlite.metrics import wants_bar
 from gptlite.trained import Trained
+from gptlite.world import ALONE, World, unlike_first
 
 MOST_ROWS = 4096
 """Rows of the calibration suite."""
@@ -66,25 +67,38 @@ class Measurement:
         *,
         effort: Effort = FULL,
         dropout_active: bool = False,
+        world: World = ALONE,
     ) -> None:
         self.trained, self.run, self.model = trained, trained.run, trained.model
         self.split, self.files = split, cache(files)
-        self.effort, self.dropout_active = effort, dropout_active
+        self.effort, self.dropout_active, self.world = effort, dropout_active, world
 
     @cached_property
     def rows(self) -> Layout:
         if self.split in ("val", "train"):
-            return self.files().rows(self.split, self.run.model.context_length)
-        return rows_of_file(self.trained, self.split)
+            files = self.files()
+            digest, rows = files.digest, files.rows(self.split, self.run.model.context_length)
+        else:
+            rows = rows_of_file(self.trained, self.split)
+            digest = storage.file_digest(Path(self.split), links=True)
+        if ranks := unlike_first(self.world, digest):
+            raise DataError(f"--split {self.split}: rank {ranks} has other text than rank 0")
+        return rows
 
     @property
     def rows_at_once(self) -> int:
         return eval_rows(self.run, self.trained.tokenizer.vocab_size)
 
-    def watch(self, work: Iterable[T], name: str) -> Iterable[T]:
+    def watch(self, work: Iterable[T], name: str, total: int | None = None) -> Iterable[T]:
         """A progress bar, where someone can see it."""
-        hidden = not wants_bar("auto", sys.stderr)
-        return tqdm(work, name, leave=False, disable=hidden, file=sys.stderr)
+        hidden = not (self.world.first and wants_bar("auto", sys.stderr))
+        return tqdm(work, name, total, leave=False, disable=hidden, file=sys.stderr)
+
+    def sweep(self, rows: Layout, name: str, limit: int | None = None) -> Iterable[Batch]:
+        """All rows, or about so many spread over them; watched."""
+        n_rows = min(rows.n_swept, limit or rows.n_swept)
+        batches = rows.sweep(self.rows_at_once, limit)
+        return self.watch(batches, name, -(-n_rows // self.rows_at_once))
 
     def spread(self, tokens: int, half: int | None = None) -> Batch:
         """About this many tokens in rows spread over the split; no row is in both halves."""
@@ -121,8 +135,8 @@ def loss(of: Measurement) -> dict[str, Any]:
     lengths = byte_lengths(of.trained.tokenizer)
 
     def measured(rows: Layout, active: bool, limit: int | None = None) -> Measured:
-        batches = rows.sweep(of.rows_at_once, limit)
-        return measure(of.model, batches, of.run, lengths, dropout_active=active)
+        batches = of.sweep(rows, "loss", limit)
+        return measure(of.model, batches, of.run, lengths, dropout_active=active, world=of.world)
 
     found, gap = measured(of.rows, of.dropout_active), {}
     if of.split == "val" and not of.dropout_active:
@@ -139,7 +153,7 @@ def loss(of: Measurement) -> dict[str, Any]:
 
 
 def calibrate(of: Measurement) -> dict[str, Any]:
-    batches = of.rows.sweep(of.rows_at_once, MOST_ROWS)
+    batches = of.sweep(of.rows, "calibration", MOST_ROWS)
     return calibration.calibration(calibration.guesses(of.model, batches, of.run))
 
 
@@ -173,7 +187,7 @@ def knock_out(of: Measurement) -> dict[str, Any]:
 def unigram_nats(of: Measurement, subject: Subject) -> Floats:
     """Nats of each row for who knows how often each token comes in the split, and nothing else."""
     counts = np.zeros(of.trained.tokenizer.vocab_size)
-    for batch in of.rows.sweep(of.rows_at_once):
+    for batch in of.sweep(of.rows, "counting tokens"):
         counts += np.bincount(batch.targets[batch.targets != IGNORED], minlength=len(counts))
     targets = subject.targets.cpu().numpy()
     with np.errstate(divide="ignore"):
@@ -235,12 +249,15 @@ def evaluate(
     *,
     effort: Effort = FULL,
     dropout_active: bool = False,
+    world: World = ALONE,
 ) -> dict[str, Any]:
     """Results by suite; `split` is val, train or a text file, `files` opens the run's data."""
     names = named(suites)
     if dropout_active and names != ["loss"]:
         raise ConfigError("--dropout-active: only the suite loss can be measured with dropout on")
-    of = Measurement(trained, split, files, effort=effort, dropout_active=dropout_active)
+    of = Measurement(
+        *(trained, split, files), effort=effort, dropout_active=dropout_active, world=world
+    )
     return {name: written(SUITES[name](of)) for name in names}
 
 

@@ -11,6 +11,7 @@ from gptlite.config_reader import load_run
 from gptlite.errors import CheckpointError, DataError
 from gptlite.model import GPT
 from gptlite.tokenizer import Tokenizer
+from gptlite.world import World, unlike_first
 
 READS = 5
 """Times to look again where a run saves and prunes meanwhile."""
@@ -39,6 +40,16 @@ def load_trained(run_dir: Path, which: str) -> Trained:
             if attempt == READS or checkpoint.folders(run_dir) == listing:
                 raise
     raise AssertionError
+
+
+def load_alike(run_dir: Path, which: str, world: World) -> Trained:
+    """The same model in all ranks: that of the checkpoint which the first one takes."""
+    own = load_trained(run_dir, which) if world.first else None
+    step = world.shared(lambda: own.state.step if own else None)
+    trained = own or load_trained(run_dir, f"step-{step}")
+    if ranks := unlike_first(world, trained.state.model_dump(mode="json")):
+        raise CheckpointError(f"{run_dir}: rank {ranks} has another step {step} than rank 0")
+    return trained
 
 
 def load(run_dir: Path, found: Found) -> Trained:

@@ -99,6 +99,12 @@ class World:
 ALONE = World()
 
 
+def unlike_first(world: World, value: Any) -> str:
+    """The ranks that have another value than the first one, in words; empty if none."""
+    values = world.gathered(value)
+    return ", ".join(str(rank) for rank, other in enumerate(values) if other != values[0])
+
+
 def grouped(items: Iterator[T], size: int) -> Iterator[list[T]]:
     """So many at a time; the last group may be smaller."""
     group: list[T] = []

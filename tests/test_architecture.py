@@ -81,7 +81,7 @@ MAY_IMPORT = {
     "checkpoint": "config errors model section storage tensor_files world",
     "memory": "config errors loss world",
     "auto": "config dropout errors loops masks memory model world",
-    "trained": "auto checkpoint config config_reader errors model tokenizer",
+    "trained": "auto checkpoint config config_reader errors model tokenizer world",
     "evaluate": (
         "auto config data dropout errors keys loss masks model readers sources tokenizer trained "
         "world"
@@ -92,7 +92,7 @@ MAY_IMPORT = {
     "calibration": "auto config data dropout evaluate intervals keys masks model",
     "suites": (
         "calibration data dropout errors evaluate importance intervals knockout metrics storage "
-        "trained"
+        "trained world"
     ),
     "generate": "config dropout errors keys model tokenizer",
     "audit": "auto config data dropout dropout_config evaluate loss masks model",

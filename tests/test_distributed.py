@@ -20,7 +20,6 @@ from gptlite.config import RunConfig
 from gptlite.dropout import Dropout
 from gptlite.dropout_config import SITES
 from gptlite.errors import ConfigError, StorageError
-from gptlite.evaluate import byte_lengths, measure
 from gptlite.model import GPT
 from gptlite.plan import plan_run, summary_lines
 from gptlite.start import resolved_alike, train
@@ -168,26 +167,6 @@ def test_a_run_from_the_weights_of_another_goes_on_where_one_rank_sees_it(
     last = run_of(workshop, **plain, train={"max_steps": 6}, init_from=str(origin))
     together(2, partial(work, last, directory, resume=True), place)
     assert len(losses(directory)) == 6
-
-
-def measured(run: RunConfig, workshop: Workshop, world: World) -> Any:
-    files = workshop.files()
-    model = GPT.of_run(run, files.meta["vocab_size"])
-    batches = files.rows("val", run.model.context_length).sweep(3, 20)
-    found = measure(model, batches, run, byte_lengths(files.tokenizer), world=world)
-    return found.report()
-
-
-def test_an_evaluation_by_several_ranks_is_the_number_of_one(workshop: Workshop) -> None:
-    """Bit for bit, though the last of seven batches falls to one of four ranks."""
-    run = run_of(workshop)
-    one = json.loads(json.dumps(measured(run, workshop, World())))
-    for size in (2, 4):
-        found = together(size, partial(measured, run, workshop), workshop.folder / "ranks")
-        assert all(each == found[0] for each in found)
-        places = found[0].pop("loss_by_position")
-        assert places == pytest.approx(one["loss_by_position"], rel=1e-12)
-        assert found[0] == {name: one[name] for name in found[0]}
 
 
 def test_only_the_first_rank_speaks(workshop: Workshop) -> None:
