@@ -1,6 +1,6 @@
 """No file, whatever it holds, runs code, writes elsewhere, hangs or ends in a traceback.
 
-The cases are in hostile.py; watched.py runs them all in one process.
+The cases are in hostile.py; watched.py runs them in a process of its own.
 """
 
 import json
@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,36 +26,42 @@ from gptlite import charts, checkpoint, storage, tokenizer
 from gptlite.checkpoint import FILES, State
 from gptlite.errors import CheckpointError, DataError
 
-pytestmark = pytest.mark.xdist_group("hostile")  # what takes long is made once
 CASES = {case.name: case for case in hostile.cases()}
 
 
 @pytest.fixture(scope="module")
-def happened(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What became of every case, by its name."""
+def what_happens(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Callable[[str], dict[str, Any]]]:
+    """By the name of a case; one process runs one after the other."""
     folder = tmp_path_factory.mktemp("hostile")
     surroundings = {**os.environ, "CC": "none", "PYTHONDONTWRITEBYTECODE": "1", "CI": "true"}
     command = [sys.executable, watched.__file__, str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, env=surroundings)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return dict(json.loads(done.stdout))
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with (
+        (folder / "stderr").open("w+") as stderr,
+        subprocess.Popen(command, stderr=stderr, env=surroundings, **pipes) as process,
+    ):
+
+        def ask(name: str) -> dict[str, Any]:
+            print(json.dumps(name), file=process.stdin, flush=True)
+            answer = process.stdout.readline()
+            assert answer, (folder / "stderr").read_text()[-3000:]
+            return dict(json.loads(answer))
+
+        yield ask
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_a_hostile_file_is_refused_in_words(case: Case, happened: dict[str, Any]) -> None:
-    got = happened[case.name]
+def test_a_hostile_file_is_refused_in_words_and_does_nothing(
+    case: Case, what_happens: Callable[[str], dict[str, Any]]
+) -> None:
+    got = what_happens(case.name)
     assert not got["foreign"], got
     assert got["code"] in case.codes, got
     assert re.search(case.says, got["stderr"]), got
     if case.lines is not None and got["code"]:
         assert got["lines"] == case.lines, got
-
-
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_a_hostile_file_runs_nothing_and_writes_nothing_elsewhere(
-    case: Case, happened: dict[str, Any]
-) -> None:
-    got = happened[case.name]
     assert not got["canary"]
     assert got["secret"] == "kept"
     assert not got["seen"]
