@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gptlite.auto import planned_steps, precision
+from gptlite.auto import planned_steps
 from gptlite.config import RunConfig
 from gptlite.data import Layout, batch_at
+from gptlite.devices import precision
 from gptlite.dropout import Dropout, dropouts, evaluating, set_strength, strength_at
 from gptlite.dropout_config import RATES, SITES
 from gptlite.evaluate import tensors

@@ -8,7 +8,6 @@ import math
 import os
 import shutil
 import time
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch
 
 from gptlite import loops, memory
 from gptlite.config import RunConfig, fused_cannot_drop
+from gptlite.devices import HALF, cost_of, pick_device, precisions, usable_threads, use_threads
 from gptlite.dropout import site_maker
 from gptlite.errors import ConfigError
 from gptlite.masks import mask_keys, sample_keys
@@ -30,11 +30,17 @@ TIMED_SECONDS = 0.3
 
 
 def resolve(
-    run: RunConfig, *, vocab_size: int, n_rows: int, world: World = ALONE
+    run: RunConfig,
+    *,
+    vocab_size: int,
+    n_rows: int,
+    world: World = ALONE,
+    own: set[str] | None = None,
 ) -> tuple[RunConfig, dict[str, str]]:
     """The run with every `auto` replaced, and for each replaced key why.
 
-    `n_rows` is the number of rows in an epoch. Raises ConfigError for what this machine lacks.
+    `n_rows` is the number of rows in an epoch, `own` the precisions that all ranks have. Raises
+    ConfigError for what this machine lacks.
     """
     reasons: dict[str, str] = {}
     top: dict[str, Any] = {}
@@ -44,8 +50,8 @@ def resolve(
         reasons["device"] = f"{top['device']}: {why}"
     device = torch.device(top["device"])
     if run.train.threads == "auto":
-        train["threads"] = torch.get_num_threads()
-        reasons["train.threads"] = f"{train['threads']}: torch's default on this machine"
+        train["threads"] = usable_threads()
+        reasons["train.threads"] = f"{train['threads']}: the cores that this process may use"
     use_threads(run.model_copy(update={"train": run.train.model_copy(update=train)}))
     n_steps = planned_steps(run, n_rows)
     epochs = n_steps * run.train.batch_size / n_rows
@@ -53,7 +59,7 @@ def resolve(
         rate, why = pick_dropout_rate(epochs)
         reasons["dropout.rate"] = f"{rate:g}: {why}"
         run = run.model_copy(update={"dropout": run.dropout.model_copy(update={"rate": rate})})
-    chosen, why_chosen = pick_kernels(run, device)
+    chosen, why_chosen = pick_kernels(run, device, own)
     top |= chosen
     reasons |= why_chosen
     run = run.model_copy(update=top)
@@ -80,12 +86,6 @@ def resolve(
         reasons["train.early_stop"] = f"{train['early_stop']}: {epochs:.1f} epochs planned"
     resolved = run.model_copy(update={**top, "train": run.train.model_copy(update=train)})
     return resolved, reasons
-
-
-def use_threads(run: RunConfig) -> None:
-    """Let torch work in as many threads as the resolved run says."""
-    assert isinstance(run.train.threads, int)
-    torch.set_num_threads(run.train.threads)
 
 
 def check_ranks(run: RunConfig, ranks: int) -> None:
@@ -137,27 +137,6 @@ def planned_steps(run: RunConfig, n_rows: int) -> int:
     return max(1, math.ceil(run.train.epochs * n_rows / run.train.batch_size))
 
 
-def pick_device(wanted: str) -> tuple[str, str]:
-    n_cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    has_mps = torch.backends.mps.is_available()
-    if wanted == "auto":
-        if n_cuda:
-            return "cuda", torch.cuda.get_device_name()
-        return ("mps", "Apple GPU") if has_mps else ("cpu", "no GPU that torch can use")
-    kind, _, number = wanted.partition(":")
-    if (kind == "cuda" and int(number or 0) >= n_cuda) or (kind == "mps" and not has_mps):
-        raise ConfigError(f"device: {wanted!r} not available ({n_cuda} CUDA devices)")
-    return wanted, "asked for"
-
-
-def usable(run: RunConfig) -> RunConfig:
-    """A trained run on this machine: its own device and precision, or what there is here."""
-    try:
-        return run.model_copy(update={"device": pick_device(run.device)[0]})
-    except ConfigError:
-        return run.model_copy(update={"device": pick_device("auto")[0], "dtype": "float32"})
-
-
 def pick_dropout_rate(epochs: float) -> tuple[float, str]:
     """From how often the text is seen; docs/dropout.md gives the sources."""
     planned = f"{epochs:.1f} epochs planned"
@@ -170,12 +149,14 @@ def pick_dropout_rate(epochs: float) -> tuple[float, str]:
     return 0.2, f"{planned}; a model sees each text so often that it learns it by heart"
 
 
-def pick_kernels(run: RunConfig, device: torch.device) -> tuple[dict[str, Any], dict[str, str]]:
+def pick_kernels(
+    run: RunConfig, device: torch.device, own: set[str] | None = None
+) -> tuple[dict[str, Any], dict[str, str]]:
     """Attention and dtype, by rule on GPUs, by timing a block on CPUs; with reasons."""
     if run.attention == "fused" and (device.type != "cpu" or loops.library() is None):
         raise ConfigError("attention: fused needs a CPU and a C compiler (cc, or CC); set auto")
     kernels, why_kernel = attentions(run, device)
-    dtypes, why_dtype = precisions(device)
+    dtypes, why_dtype = precisions(device, own)
     kernels = kernels if run.attention == "auto" else [run.attention]
     dtypes = dtypes if run.dtype == "auto" else [run.dtype]
     seconds = {(kernel, dtype): 0.0 for kernel in kernels for dtype in dtypes}
@@ -192,8 +173,11 @@ def pick_kernels(run: RunConfig, device: torch.device) -> tuple[dict[str, Any], 
     chosen, reasons = {"attention": kernel, "dtype": dtype}, {}
     if run.attention == "auto":
         reasons["attention"] = f"{kernel}: {why_kernel}"
+    cost = None if run.dtype == "auto" else cost_of(run.dtype, device)
     if run.dtype == "auto":
         reasons["dtype"] = f"{dtype}: {why_dtype}"
+    elif cost is not None:
+        reasons["dtype"] = f"{dtype}: asked for, though {cost}"
     return chosen, reasons
 
 
@@ -210,19 +194,6 @@ def attentions(run: RunConfig, device: torch.device) -> tuple[list[str], str]:
     if drops:
         return ["math"], "no fused kernel drops attention weights by keyed masks"
     return ["sdpa"], "torch's fused kernel"
-
-
-def precisions(device: torch.device) -> tuple[list[str], str]:
-    """Precisions that the device has hardware for; float32 first."""
-    if device.type == "cuda":
-        if torch.cuda.is_bf16_supported():
-            return ["bfloat16"], "this GPU has it"
-        return ["float32"], "this GPU has no bfloat16"
-    if device.type == "mps":
-        return ["float32"], "not measured on MPS"
-    if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return ["float32"], "this CPU has no bfloat16 products"
-    return ["float32", "bfloat16"], ""
 
 
 def block_seconds(run: RunConfig, ways: list[tuple[str, str]]) -> dict[tuple[str, str], float]:
@@ -253,7 +224,7 @@ def block_seconds(run: RunConfig, ways: list[tuple[str, str]]) -> dict[tuple[str
 
 
 def there_and_back(block: Block, x: torch.Tensor, scene: Scene, dtype: str) -> None:
-    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+    with torch.autocast("cpu", HALF.get(dtype), enabled=dtype in HALF):
         y = block(x, scene, None)
     y.backward(x.detach())
 
@@ -292,10 +263,3 @@ def pick_compile(run: RunConfig, device: torch.device, n_steps: int) -> tuple[bo
 
 def has_cpp_compiler() -> bool:
     return any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++")))
-
-
-def precision(run: RunConfig) -> AbstractContextManager[Any]:
-    """Where matrix products take the precision that the resolved run names."""
-    if run.dtype != "bfloat16":
-        return nullcontext()
-    return torch.autocast(torch.device(run.device).type, torch.bfloat16)

@@ -13,9 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gptlite.auto import precision
 from gptlite.config import RunConfig
 from gptlite.data import IGNORED, Batch
+from gptlite.devices import precision
 from gptlite.dropout import evaluating
 from gptlite.evaluate import tensors
 from gptlite.intervals import Floats, interval, mean_per_target, resamples

@@ -1,6 +1,7 @@
 """The commands: arguments in, one call out. Imports stand inside, so `--help` needs no torch."""
 
 import os
+import platform
 import sys
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ from gptlite.config_cli import config_app
 from gptlite.errors import ConfigError, UserError, visible
 from gptlite.exits import leave_when_terminated, user_errors
 from gptlite.interchange_cli import export, import_
+from gptlite.machine import let_waiting_threads_sleep
 from gptlite.options import (
     CheckpointOption,
     ConfigFiles,
@@ -373,7 +375,11 @@ app.command(name="import", epilog=examples("import"))(import_)
 
 
 def main() -> None:
+    if platform.system() == "Windows":
+        print("gptlite: Windows is not supported; use WSL: wsl --install", file=sys.stderr)
+        sys.exit(1)
     leave_when_terminated()
+    let_waiting_threads_sleep()
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the caller, as in `gptlite ... >&-`
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - for the whole process

@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from gptlite.dropout_config import DropoutConfig, dropout_contradictions
+from gptlite.machine import usable_memory_bytes
 from gptlite.section import Auto, Count, Rate, Section
 
 Beta = Annotated[float, Field(ge=0, lt=1, strict=True)]
@@ -216,8 +217,9 @@ class RunConfig(Section):
     """Run directory or checkpoint whose weights the model starts from."""
     device: Device = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision of matrix products; weights and sums stay float32."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of matrix products; weights and sums stay float32. auto: one that the device has
+    hardware for; float16, with a scaled loss, is for GPUs that have no bfloat16."""
     compile: bool | Auto = "auto"
     """Compile the model with torch.compile."""
     attention: Literal["auto", "math", "fused", "sdpa"] = "auto"
@@ -242,13 +244,6 @@ class RunConfig(Section):
         if self.data.split_by != "auto":
             return self.data.split_by
         return "tail" if self.data.layout == "stream" else "document"
-
-
-def physical_memory_bytes() -> int:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # no sysconf on Windows
-        return 1 << 40
 
 
 def training_needs(run: RunConfig) -> Iterator[tuple[str, str]]:
@@ -326,7 +321,7 @@ def bad_paths(run: RunConfig) -> Iterator[tuple[str, str]]:
 def too_large(run: RunConfig) -> Iterator[tuple[str, str]]:
     vocabulary = ASSUMED_VOCABULARY[run.tokenizer.kind]
     parameters = run.model.n_parameters(vocabulary)
-    limit = physical_memory_bytes()
+    limit = usable_memory_bytes()
     if parameters * BYTES_PER_PARAMETER > limit:
         size, memory = (
             f"{n / 2**40:.3g} TiB" if n >= 1 << 40 else f"{n / 2**30:.3g} GiB"

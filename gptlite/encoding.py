@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from gptlite import readers, tokenizer
+from gptlite import machine, readers, tokenizer
 from gptlite.config import RunConfig
 from gptlite.data import token_dtype
 from gptlite.errors import DataError
@@ -236,7 +236,7 @@ def encode(
     documents layout also at the beginning of all text (`leading`), so that every document has
     something to be predicted from.
     """
-    with ThreadPoolExecutor(n_threads or os.cpu_count()) as threads, ExitStack() as stack:
+    with ThreadPoolExecutor(n_threads or machine.count_cores()) as threads, ExitStack() as stack:
         writers = {
             split: TokenWriter(work / f"{split}.bin", built, threads, separate=separate)
             for split in ("train", "val")

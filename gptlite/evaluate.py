@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from gptlite import readers, sources, tokenizer
-from gptlite.auto import precision
 from gptlite.config import RunConfig
 from gptlite.data import IGNORED, Batch, Documents, Layout, Stream
+from gptlite.devices import precision
 from gptlite.dropout import evaluating
 from gptlite.errors import ConfigError, DataError
 from gptlite.keys import key

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from gptlite import auto
+from gptlite.devices import precision
 from gptlite.errors import ConfigError, UserError
 from gptlite.evaluate import eval_rows
 from gptlite.generate import Generation, encode_prompt
@@ -74,7 +74,7 @@ class Subject(TemplateLM):  # type: ignore[misc]
         device = next(self.trained.model.parameters()).device
         ids = torch.tensor([row + [0] * (width + 1 - len(row)) for row in rows], device=device)
         real = torch.tensor([[i < len(row) - 1 for i in range(width)] for row in rows])
-        with auto.precision(self.trained.run):
+        with precision(self.trained.run):
             logits = self.trained.model(ids[:, :-1], None if real.all() else real.to(device))
         log_p = logits.float().log_softmax(-1)
         answers = []

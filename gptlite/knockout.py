@@ -18,9 +18,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from gptlite.auto import precision
 from gptlite.config import RunConfig
 from gptlite.data import IGNORED, Batch
+from gptlite.devices import precision
 from gptlite.dropout import evaluating
 from gptlite.evaluate import eval_rows, tensors
 from gptlite.intervals import Floats, interval, resamples

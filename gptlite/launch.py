@@ -67,9 +67,9 @@ def launched(
 ) -> Launch:
     """Raises ConfigError, and DataError where a config has to be made for the data."""
     named = None if resume in (None, "auto") else run_directory.resumed(str(resume))
+    values = with_options(overrides, data if configs or named else [], out_dir)
     if named is not None and not configs:
-        configs = [str(named / "config.yaml")]
-    values = with_options(overrides, data if configs else [], out_dir)
+        configs, values = [str(named / "config.yaml")], as_this_machine_can(values)
     if configs:
         run = load_run(configs, values)
         where = run_directory.where(run.out_dir, configs, resume)
@@ -79,7 +79,8 @@ def launched(
     name = Path(data[0]).name.partition(".")[0] or "text"
     directory, resumes = run_directory.where(out_dir, [name], resume)
     if resumes:
-        return Launch(load_run([str(directory / "config.yaml")], values), directory, True)
+        stored = str(directory / "config.yaml")
+        return Launch(load_run([stored], as_this_machine_can(values)), directory, True)
     from gptlite import recipe  # only now: it times models
 
     run, text = recipe.compose(data, minutes, values)
@@ -94,6 +95,13 @@ def with_options(overrides: list[str], data: list[str], out_dir: str | None) -> 
     if data:
         values.append(f"data.source={as_value(data[0] if len(data) == 1 else data)}")
     return values
+
+
+def as_this_machine_can(values: list[str]) -> list[str]:
+    """The values of --set over a run's own config, of which nobody has named these keys now."""
+    given = {value.partition("=")[0].strip() for value in values}
+    asked_anew = ("device", "dtype", "attention", "train.threads")
+    return [*(f"{key}=auto" for key in asked_anew if key not in given), *values]
 
 
 def as_value(value: str | list[str]) -> str:

@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from gptlite import storage
+from gptlite import machine, storage
 from gptlite.errors import StorageError
 
 LARGE_BYTES = 1 << 26
@@ -33,7 +33,7 @@ def digests(files: list[Path], ledger: Path, digest: Callable[[Path], str]) -> l
     known = read(ledger)
     entries = {file: known.get(os.path.abspath(file), {}) for file in files}
     todo = [file for file in files if entries[file].get("seen") != before[file]]
-    with ThreadPoolExecutor(os.cpu_count()) as threads:  # hashing lets other threads run
+    with ThreadPoolExecutor(machine.count_cores()) as threads:  # hashing lets other threads run
         entries |= {
             file: {"seen": before[file], "sha256": sha256}
             for file, sha256 in zip(todo, threads.map(digest, todo), strict=True)

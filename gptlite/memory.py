@@ -9,9 +9,10 @@ from collections.abc import Iterator
 
 import torch
 
-from gptlite.config import RunConfig, physical_memory_bytes
+from gptlite.config import RunConfig
 from gptlite.errors import ConfigError
 from gptlite.loss import PART_BYTES
+from gptlite.machine import usable_memory_bytes
 from gptlite.world import ALONE, World
 
 GIB = 1 << 30
@@ -29,7 +30,7 @@ def memory_bytes(device: torch.device) -> int:
     """All memory of the device, not what is free now: choices must not depend on the moment."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    return physical_memory_bytes()
+    return usable_memory_bytes()
 
 
 def block_bytes(run: RunConfig) -> int:

@@ -44,7 +44,7 @@ def split_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
 
 
 def adamw(
-    groups: dict[str, list[nn.Parameter]], optim: OptimConfig
+    groups: dict[str, list[nn.Parameter]], optim: OptimConfig, dtype: torch.dtype
 ) -> Iterable[torch.optim.Optimizer]:
     """AdamW (Loshchilov and Hutter 2019), fused."""
     decayed = {"params": groups["matrices"] + groups["tables"], "weight_decay": optim.weight_decay}
@@ -54,7 +54,7 @@ def adamw(
 
 
 def muon(
-    groups: dict[str, list[nn.Parameter]], optim: OptimConfig
+    groups: dict[str, list[nn.Parameter]], optim: OptimConfig, dtype: torch.dtype
 ) -> Iterable[torch.optim.Optimizer]:
     """Muon for matrices, scaled so that AdamW's learning rate fits it (Liu et al., 2502.16982)."""
     matrices = Muon(
@@ -64,11 +64,15 @@ def muon(
         momentum=optim.momentum,
         adjust_lr_fn="match_rms_adamw",
     )
-    return [matrices, *adamw({**groups, "matrices": []}, optim)]
+    matrices.dtype = dtype
+    return [matrices, *adamw({**groups, "matrices": []}, optim, dtype)]
 
 
 class Muon(torch.optim.Muon):
     """torch's, with all matrices of one shape orthogonalised together: half the time if small."""
+
+    dtype = torch.float32
+    """Of the products; bfloat16 does as well where the device has it (kellerjordan.github.io)."""
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -78,7 +82,9 @@ class Muon(torch.optim.Muon):
                 if parameter.grad is not None:
                     shapes.setdefault(parameter.shape, []).append(parameter)
             for shape, parameters in shapes.items():
-                update = orthogonal(self.momentum(parameters, group["momentum"])).float()
+                update = orthogonal(
+                    self.momentum(parameters, group["momentum"]), self.dtype
+                ).float()
                 lr = group["lr"]
                 for parameter, direction in zip(parameters, update, strict=True):
                     parameter.mul_(1 - lr * group["weight_decay"])
@@ -96,14 +102,14 @@ class Muon(torch.optim.Muon):
         return torch.stack(gradients).lerp(torch.stack(kept), momentum)
 
 
-def orthogonal(x: Tensor) -> Tensor:
-    """(n, rows, columns) → the nearest matrices with singular values near 1, in bfloat16.
+def orthogonal(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """(n, rows, columns) → the nearest matrices with singular values near 1, in `dtype`.
 
     Five Newton-Schulz steps of Jordan's quintic (kellerjordan.github.io/posts/muon).
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = x.shape[1] > x.shape[2]
-    x = x.mT.bfloat16() if tall else x.bfloat16()
+    x = x.mT.to(dtype) if tall else x.to(dtype)
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
         gram = x @ x.mT
@@ -127,11 +133,14 @@ STATE_KEYS: dict[type[torch.optim.Optimizer], tuple[str, ...]] = {
 class Optimizer:
     """The optimizers of a run, used as one."""
 
-    def __init__(self, model: nn.Module, optim: OptimConfig) -> None:
+    def __init__(
+        self, model: nn.Module, optim: OptimConfig, dtype: torch.dtype = torch.float32
+    ) -> None:
+        """`dtype` is that of an optimizer's own matrix products."""
         self.names: dict[Tensor, str] = {
             parameter: name for name, parameter in model.named_parameters()
         }
-        self.parts = list(OPTIMIZERS[optim.name](split_parameters(model), optim))
+        self.parts = list(OPTIMIZERS[optim.name](split_parameters(model), optim, dtype))
         grouped = [p for part in self.parts for group in part.param_groups for p in group["params"]]
         assert len(grouped) == len(set(grouped)) == len(self.names), "a parameter without a group"
 

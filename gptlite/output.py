@@ -91,7 +91,9 @@ def tell_lines(text: str) -> None:
 
 
 def tell_passed_over(trained: Any) -> None:
-    """Which damaged checkpoints a model was not taken from."""
+    """Which damaged checkpoints a model was not taken from, and what this machine lacks."""
+    for note in trained.notes:
+        tell(f"not as in training: {note}")
     for problem in trained.problems:
         step = trained.state.step
         tell(f"{problem}; using the one of step {step}")

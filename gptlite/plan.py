@@ -7,9 +7,10 @@ import numpy as np
 import torch
 
 from gptlite.audit import advice, site_plan, site_seconds
-from gptlite.auto import check_ranks, planned_steps, precision, resolve
+from gptlite.auto import check_ranks, planned_steps, resolve
 from gptlite.config import RunConfig
 from gptlite.data import Batch, Layout, TokenFiles, batch_at
+from gptlite.devices import precision
 from gptlite.evaluate import tensors
 from gptlite.masks import sample_keys
 from gptlite.memory import training_bytes

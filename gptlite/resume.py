@@ -15,7 +15,8 @@ from gptlite.data import TokenFiles
 from gptlite.errors import ConfigError
 
 FREE_TO_CHANGE = (
-    *("out_dir", "init_from", "device", "log", "sample", "distributed"),
+    *("out_dir", "init_from", "log", "sample", "distributed"),
+    *("device", "dtype", "attention"),
     *("data.source", "data.sha256", "data.cache_dir"),
     *("train.max_steps", "train.epochs", "train.log_interval", "train.eval_interval"),
     *("train.eval_batches", "train.save_interval", "train.keep_last", "train.early_stop"),
@@ -103,6 +104,8 @@ def fingerprint(run: RunConfig, ranks: int) -> dict[str, Any]:
         "ranks": ranks,
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(run.device) if on_gpu else run.device,
+        "dtype": run.dtype,
+        "attention": run.attention,
         "processor": torch.backends.cpu.get_cpu_capability(),
         "compiled loops": loops.library() is not None,
     }
@@ -111,8 +114,8 @@ def fingerprint(run: RunConfig, ranks: int) -> dict[str, Any]:
 def surroundings_changed(run: RunConfig, before: dict[str, Any], ranks: int) -> list[str]:
     """What is not as it was when the checkpoint was saved: the last bits may differ."""
     now, before = fingerprint(run, ranks), {"ranks": 1, **before}
-    changed = [name for name in now if before.get(name) != now[name]]
-    return [f"{name}: {before.get(name)} -> {now[name]}" for name in changed]
+    changed = [name for name in now if name in before and before[name] != now[name]]
+    return [f"{name}: {before[name]} -> {now[name]}" for name in changed]
 
 
 def initial_weights(run: RunConfig) -> dict[str, Tensor] | None:

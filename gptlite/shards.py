@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from gptlite import run_directory, storage, tokenizer, workers
+from gptlite import machine, run_directory, storage, tokenizer, workers
 from gptlite.config import RunConfig
 from gptlite.data import part_name
 from gptlite.encoding import (
@@ -138,7 +138,7 @@ def tokenize(
     made = partial(
         replace,
         separate=is_separate(whole, run),
-        n_threads=max(1, workers.n_cores() // len(parts)),
+        n_threads=max(1, machine.count_cores() // len(parts)),
         tokenizer_sha256=tokenizer.digest(built),
     )
     to_encode, n_bytes, n_documents = [], 0, 0
@@ -164,7 +164,7 @@ def made_all(
     parts: list[Part], make: Callable[[Part, Moved], About], desc: str, n_bytes: int
 ) -> list[About]:
     """What is in the folder of each part: there from an earlier attempt, or made now."""
-    with ThreadPoolExecutor(workers.n_cores()) as threads:
+    with ThreadPoolExecutor(machine.count_cores()) as threads:
         found = list(threads.map(kept, parts))
     todo = [part for part, about in zip(parts, found, strict=True) if about is None]
     if len(todo) < len(parts):

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from gptlite import auto, checkpoint, run_directory, storage
+from gptlite import auto, checkpoint, devices, run_directory, storage
 from gptlite import plan as planning
 from gptlite.checkpoint import Found, State
 from gptlite.config import RunConfig
@@ -47,8 +47,9 @@ def train(
     files = opened(run, directory, resume, world)
     check_installed(run.log.sinks)
     weights = initial_weights(run) if world.first and not resume else None
-    asked = run if stored is None else adopt(run, stored)
-    resolved, reasons = resolved_alike(asked, files, world)
+    own = devices.shared_precisions(run, world)
+    asked = run if stored is None else adopt(run, devices.adapt(stored, own)[0])
+    resolved, reasons = resolved_alike(asked, files, world, own)
     keep_freed()
     with held(directory, world), Interrupts(world).noticed() as interrupts:
         found = found_by_first(
@@ -91,19 +92,19 @@ def opened(run: RunConfig, directory: Path, resume: bool, world: World) -> Token
 
 
 def resolved_alike(
-    run: RunConfig, files: TokenFiles, world: World
+    run: RunConfig, files: TokenFiles, world: World, own: set[str]
 ) -> tuple[RunConfig, dict[str, str]]:
-    """What `auto` means for all ranks: the first one times and chooses."""
+    """What `auto` means for all ranks: the first one times and chooses among what all have."""
     n_rows = files.rows("train", run.model.context_length).n_rows
     sizes = {"vocab_size": files.meta["vocab_size"], "n_rows": n_rows}
 
     def choose() -> tuple[Any, dict[str, str]]:
-        resolved, reasons = auto.resolve(run, **sizes, world=world)
+        resolved, reasons = auto.resolve(run, **sizes, world=world, own=own)
         return resolved.model_dump(mode="json"), reasons
 
     values, reasons = world.shared(choose)
     resolved = RunConfig.model_validate(values)
-    auto.use_threads(resolved)
+    devices.use_threads(resolved)
     return resolved, reasons
 
 

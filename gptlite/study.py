@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from gptlite import run_directory, storage
+from gptlite import machine, run_directory, storage
 from gptlite.comparison import decide, over_seeds, paired
 from gptlite.config import RunConfig
 from gptlite.errors import DivergedError, RunInUseError, Stopped, UserError, visible
@@ -47,7 +47,7 @@ def run_study(path: Path, folder: Path, workers: int, url: str | None) -> dict[s
     study = read_study(path)
     queue = Queue(study, folder, url)
     storage.write_text(folder / "study.yaml", path.read_text())
-    threads = max(1, (os.cpu_count() or 1) // workers)
+    threads = max(1, machine.count_cores() // workers)
     with queue.place.reached():
         if workers == 1:
             work(study, queue, threads)

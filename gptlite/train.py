@@ -17,6 +17,7 @@ from gptlite import auto, tensor_files
 from gptlite.checkpoint import FILES, State, fill, model_tensors
 from gptlite.config import RunConfig
 from gptlite.data import Batch, TokenFiles, batch_at
+from gptlite.devices import precision
 from gptlite.dropout import (
     check_every_rate_acts,
     live_sites,
@@ -73,7 +74,8 @@ class Trainer:
         if run.compile is True:
             self.model.compile()
         self.engine = world.engine(run, self.model)
-        self.optimizer = Optimizer(self.model, run.optim)
+        half = torch.bfloat16 if run.dtype == "bfloat16" else torch.float32
+        self.optimizer = Optimizer(self.model, run.optim, half)
         self.parameters = list(self.model.parameters())
         self.step, self.strength = 0, 1.0
         self.skipped: list[int] = []
@@ -134,7 +136,7 @@ class Trainer:
             if self.native:
                 torch.manual_seed(key(self.run.seed, "dropout", self.step, start) >> 1)
             with self.engine.syncing(last=start + size >= stop):
-                with auto.precision(self.run):
+                with precision(self.run):
                     nats = self.engine(inputs, real, samples=samples, targets=targets)
                 loss = nats / n_targets
                 (loss * self.engine.scale).backward()

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gptlite import checkpoint, tokenizer
-from gptlite.auto import usable
 from gptlite.checkpoint import Found, State
 from gptlite.config import RunConfig
 from gptlite.config_reader import load_run
+from gptlite.devices import adapt, use_threads
 from gptlite.errors import CheckpointError, DataError
 from gptlite.model import GPT
 from gptlite.tokenizer import Tokenizer
@@ -25,10 +25,12 @@ class Trained:
     state: State
     problems: list[str]
     """Checkpoints that were passed over, and why."""
+    notes: list[str]
+    """What is computed in another way than in training, for what this machine lacks."""
 
 
 def load_trained(run_dir: Path, which: str) -> Trained:
-    """The model of a run as a checkpoint has it, in eval mode, on a device of this machine.
+    """The model of a run as a checkpoint has it, in eval mode, as this machine can compute it.
 
     Raises CheckpointError. The run may be at work: what it prunes while it is read is no failure.
     """
@@ -54,7 +56,8 @@ def load_alike(run_dir: Path, which: str, world: World) -> Trained:
 
 def load(run_dir: Path, found: Found) -> Trained:
     path, state, problems = found
-    run = usable(load_run([str(run_dir / "config.yaml")], to_train=False))
+    run, notes = adapt(load_run([str(run_dir / "config.yaml")], to_train=False))
+    use_threads(run)
     text = load_tokenizer(run_dir)
     if tokenizer.digest(text) != state.tokenizer_sha256:
         raise CheckpointError(f"{run_dir}/tokenizer: differs from the one of {path.name}")
@@ -63,7 +66,7 @@ def load(run_dir: Path, found: Found) -> Trained:
     checkpoint.check_size(path, run.model.n_parameters(text.vocab_size))
     model = GPT.of_run(run, text.vocab_size)
     checkpoint.load_weights(model, path)
-    return Trained(run, model.to(run.device).eval(), text, state, problems)
+    return Trained(run, model.to(run.device).eval(), text, state, problems, notes)
 
 
 def load_tokenizer(run_dir: Path) -> Tokenizer:

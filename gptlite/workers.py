@@ -18,6 +18,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from gptlite import machine
 from gptlite.errors import UserError
 
 WORTH_TELLING = 1 << 20
@@ -26,13 +27,6 @@ Moved = Callable[[Path, int], None]
 Do = Callable[[Any, Moved], Any]
 """A job, and whom to tell of each piece of text that was read, to what comes of it. Can be pickled:
 it travels once to each process."""
-
-
-def n_cores() -> int:
-    """Those that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 class Worker:
@@ -69,7 +63,7 @@ def work(do: Do, jobs: Sequence[Any], firsts: Sequence[Path], moved: Moved) -> l
     waiting = iter(list(zip(range(len(jobs)), jobs, firsts, strict=True)))
     workers: dict[Any, Worker] = {}
     try:
-        for _ in range(min(n_cores(), len(jobs))):
+        for _ in range(min(machine.count_cores(), len(jobs))):
             worker = Worker(do)
             workers[worker.pipe] = worker
         busy = [w.pipe for w in workers.values() if begun(w, waiting)]

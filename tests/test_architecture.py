@@ -15,6 +15,7 @@ FILES = sorted(PACKAGE.glob("*.py"))
 
 MAY_IMPORT = {
     "errors": "",
+    "machine": "",
     "storage": "errors",
     "world": "config model",
     "torchrun": "distributed errors world",
@@ -34,13 +35,13 @@ MAY_IMPORT = {
     "trials": "database errors keys run_directory storage study_config",
     "comparison": "errors intervals",
     "study": (
-        "auto comparison config errors exits metrics output prepare run_directory session start "
-        "storage study_config suites trained trials"
+        "auto comparison config errors exits machine metrics output prepare run_directory session "
+        "start storage study_config suites trained trials"
     ),
     "keys": "",
     "section": "",
     "dropout_config": "section",
-    "config": "dropout_config section",
+    "config": "dropout_config machine section",
     "strict_yaml": "errors",
     "config_words": "config strict_yaml",
     "config_reader": "config config_words errors origin strict_yaml",
@@ -59,15 +60,14 @@ MAY_IMPORT = {
     "readers": "config errors",
     "remote": "config errors readers storage",
     "sources": "config errors readers remote storage",
-    "ledger": "errors storage",
-    "workers": "errors",
+    "ledger": "errors machine storage",
+    "workers": "errors machine",
     "data": "errors keys ledger storage tokenizer",
-    "encoding": "config data errors readers tokenizer",
-    "shards": "config data encoding errors output run_directory storage tokenizer workers",
-    "prepare": (
-        "config data encoding errors ledger origin readers shards sources storage tokenizer"
-    ),
+    "encoding": "config data errors machine readers tokenizer",
+    "shards": "config data encoding errors machine output run_directory storage tokenizer workers",
+    "prepare": "config data encoding errors ledger origin readers shards sources storage tokenizer",
     "loops": "",
+    "devices": "config errors loops machine world",
     "masks": "dropout_config keys loops",
     "dropout": "dropout_config errors keys masks",
     "kernels": "loops masks",
@@ -79,27 +79,27 @@ MAY_IMPORT = {
     "sinks": "config config_reader errors",
     "tensor_files": "errors storage world",
     "checkpoint": "config errors model section storage tensor_files world",
-    "memory": "config errors loss world",
-    "auto": "config dropout errors loops masks memory model world",
-    "trained": "auto checkpoint config config_reader errors model tokenizer world",
+    "memory": "config errors loss machine world",
+    "auto": "config devices dropout errors loops masks memory model world",
+    "trained": "checkpoint config config_reader devices errors model tokenizer world",
     "evaluate": (
-        "auto config data dropout errors keys loss masks model readers sources tokenizer trained "
-        "world"
+        "config data devices dropout errors keys loss masks model readers sources tokenizer "
+        "trained world"
     ),
     "intervals": "keys",
-    "knockout": "auto config data dropout evaluate intervals keys loss model",
+    "knockout": "config data devices dropout evaluate intervals keys loss model",
     "importance": "intervals knockout model",
-    "calibration": "auto config data dropout evaluate intervals keys masks model",
+    "calibration": "config data devices dropout evaluate intervals keys masks model",
     "suites": (
         "calibration data dropout errors evaluate importance intervals knockout metrics storage "
         "trained world"
     ),
     "generate": "config dropout errors keys model tokenizer",
-    "audit": "auto config data dropout dropout_config evaluate loss masks model",
-    "plan": "audit auto config data evaluate masks memory metrics model prepare world",
+    "audit": "auto config data devices dropout dropout_config evaluate loss masks model",
+    "plan": "audit auto config data devices evaluate masks memory metrics model prepare world",
     "train": (
-        "auto checkpoint config data dropout errors evaluate keys masks model optim tensor_files "
-        "world"
+        "auto checkpoint config data devices dropout errors evaluate keys masks model optim "
+        "tensor_files world"
     ),
     "resume": "checkpoint config data errors importing loops origin run_directory tensor_files",
     "records": "checkpoint metrics sinks storage",
@@ -108,13 +108,13 @@ MAY_IMPORT = {
         "records resume sinks tokenizer train"
     ),
     "start": (
-        "auto checkpoint config config_reader data errors generate interrupts memory plan "
+        "auto checkpoint config config_reader data devices errors generate interrupts memory plan "
         "prepare resume run_directory session sinks storage train trained world"
     ),
     "foreign_config": "config_reader errors storage strict_yaml",
     "options": "config_reader config_words",
     "config_cli": "config config_reader errors exits foreign_config options output",
-    "harness": "auto errors evaluate generate metrics trained",
+    "harness": "devices errors evaluate generate metrics trained",
     "interactive": "config errors strict_yaml",
     "recipe": (
         "auto config config_reader metrics model plan prepare readers run_directory sources "
@@ -123,9 +123,9 @@ MAY_IMPORT = {
     "launch": "config config_reader errors recipe resume run_directory world",
     "interchange_cli": "errors exits export importing options output run_directory trained",
     "cli": (
-        "audit config_cli config_reader errors exits generate harness interactive "
-        "interchange_cli launch loops options output plan prepare recipe report run_directory "
-        "sources start study suites torchrun trained"
+        "audit config_cli config_reader errors exits generate harness interactive interchange_cli "
+        "launch loops machine options output plan prepare recipe report run_directory sources "
+        "start study suites torchrun trained"
     ),
     "__main__": "cli",
     "__init__": "",
@@ -133,7 +133,7 @@ MAY_IMPORT = {
 """An arrow that is not listed is an error; importing the package for its version is not."""
 
 TORCH_FREE = (
-    "errors storage interrupts world torchrun exits output keys section dropout_config config "
+    "errors machine storage interrupts world torchrun exits output keys section dropout_config config "
     "strict_yaml config_words config_reader foreign_config hf_config hf_tokenizer origin "
     "study_config trials tokenizer readers remote sources ledger workers data encoding shards "
     "prepare loops "

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import Workshop
 
-from gptlite import auto, loops
+from gptlite import auto, devices, loops
 from gptlite.config import RunConfig
 from gptlite.dropout_config import DropoutConfig
 from gptlite.errors import ConfigError
@@ -142,8 +142,10 @@ def test_a_device_that_is_not_there_is_said(workshop: Workshop, device: str) -> 
         ConfigError, match=rf"device: '{device}' not available \(\d+ CUDA devices\)"
     ):
         resolve(workshop.run(device=device))
-    usable = auto.usable(workshop.run(device=device, dtype="bfloat16"))
-    assert (usable.device, usable.dtype) != (device, "bfloat16")
+    run = workshop.run(device=device, dtype="bfloat16")
+    usable, notes = devices.adapt(run)
+    assert notes[0] == f"device: {device} -> cpu: not available here"
+    assert usable.device == "cpu"
 
 
 def test_compiled_dropout_is_refused_where_it_is_wrong(workshop: Workshop) -> None:

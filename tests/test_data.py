@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptlite import encoding, readers, tokenizer
+from gptlite import encoding, machine, readers, tokenizer
 from gptlite.data import (
     IGNORED,
     Batch,
@@ -725,7 +725,7 @@ def test_threads_write_what_one_piece_after_the_other_gives(workshop, monkeypatc
         (folder / f"{number}.txt").write_text(text, encoding="utf-8")
     written = []
     for threads, worth in ((1, 1 << 30), (3, 16)):
-        monkeypatch.setattr("os.cpu_count", lambda threads=threads: threads)
+        monkeypatch.setattr(machine, "count_cores", lambda threads=threads: threads)
         monkeypatch.setattr(encoding, "WORTH_A_THREAD", worth)
         data = {"source": str(folder), "cache_dir": str(workshop.folder / str(threads))}
         made = workshop.files(data=data, tokenizer={"kind": kind})

@@ -20,7 +20,7 @@ import pytest
 import yaml
 from conftest import TINY, Workshop, merged, prose
 
-from gptlite import ledger, prepare, shards, storage, tokenizer, workers
+from gptlite import ledger, machine, prepare, shards, storage, tokenizer, workers
 from gptlite.config import RunConfig
 from gptlite.data import (
     Joined,
@@ -126,7 +126,7 @@ def test_the_tail_may_begin_at_a_part_or_inside_one(corpus):
 @pytest.mark.parametrize("layout", ["stream", "documents"])
 def test_processes_make_the_same(corpus, monkeypatch, layout):
     monkeypatch.setattr(workers, "work", WORK)
-    monkeypatch.setattr(workers, "n_cores", lambda: 2)
+    monkeypatch.setattr(machine, "count_cores", lambda: 2)
     corpus.write(*PROSE)
     sections = {"data": {"layout": layout}, "tokenizer": {"kind": "bpe", "vocab_size": 300}}
     assert_equal(corpus.prepared(**sections), corpus.one_pass(**sections))
@@ -374,7 +374,7 @@ def test_parts_that_are_not_all_there_are_found(corpus):
 def pool(corpus, monkeypatch) -> Corpus:
     """With real processes, two of them."""
     monkeypatch.setattr(workers, "work", WORK)
-    monkeypatch.setattr(workers, "n_cores", lambda: 2)
+    monkeypatch.setattr(machine, "count_cores", lambda: 2)
     return corpus
 
 
@@ -492,9 +492,9 @@ def test_results_are_in_the_order_of_the_jobs(tmp_path):
 
 COMMAND = """
 import os
-from gptlite import shards, workers
+from gptlite import machine, shards, workers
 shards.LARGE_BYTES, shards.PART_BYTES = 1, 1 << 20
-workers.n_cores = lambda: 2
+machine.count_cores = lambda: 2
 from gptlite.cli import main
 main()
 """

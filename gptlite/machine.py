@@ -1,0 +1,86 @@
+"""What this process may use of its machine: cores and memory, within its container. No torch."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path("/")
+"""Where /proc and /sys are; tests put a machine of their own here."""
+SPIN_COUNT = 10_000
+"""Turns that a thread of libgomp waits busily for work before it sleeps: well under a time slice.
+
+Measured in docs/benchmarks.md: its default of 300,000 lets two threads wait for each other for
+whole time slices when other programs are busy.
+"""
+BLOCK_TIME = "1"
+"""The same for libomp and Intel's OpenMP, in milliseconds (default 200)."""
+
+
+def count_cores() -> int:
+    """Cores that this process may use: its affinity, and the CPU quota of its container."""
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    return max(1, min([cores, *(int(quota) for quota in cpu_quotas())]))
+
+
+def usable_memory_bytes() -> int:
+    """Memory that this process may use: that of the machine, or the limit of its container."""
+    try:
+        physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # no sysconf on Windows
+        physical = 1 << 40
+    return min([physical, *memory_limits()])
+
+
+def cpu_quotas() -> Iterator[float]:
+    """Processors' worth of time that each cgroup around this process allows."""
+    for folder in cgroups("cpu"):
+        both = read_words(folder / "cpu.max")  # version 2
+        if not both:
+            names = ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+            both = [word for name in names for word in read_words(folder / name)]
+        if len(both) == 2 and all(word.isdecimal() for word in both) and int(both[1]):
+            yield int(both[0]) / int(both[1])
+
+
+def memory_limits() -> Iterator[int]:
+    """Bytes that each cgroup around this process allows; without a limit there is no number."""
+    for folder in cgroups("memory"):
+        for name in ("memory.max", "memory.limit_in_bytes"):
+            for word in read_words(folder / name):
+                if word.isdecimal() and int(word):
+                    yield int(word)
+
+
+def cgroups(controller: str) -> Iterator[Path]:
+    """Folders of the control groups around this process, versions 1 and 2 (man 7 cgroups)."""
+    mounted = ROOT / "sys/fs/cgroup"
+    for line in read_lines(ROOT / "proc/self/cgroup"):
+        _, controllers, path = (line.split(":", 2) + ["", ""])[:3]
+        if controllers and controller not in controllers.split(","):
+            continue
+        # In a container the path may be the host's, while its own group is mounted as the root.
+        names = (controllers, controller) if controllers else ("",)
+        for top in {mounted / name for name in names}:
+            inner = top / path.lstrip("/")
+            yield from (inner, *(outer for outer in inner.parents if outer.is_relative_to(top)))
+
+
+def read_words(path: Path) -> list[str]:
+    return " ".join(read_lines(path)).split()
+
+
+def read_lines(path: Path) -> list[str]:
+    try:
+        return path.read_text().splitlines()
+    except (OSError, ValueError):
+        return []
+
+
+def let_waiting_threads_sleep() -> None:
+    """Call before torch loads its OpenMP. What the user has set in the environment wins."""
+    if "OMP_WAIT_POLICY" in os.environ:
+        return
+    os.environ.setdefault("GOMP_SPINCOUNT", str(SPIN_COUNT))
+    os.environ.setdefault("KMP_BLOCKTIME", BLOCK_TIME)
