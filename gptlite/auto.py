@@ -59,6 +59,8 @@ def resolve(
         rate, why = pick_dropout_rate(epochs)
         reasons["dropout.rate"] = f"{rate:g}: {why}"
         run = run.model_copy(update={"dropout": run.dropout.model_copy(update={"rate": rate})})
+    if device.type == "cpu" and (why := loops.why_not()):
+        reasons["loops"] = f"none: {why}; torch alone is slower"
     chosen, why_chosen = pick_kernels(run, device, own)
     top |= chosen
     reasons |= why_chosen
@@ -154,7 +156,8 @@ def pick_kernels(
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Attention and dtype, by rule on GPUs, by timing a block on CPUs; with reasons."""
     if run.attention == "fused" and (device.type != "cpu" or loops.library() is None):
-        raise ConfigError("attention: fused needs a CPU and a C compiler (cc, or CC); set auto")
+        why = loops.why_not() if device.type == "cpu" else f"device is {device}"
+        raise ConfigError(f"attention: fused needs a CPU and a C compiler: {why}; set auto")
     kernels, why_kernel = attentions(run, device)
     dtypes, why_dtype = precisions(device, own)
     kernels = kernels if run.attention == "auto" else [run.attention]
@@ -187,8 +190,11 @@ def attentions(run: RunConfig, device: torch.device) -> tuple[list[str], str]:
     if device.type == "cpu":
         if drops and run.dropout.masks == "native":
             return ["math"], "no fused CPU kernel drops attention weights by torch's masks"
-        plain = "math" if loops.library() is None else "fused"
-        return ([plain] if drops else [plain, "sdpa"]), "drops attention weights by keyed masks"
+        plain = ["fused"] if loops.library() else ["math"]
+        if not drops:
+            return [*plain, "sdpa"], ""
+        alone = loops.library() and not loops.has_threads()
+        return [*plain, *(["math"] if alone else [])], "drops attention weights by keyed masks"
     if device.type == "cuda" and drops and run.dropout.masks != "keyed":
         return ["sdpa"], "torch's fused kernel, which drops attention weights by itself"
     if drops:
@@ -234,8 +240,7 @@ def describe_masks(run: RunConfig, device: torch.device) -> str:
     if native:
         return f"keyed, except {', '.join(native)}: native, inside the fused kernel"
     if device.type == "cpu":
-        way = "by the C compiler's loop" if loops.library() else "by torch; a C compiler is faster"
-        return f"keyed, {way}"
+        return f"keyed, by {'a compiled loop' if loops.library() else 'torch'}"
     return "keyed"
 
 

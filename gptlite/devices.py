@@ -139,8 +139,9 @@ def adapt(run: RunConfig, own: set[str] | None = None) -> tuple[RunConfig, list[
         notes.append(f"dtype: {dtype} -> float32: this {what} has no {dtype} products")
         dtype = "float32"
     if attention == "fused" and (there.type != "cpu" or loops.library() is None):
-        attention = "math"
-        notes.append("attention: fused -> math: needs a CPU and a C compiler")
+        attention = "math" if run.dropout.rates()["attention_weights"] else "sdpa"
+        why = loops.why_not() if there.type == "cpu" else f"the device is {device}"
+        notes.append(f"attention: fused -> {attention}: {why}")
     if threads != "auto":
         threads = min(threads, machine.count_cores())
     changed = {"device": device, "dtype": dtype, "attention": attention}

@@ -14,19 +14,28 @@ from torch.autograd.function import once_differentiable
 from gptlite import loops
 from gptlite.masks import NAMES, Mask, built
 
+MOST_THREADS = 2
+"""Of torch's, up to which one thread of a loop is faster: 2 to 4 times as fast as one of them. A
+compiler without OpenMP, as Apple's clang, makes loops of one thread (docs/benchmarks.md)."""
 FEW_ROWS = 16
 """Up to here the weights are what takes time; above, torch's products are faster."""
 
 
+def wins(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether there is a loop for x that is faster than torch with its threads."""
+    if torch.compiler.is_compiling() or not built(x, dtype):
+        return False
+    return loops.has_threads() or torch.get_num_threads() <= MOST_THREADS
+
+
 def fits(v: Tensor) -> bool:
     """Whether causal_attention takes values (B, H, S, D) now."""
-    known = not torch.compiler.is_compiling() and v.shape[2] <= loops.LONGEST_ROW
-    return known and built(v, v.dtype)
+    return v.shape[2] <= loops.LONGEST_ROW and wins(v, v.dtype)
 
 
 def gelu(x: Tensor) -> Tensor:
     """GPT-2's approximation of the Gaussian error linear unit (arXiv:1606.08415)."""
-    if torch.compiler.is_compiling() or not built(x, x.dtype):
+    if not wins(x, x.dtype):
         return F.gelu(x, approximate="tanh")
     if torch.is_grad_enabled():
         y: Tensor = _GELU.apply(x)
@@ -123,9 +132,8 @@ class Linear(nn.Linear):
     def few(self, x: Tensor) -> bool:
         if torch.is_grad_enabled() or x.numel() > FEW_ROWS * self.in_features:
             return False
-        known = x.dtype == torch.float32 and built(self.weight, x.dtype)
-        busy = torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")
-        return known and not busy
+        known = x.dtype == torch.float32 and wins(self.weight, x.dtype)
+        return known and not torch.is_autocast_enabled("cpu")
 
 
 def few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -1,31 +1,72 @@
-/* Loops for CPUs where torch has no fast one: keyed masks, GELU, and a causal softmax that drops.
+/* Loops for CPUs where torch has no fast one: keyed masks, GELU, a causal softmax that drops, and
+ * products of a few rows.
  *
  * loops.py builds this with the machine's C compiler if there is one, and defines LONGEST, the most
- * keys in a row of attention weights. Each loop has its judge in
- * Python: masks.plain bit for bit, F.gelu and model.attention_weights to rounding.
+ * keys in a row of attention weights. Each loop has its judge in Python: masks.plain bit for bit,
+ * F.gelu, model.attention_weights and F.linear to rounding. Sums are made in 16 running parts,
+ * added up in one order, whatever the width of the registers.
  */
 #ifndef TYPE /* the first reading; the file includes itself once for each type of values */
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
 
-#define GAMMA 0x9E3779B97F4A7C15u
-#define WIDE 16 /* values of a vector */
-#define LANES 64 /* values worked on together: a few vectors, 16 words of draws */
+#if defined(__AVX512F__)
+#define REGISTER 64 /* bytes */
+#elif defined(__AVX__)
+#define REGISTER 32
+#else
+#define REGISTER 16 /* SSE2, NEON */
+#endif
+#if REGISTER == 64 /* rows and columns of a tile of sums that fits the registers */
+#define COLUMNS 8
+#elif REGISTER == 32 || defined(__aarch64__)
+#define COLUMNS 2
+#else
+#define COLUMNS 1
+#endif
+#define ROWS 3
+#define PAIR (COLUMNS > 1 ? 2 : 1)
+
+#define WIDE 16 /* values, or words of draws, that are worked on together */
+#define LANES (REGISTER / 4)
+#define PARTS (WIDE / LANES)
+#define GAMMA 0x9E3779B9u
+#define CHUNK 512 /* values whose draws are made at a time */
 #define SMALL 16384 /* values that do not repay a second thread */
 #define EACH(start, end) for (int64_t i = (start); i < (end); i++)
+#define PART for (int p = 0; p < PARTS; p++)
 #define OMP(what) _Pragma(#what)
+#ifdef __clang__
+#define UNROLL _Pragma("clang loop unroll(full)")
+#else
 #define UNROLL _Pragma("GCC unroll 8")
+#endif
 
 typedef float float32;
 typedef uint16_t bfloat16;
+typedef float vector __attribute__((vector_size(REGISTER)));
+typedef uint32_t words __attribute__((vector_size(REGISTER)));
+typedef int32_t signs __attribute__((vector_size(REGISTER)));
+typedef uint16_t halves __attribute__((vector_size(REGISTER / 2)));
 
-/* The keys of a tensor (B, H, T, W): row (b, h, t) has keys[b, t] + salts[h]; word i of it is
- * mix(key + i * GAMMA), four draws of 16 bits, the lowest first. */
+int has_threads(void) {
+#ifdef _OPENMP
+    return 1;
+#else
+    return 0;
+#endif
+}
+
+int register_bytes(void) { return REGISTER; }
+
+/* The keys of a tensor (B, H, T, W): row (b, h, t) has mix(keys[b, t] + salts[h]). Word i of it is
+ * scramble(low half + i * GAMMA, high half), two draws of 16 bits: of each 32 values, the words'
+ * low halves decide the first 16, their high halves the others. */
 typedef struct {
     const int64_t *keys, *salts;
     int64_t stride_b, stride_t, B, H, T, W;
-    int32_t threshold;
+    int32_t threshold; /* in the upper 16 bits */
     float scale;
 } rows;
 
@@ -36,24 +77,31 @@ typedef struct {
             for (int64_t t = 0; t < (r)->T; t++)
 
 static inline uint64_t key_of(const rows *r, int64_t b, int64_t h, int64_t t) {
-    return (uint64_t)r->keys[b * r->stride_b + t * r->stride_t] + (uint64_t)r->salts[h];
-}
-
-static inline uint64_t mix(uint64_t x) {
+    uint64_t x = (uint64_t)r->keys[b * r->stride_b + t * r->stride_t] + (uint64_t)r->salts[h];
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
     x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
     return x ^ (x >> 31);
 }
 
-/* What each of n values from the key's word on is multiplied by; n is rounded up to LANES. */
-static inline void draw(const rows *r, uint64_t key, float *restrict kept, int64_t n) {
-    union { uint64_t words[LANES / 4]; int16_t draws[LANES]; } random;
-    int32_t threshold = r->threshold; /* read once: `kept` might lie over *r, for all C knows */
-    float scale = r->scale;
-    for (int64_t start = 0; start < n; start += LANES, key += LANES / 4 * GAMMA) {
-        EACH(0, LANES / 4) random.words[i] = mix(key + (uint64_t)i * GAMMA);
-        EACH(0, LANES) kept[start + i] = random.draws[i] >= threshold ? scale : 0.0f;
-    }
+/* What each of n values from the first on is multiplied by, n rounded up to 2 * WIDE. */
+static inline void draw(const rows *r, uint64_t key, int64_t first, float *restrict kept, int64_t n) {
+    uint32_t low = (uint32_t)key + (uint32_t)(first / 2) * GAMMA, count[LANES];
+    words at, high = (words){0} + (uint32_t)(key >> 32);
+    EACH(0, LANES) count[i] = low + (uint32_t)i * GAMMA;
+    memcpy(&at, count, sizeof at);
+    signs threshold = (signs){0} + r->threshold, scale = (signs)((vector){0} + r->scale);
+    for (int64_t start = 0; start < n; start += 2 * WIDE)
+        UNROLL PART {
+            words x = at;
+            x = (x ^ (x >> 16)) * 0x21F0AAADu + high;
+            x = (x ^ (x >> 15)) * 0xD35A2D97u;
+            x = x ^ (x >> 15);
+            signs lower = ((signs)(x << 16) >= threshold) & scale;
+            signs upper = ((signs)x >= threshold) & scale;
+            memcpy(kept + start + p * LANES, &lower, sizeof lower);
+            memcpy(kept + start + WIDE + p * LANES, &upper, sizeof upper);
+            at += LANES * GAMMA;
+        }
 }
 
 static inline float from_float32(float value) { return value; }
@@ -73,60 +121,86 @@ static inline uint16_t to_bfloat16(float value) {
 
 static inline uint16_t checked(float value) { return value == value ? to_bfloat16(value) : 0x7FC0; }
 
-/* e to the x to about 2 units in the last place (Cephes' expf), for x from -87 to 87. */
-static inline float exponential(float x) {
-    x = x < -87.0f ? -87.0f : x > 87.0f ? 87.0f : x;
-    float n = (x * 1.44269504f + 12582912.0f) - 12582912.0f; /* adding 1.5 * 2^23 rounds */
-    float r = (x - n * 0.693359375f) + n * 2.12194440e-4f, p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    union { int32_t bits; float value; } power = {((int32_t)n + 127) * (1 << 23)};
-    return (p * r * r + r + 1.0f) * power.value;
-}
-
-/* Softmax of factor * e over the first `seen`; zeros from there to n, a multiple of WIDE. */
-static inline void softmax(float *restrict e, int64_t seen, int64_t n, float factor) {
-    float top = -INFINITY, sum = 0;
-    EACH(seen, n) e[i] = -INFINITY;
-    OMP(omp simd reduction(max : top))
-    EACH(0, n) top = e[i] > top ? e[i] : top;
-    OMP(omp simd reduction(+ : sum))
-    EACH(0, n) {
-        e[i] = exponential((e[i] - top) * factor);
-        sum += e[i];
-    }
-    float share = 1.0f / sum;
-    EACH(0, n) e[i] *= share;
-    EACH(seen, n) e[i] = 0;
-}
-
-/* Vectors of one shape on every machine, so that sums are made in the same order. */
-typedef float wide __attribute__((vector_size(4 * WIDE)));
-typedef uint16_t wide_bits __attribute__((vector_size(2 * WIDE)));
-typedef uint32_t wide_words __attribute__((vector_size(4 * WIDE)));
-
-static inline wide load_float32(const float *x) {
-    wide v;
+static inline vector load_float32(const float *x) {
+    vector v;
     memcpy(&v, x, sizeof v);
     return v;
 }
 
-static inline wide load_bfloat16(const uint16_t *x) {
-    wide_bits bits;
+static inline vector load_bfloat16(const uint16_t *x) {
+    halves bits;
     memcpy(&bits, x, sizeof bits);
-    return (wide)(__builtin_convertvector(bits, wide_words) << 16);
+    return (vector)(__builtin_convertvector(bits, words) << 16);
 }
 
-static inline float total(wide v) {
-    typedef float eight __attribute__((vector_size(32)));
-    typedef float four __attribute__((vector_size(16)));
-    union { wide v; eight half[2]; } a = {v};
-    union { eight v; four half[2]; } b = {a.half[0] + a.half[1]};
-    four c = b.half[0] + b.half[1];
-    return (c[0] + c[2]) + (c[1] + c[3]);
+static inline void store_float32(float *x, vector v) { memcpy(x, &v, sizeof v); }
+
+static inline void store_bfloat16(uint16_t *x, vector v) {
+    words bits = (words)v;
+    halves rounded = __builtin_convertvector((bits + 0x7FFF + (bits >> 16 & 1)) >> 16, halves);
+    memcpy(x, &rounded, sizeof rounded);
+}
+
+/* Of 16 running sums: those 8 apart first, then 4, 2 and 1. */
+static inline float total(const vector *sums) {
+    float v[WIDE];
+    memcpy(v, sums, sizeof v);
+    EACH(0, 8) v[i] += v[i + 8];
+    EACH(0, 4) v[i] += v[i + 4];
+    return (v[0] + v[2]) + (v[1] + v[3]);
+}
+
+static inline float dot(const float *restrict a, const float *restrict b, int64_t n) {
+    vector sums[PARTS] = {0};
+    int64_t whole = n / WIDE * WIDE;
+    float last[2][WIDE] = {{0}};
+    EACH(whole, n) last[0][i - whole] = a[i], last[1][i - whole] = b[i];
+    for (int64_t k = 0; k < whole; k += WIDE)
+        UNROLL PART sums[p] += load_float32(a + k + p * LANES) * load_float32(b + k + p * LANES);
+    UNROLL PART sums[p] += load_float32(last[0] + p * LANES) * load_float32(last[1] + p * LANES);
+    return total(sums);
+}
+
+static inline vector choose(signs which, vector a, vector b) {
+    return (vector)(((signs)a & which) | ((signs)b & ~which));
+}
+
+/* e to the x to about 2 units in the last place (Cephes' expf), for x from -87 to 87. */
+static inline vector exponential(vector x) {
+    const vector least = (vector){0} - 87.0f, most = (vector){0} + 87.0f;
+    x = choose(x < least, least, choose(x > most, most, x));
+    vector shifted = x * 1.44269504f + 12582912.0f; /* adding 1.5 * 2^23 rounds */
+    vector n = shifted - 12582912.0f;
+    vector r = (x - n * 0.693359375f) + n * 2.12194440e-4f, p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    vector power = (vector)(((words)shifted << 23) + (127u << 23));
+    return (p * r * r + r + 1.0f) * power;
+}
+
+/* Softmax of factor * e over the first `seen`; zeros from there to n, a multiple of WIDE. */
+static inline void softmax(float *restrict e, int64_t seen, int64_t n, float factor) {
+    EACH(seen, n) e[i] = -INFINITY;
+    vector tops = (vector){0} - INFINITY, sums[PARTS] = {0};
+    for (int64_t k = 0; k < n; k += LANES) {
+        vector v = load_float32(e + k);
+        tops = choose(v > tops, v, tops);
+    }
+    float top[LANES];
+    memcpy(top, &tops, sizeof top);
+    UNROLL for (int half = LANES / 2; half; half /= 2)
+        EACH(0, half) top[i] = top[i] > top[i + half] ? top[i] : top[i + half];
+    for (int64_t k = 0; k < n; k += WIDE)
+        UNROLL PART {
+            vector share = exponential((load_float32(e + k + p * LANES) - top[0]) * factor);
+            store_float32(e + k + p * LANES, share);
+            sums[p] += share;
+        }
+    float share = 1.0f / total(sums);
+    EACH(0, n) e[i] *= share;
+    EACH(seen, n) e[i] = 0;
 }
 
 /* One new token: queries (B, H, D) read keys and values (B, G, S, D), of which
@@ -142,11 +216,8 @@ void read_one(const float *q, const float *keys, const float *values, const uint
             const float *query = q + (b * H + h) * D;
             float *out = z + (b * H + h) * D, factor = 1.0f / sqrtf((float)D);
             for (int64_t s = 0; s < S; s++) {
-                const float *key = keys + start + s * D;
-                float sum = 0;
-                OMP(omp simd reduction(+ : sum))
-                EACH(0, D) sum += query[i] * key[i];
-                weights[s] = !visible || visible[b * S + s] ? sum : -INFINITY;
+                float score = dot(query, keys + start + s * D, D);
+                weights[s] = !visible || visible[b * S + s] ? score : -INFINITY;
             }
             softmax(weights, S, (S + WIDE - 1) / WIDE * WIDE, factor);
             EACH(0, D) out[i] = 0;
@@ -163,10 +234,10 @@ void read_one(const float *q, const float *keys, const float *values, const uint
         EACH_ROW(r) {                                                                             \
             int64_t W = r->W, row = ((b * r->H + h) * r->T + t) * W;                              \
             uint64_t key = key_of(r, b, h, t);                                                    \
-            for (int64_t at = 0; at < W; at += 4 * LANES, key += LANES * GAMMA) {                 \
-                float kept[4 * LANES];                                                            \
-                int64_t n = W - at < 4 * LANES ? W - at : 4 * LANES;                              \
-                draw(r, key, kept, n);                                                            \
+            for (int64_t at = 0; at < W; at += CHUNK) {                                           \
+                float kept[CHUNK];                                                                \
+                int64_t n = W - at < CHUNK ? W - at : CHUNK;                                      \
+                draw(r, key, at, kept, n);                                                        \
                 EACH(0, n) y[row + at + i] = WRITE(from_##FROM(x[row + at + i]) * kept[i]);       \
             }                                                                                     \
         }                                                                                         \
@@ -190,14 +261,23 @@ DROP(bfloat16, bfloat16, to_bfloat16)
 #else
 
 /* x * sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3), and its slope for the way back. */
+static inline void OF(gelu_some)(const TYPE *x, TYPE *y, TYPE *slope) {
+    vector v = OF(load)(x), square = 0.044715f * v * v, twice = 1.5957691f * v;
+    vector share = 1.0f / (1.0f + exponential(-twice * (1.0f + square)));
+    OF(store)(y, v * share);
+    OF(store)(slope, share + twice * share * (1.0f - share) * (1.0f + 3.0f * square));
+}
+
 void OF(gelu)(const TYPE *restrict x, TYPE *restrict y, TYPE *restrict slope, int64_t n) {
-    OMP(omp parallel for simd schedule(static) if (parallel : n > SMALL))
-    EACH(0, n) {
-        float v = OF(from)(x[i]), square = 0.044715f * v * v, twice = 1.5957691f * v;
-        float share = 1.0f / (1.0f + exponential(-twice * (1.0f + square)));
-        y[i] = OF(to)(v * share);
-        slope[i] = OF(to)(share + twice * share * (1.0f - share) * (1.0f + 3.0f * square));
-    }
+    int64_t whole = n / LANES * LANES;
+    size_t rest = (size_t)(n - whole) * sizeof(TYPE);
+    OMP(omp parallel for schedule(static) if (n > SMALL))
+    for (int64_t at = 0; at < whole; at += LANES) OF(gelu_some)(x + at, y + at, slope + at);
+    TYPE last[3][LANES] = {{0}};
+    memcpy(last[0], x + whole, rest);
+    OF(gelu_some)(last[0], last[1], last[2]);
+    memcpy(y + whole, last[1], rest);
+    memcpy(slope + whole, last[2], rest);
 }
 
 static inline void OF(softmax_row)(const rows *r, uint64_t key, int64_t seen, float factor,
@@ -209,7 +289,7 @@ static inline void OF(softmax_row)(const rows *r, uint64_t key, int64_t seen, fl
     EACH(0, inside) row[i] = OF(to)(weights[i]);
     EACH(inside, r->W) row[i] = 0;
     if (!dropped) return;
-    draw(r, key, kept, n);
+    draw(r, key, 0, kept, n);
     EACH(0, inside) dropped[i] = OF(to)(OF(from)(row[i]) * kept[i]);
     EACH(inside, r->W) dropped[i] = 0;
 }
@@ -227,18 +307,17 @@ void OF(softmax)(const rows *r, float factor, TYPE *scores, TYPE *dropped) {
 static inline void OF(softmax_row_back)(const rows *r, uint64_t key, int64_t seen, float factor,
                                         const TYPE *restrict weights, TYPE *restrict row,
                                         TYPE *restrict dropped) {
-    float w[LONGEST], g[LONGEST], kept[LONGEST], dot = 0;
+    float w[LONGEST], g[LONGEST], kept[LONGEST];
     EACH(0, seen) w[i] = OF(from)(weights[i]);
     EACH(0, seen) g[i] = OF(from)(row[i]);
     if (dropped) {
-        draw(r, key, kept, seen);
+        draw(r, key, 0, kept, seen);
         EACH(0, seen) dropped[i] = OF(to)(w[i] * kept[i]);
         EACH(seen, r->W) dropped[i] = 0;
         EACH(0, seen) g[i] *= kept[i];
     }
-    OMP(omp simd reduction(+ : dot))
-    EACH(0, seen) dot += g[i] * w[i];
-    EACH(0, seen) row[i] = OF(to)(w[i] * (g[i] - dot) * factor);
+    float mean = dot(g, w, seen);
+    EACH(0, seen) row[i] = OF(to)(w[i] * (g[i] - mean) * factor);
     EACH(seen, r->W) row[i] = 0;
 }
 
@@ -252,45 +331,56 @@ void OF(softmax_back)(const rows *r, float factor, const TYPE *weights, TYPE *gr
     }
 }
 
+/* Add R rows of WIDE weights, `step` apart, times C rows of x to running sums. */
+static inline __attribute__((always_inline)) void OF(add)(int R, int C, vector (*restrict sums)[COLUMNS][PARTS],
+                                                          const TYPE *restrict weight,
+                                                          const float *restrict x, int64_t step) {
+    vector w[ROWS][PARTS];
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL PART w[r][p] = OF(load)(weight + r * step + p * LANES);
+    UNROLL for (int c = 0; c < C; c++)
+        UNROLL PART {
+            vector v = load_float32(x + c * step + p * LANES);
+            UNROLL for (int r = 0; r < R; r++) sums[r][c][p] += w[r][p] * v;
+        }
+}
+
 /* R rows of the weight (R, K) times C rows of x (C, K): sums that fit the vector registers. */
 static inline __attribute__((always_inline)) void OF(tile)(int R, int C, const TYPE *restrict weight,
                                                            const float *restrict x,
                                                            const float *restrict bias,
                                                            float *restrict y, int64_t K, int64_t N) {
-    wide sums[3][8] = {0};
+    vector sums[ROWS][COLUMNS][PARTS] = {0};
     int64_t whole = K / WIDE * WIDE;
     for (int64_t k = 0; k < whole; k += WIDE) {
-        wide w[3];
-        UNROLL for (int r = 0; r < R; r++) {
-            w[r] = OF(load)(weight + r * K + k);
-            if (R > 1) __builtin_prefetch(weight + (r + R) * K + k); /* it knows no such order */
-        }
-        UNROLL for (int c = 0; c < C; c++) {
-            wide v = load_float32(x + c * K + k);
-            UNROLL for (int r = 0; r < R; r++) sums[r][c] += w[r] * v;
-        }
+        if (R > 1) /* the processor knows no such order of rows */
+            UNROLL for (int r = 0; r < R; r++) __builtin_prefetch(weight + (r + R) * K + k);
+        OF(add)(R, C, sums, weight + k, x + k, K);
+    }
+    if (whole < K) {
+        TYPE w[ROWS][WIDE] = {{0}};
+        float v[COLUMNS][WIDE] = {{0}};
+        for (int r = 0; r < R; r++) EACH(whole, K) w[r][i - whole] = weight[r * K + i];
+        for (int c = 0; c < C; c++) EACH(whole, K) v[c][i - whole] = x[c * K + i];
+        OF(add)(R, C, sums, w[0], v[0], WIDE);
     }
     UNROLL for (int r = 0; r < R; r++)
-        UNROLL for (int c = 0; c < C; c++) {
-            float sum = total(sums[r][c]) + (bias ? bias[r] : 0.0f);
-            EACH(whole, K) sum += OF(from)(weight[r * K + i]) * x[c * K + i];
-            y[c * N + r] = sum;
-        }
+        UNROLL for (int c = 0; c < C; c++) y[c * N + r] = total(sums[r][c]) + (bias ? bias[r] : 0.0f);
 }
 
 /* y (B, N) = x (B, K) weight (N, K) + bias (N), or NULL. One row of x goes at the pace of memory,
- * which is read in order; 8 share what is read. A row of y does not depend on the others. */
+ * which is read in order; several share what is read. A row of y does not depend on the others. */
 void OF(linear)(const TYPE *weight, const float *x, const float *bias, float *y, int64_t B,
                 int64_t K, int64_t N) {
     OMP(omp parallel for schedule(static) if (N * K > SMALL))
-    for (int64_t block = 0; block < (N + 2) / 3; block++) {
-        int64_t n = 3 * block, end = n + 3 < N ? n + 3 : N, b = 0;
+    for (int64_t block = 0; block < (N + ROWS - 1) / ROWS; block++) {
+        int64_t n = ROWS * block, end = n + ROWS < N ? n + ROWS : N, b = 0;
 #define TILE(R, C) OF(tile)(R, C, weight + n * K, x + b * K, bias ? bias + n : 0, y + b * N + n, K, N)
-        if (end == n + 3)
-            for (; b + 8 <= B; b += 8) TILE(3, 8);
+        if (end == n + ROWS && B > 1)
+            for (; b + COLUMNS <= B; b += COLUMNS) TILE(ROWS, COLUMNS);
         for (int64_t first = b; n < end; n++) {
-            for (b = first; b + 2 <= B; b += 2) TILE(1, 2);
-            if (b < B) TILE(1, 1);
+            for (b = first; b + PAIR <= B; b += PAIR) TILE(1, PAIR);
+            for (; b < B; b++) TILE(1, 1);
         }
 #undef TILE
     }

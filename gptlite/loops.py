@@ -6,6 +6,7 @@ set to something that is none) everything runs on torch alone, slower.
 
 import ctypes
 import os
+import platform
 import shlex
 import subprocess
 import tempfile
@@ -16,7 +17,13 @@ from pathlib import Path
 
 LONGEST_ROW = 8192
 """Keys in a row of attention weights that softmax takes."""
-FLAGS: tuple[list[str], ...] = (["-march=native", "-fopenmp"], ["-fopenmp"], [])
+SOURCE = Path(__file__).with_name("loops.c")
+FLAGS = ("-O3", "-ffp-contract=fast", f"-DLONGEST={LONGEST_ROW}")
+"""The same roundings from every compiler."""
+OWN = "-march=native" if platform.machine() in ("x86_64", "AMD64", "i686") else "-mcpu=native"
+"""For this processor; without it, loops for the oldest one would be slower than torch."""
+CHOOSES = ("-march", "-mcpu")
+"""CC may have one of these itself, to build for another processor: CC="gcc -march=x86-64-v3"."""
 
 
 class Rows(ctypes.Structure):
@@ -32,7 +39,7 @@ class Rows(ctypes.Structure):
 
 
 @cache
-def building() -> Future[ctypes.CDLL | None]:
+def building() -> Future[tuple[ctypes.CDLL | None, str]]:
     """Begin to build; what is called first need not wait."""
     pool = ThreadPoolExecutor(1)
     future = pool.submit(build)
@@ -42,24 +49,51 @@ def building() -> Future[ctypes.CDLL | None]:
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The loops; None without a compiler."""
-    return building().result()
+    """The loops; None where they cannot be built."""
+    return building().result()[0]
 
 
-def build() -> ctypes.CDLL | None:
-    source = Path(__file__).with_name("loops.c")
+def why_not() -> str:
+    """Why there are no loops, and what to do; empty if there are."""
+    return building().result()[1]
+
+
+def has_threads() -> bool:
+    """Whether the loops work in as many threads as torch: not all compilers have OpenMP."""
+    loaded = library()
+    return loaded is not None and bool(loaded.has_threads())
+
+
+def build() -> tuple[ctypes.CDLL | None, str]:
+    """The loops, or why there are none. Apple's clang has no OpenMP, so without it too."""
     compiler = shlex.split(os.environ.get("CC", "cc"))
-    for flags in FLAGS:
+    own = [] if any(flag.startswith(CHOOSES) for flag in compiler) else [OWN]
+    why = ""
+    for threads in (["-fopenmp"], []):
         with tempfile.TemporaryDirectory() as folder:
             built = Path(folder) / "loops.so"
-            flags = ["-O3", *flags, f"-DLONGEST={LONGEST_ROW}", "-shared", "-fPIC"]
-            command = [*compiler, *flags, str(source), "-o", str(built)]
+            flags = [*FLAGS, *own, *threads, "-shared", "-fPIC", str(SOURCE), "-o", str(built)]
             try:
-                subprocess.run(command, check=True, capture_output=True, timeout=60)
-                return ctypes.CDLL(str(built))
-            except (OSError, subprocess.SubprocessError):
+                subprocess.run([*compiler, *flags], check=True, capture_output=True, timeout=60)
+            except subprocess.CalledProcessError as error:
+                why = f"{compiler[0]} failed: {first_error(error.stderr)}"
                 continue
-    return None
+            except (OSError, IndexError, subprocess.SubprocessError):
+                return None, f"no C compiler ({shlex.join(compiler) or 'CC is empty'})"
+            try:
+                return ctypes.CDLL(str(built)), ""
+            except OSError as error:
+                why = f"what was built cannot be loaded ({error})"
+                if "failed to map" in str(error):
+                    where = tempfile.gettempdir()
+                    why = f"{where} is mounted noexec; set TMPDIR to a folder that is not"
+    return None, why
+
+
+def first_error(output: bytes) -> str:
+    """The line of a compiler's output that says what is wrong."""
+    lines = output.decode(errors="replace").splitlines() or ["no message"]
+    return next((line for line in lines if "error" in line), lines[0])[:200]
 
 
 @cache

@@ -1,12 +1,14 @@
 """Keyed masks: which values fall is a pure function of names and numbers, of no generator's state.
 
-    row key  = key of (seed, step, sample, position) + salt of (site, layer, head)
-    word i   = mix(row key + i * GAMMA), the splitmix64 sequence (Steele, Lea, Flood 2014)
-    draw c   = 16 bits, quarter c mod 4 of word c // 4; of its 2**16 values, `cut` drop
+    row key  = mix(key of (seed, step, sample, position) + salt of (site, layer, head)), 64 bits
+    word i   = scramble(low half of the row key + i * STEP, high half), 32 bits
+    draw c   = 16 bits: of 32 values, the low halves of 16 words decide the first 16, their high
+               halves the others; of its 2**16 values, `cut` drop
 
-One word decides four values, and the backward pass draws masks again instead of keeping them. Of
-the generators timed by `scripts/bench_dropout.py` splitmix64 is the fastest with 64 bits of key per
-row, and it passes BigCrush; `tests/test_masks.py` tests its use here. `plain` says what comes out.
+One word decides two values, and the backward pass draws masks again instead of keeping them. `mix`
+is splitmix64's finaliser (Steele, Lea, Flood 2014), `scramble` lowbias32 (Wellons, hash-prospector)
+with the high half added behind its first product: what every CPU multiplies fast is 32 bits wide.
+`tests/test_masks.py` tests their use here. `plain` says what comes out.
 """
 
 from typing import Any, NamedTuple
@@ -32,6 +34,9 @@ def signed(number: int) -> int:
 
 
 GAMMA, FIRST, SECOND = map(signed, (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+STEP, ONE, TWO = (low - (1 << 32) * (low >> 31) for low in (0x9E3779B9, 0x21F0AAAD, 0xD35A2D97))
+BLOCK, HALF_BLOCK = 32, 16
+"""Values that a block of words decides, and the words in it."""
 
 
 def mix(x: Tensor) -> Tensor:
@@ -39,6 +44,18 @@ def mix(x: Tensor) -> Tensor:
     x = (x ^ (x >> 30 & (1 << 34) - 1)) * FIRST
     x = (x ^ (x >> 27 & (1 << 37) - 1)) * SECOND
     return x ^ (x >> 31 & (1 << 33) - 1)
+
+
+def low_half(x: Tensor) -> Tensor:
+    """The low 32 bits of 64 as int32."""
+    return (x << 32 >> 32).to(torch.int32)
+
+
+def scramble(x: Tensor, high: Tensor) -> Tensor:
+    """Scramble 32 bits, differently for each `high`; int32 wraps alike on every device."""
+    x = (x ^ (x >> 16 & 0xFFFF)) * ONE + high
+    x = (x ^ (x >> 15 & 0x1FFFF)) * TWO
+    return x ^ (x >> 15 & 0x1FFFF)
 
 
 def sample_keys(seed: int, step: int, rows: NDArray[np.int64]) -> Tensor:
@@ -79,7 +96,7 @@ class Mask(NamedTuple):
     def rows(self, x: Tensor) -> Tensor:
         """The key of each row of x."""
         rows = self.keys[:, None] + self.salts[:, None] if x.ndim == 4 else self.keys + self.salts
-        return rows.expand(x.shape[:-1])
+        return mix(rows).expand(x.shape[:-1])
 
     def layout(self, x: Tensor) -> loops.Rows:
         """The same for loops.c; it holds addresses, not the keys themselves."""
@@ -91,13 +108,18 @@ class Mask(NamedTuple):
         return loops.Rows(
             *(self.keys.data_ptr(), self.salts.data_ptr(), *strides),
             *(B, len(self.salts), T, W),
-            *(self.cut - (RATES >> 1), RATES / (RATES - self.cut)),
+            *(threshold(self.cut), RATES / (RATES - self.cut)),
         )
 
 
 def cut_of(rate: float) -> int:
     """Of the 2**16 values of a draw, how many drop."""
     return round(rate * RATES)
+
+
+def threshold(cut: Any) -> Any:
+    """Draws are compared as signed 16 bits, in the upper half of a word: below this they drop."""
+    return (cut - (RATES >> 1)) << 16
 
 
 def drop(x: Tensor, mask: Mask, dtype: torch.dtype | None = None) -> Tensor:
@@ -138,10 +160,15 @@ class _Drop(torch.autograd.Function):
 
 def plain(x: Tensor, mask: Mask, dtype: torch.dtype) -> Tensor:
     """The formula, one word per value: what a compiler fuses, and what judges the fast paths."""
-    feature, cut = torch.arange(x.shape[-1], device=x.device), mask.cut
-    words = mix(mask.rows(x)[..., None] + (feature >> 2) * GAMMA)
-    draws = words >> (feature & 3) * 16 & RATES - 1
-    kept = (draws ^ RATES >> 1) >= cut  # the order of signed 16 bits, as the fast paths compare
+    feature, cut, rows = (
+        torch.arange(x.shape[-1], device=x.device),
+        mask.cut,
+        mask.rows(x)[..., None],
+    )
+    number = (feature // BLOCK * HALF_BLOCK + feature % HALF_BLOCK).to(torch.int32)
+    words = scramble(low_half(rows) + number * STEP, low_half(rows >> 32))
+    draws = torch.where(feature % BLOCK < HALF_BLOCK, words << 16, words)
+    kept = draws >= threshold(cut)
     wide = torch.promote_types(x.dtype, torch.float32)  # 1 / 0.9 is 0.2 % off in bfloat16
     scale = torch.as_tensor(RATES / (RATES - cut), dtype=wide)
     return (x.to(wide) * torch.where(kept, scale, 0.0)).to(dtype)
@@ -153,21 +180,25 @@ def tiled(x: Tensor, mask: Mask, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     A few words per operation, in place, so that they stay in the cache.
     """
     x, width, cut = x.contiguous(), x.shape[-1], mask.cut
-    y, n_words = torch.empty_like(x, dtype=torch.promote_types(x.dtype, dtype)), -(-width // 4)
-    n = max(1, TILE_WORDS.get(x.device.type, 1 << 17) // n_words)
-    steps, rows = torch.arange(n_words, device=x.device) * GAMMA, mask.rows(x).reshape(-1, 1)
-    words = torch.empty(min(n, len(rows)), n_words, dtype=torch.int64, device=x.device)
-    spare, kept = torch.empty_like(words), y.new_empty(*x.shape[:-1], 4 * n_words)
+    y, blocks = torch.empty_like(x, dtype=torch.promote_types(x.dtype, dtype)), -(-width // BLOCK)
+    n = max(1, TILE_WORDS.get(x.device.type, 1 << 17) // (blocks * HALF_BLOCK))
+    number = torch.arange(blocks * HALF_BLOCK, dtype=torch.int32, device=x.device) * STEP
+    rows = mask.rows(x).reshape(-1, 1)
+    low, high = low_half(rows), low_half(rows >> 32)
+    words = torch.empty(min(n, len(rows)), len(number), dtype=torch.int32, device=x.device)
+    spare, kept = torch.empty_like(words), y.new_empty(*x.shape[:-1], blocks * BLOCK)
     views = (part.view(-1, part.shape[-1]).split(n) for part in (x, y, kept))
-    for keys, from_, to, k in zip(rows.split(n), *views, strict=True):
+    for lower, upper, from_, to, k in zip(low.split(n), high.split(n), *views, strict=True):
         w, s = words[: len(k)], spare[: len(k)]
-        torch.add(keys, steps, out=w)
-        for shift, factor in ((30, FIRST), (27, SECOND), (31, None)):
+        torch.add(lower, number, out=w)
+        for shift, factor, more in ((16, ONE, upper), (15, TWO, 0), (15, 1, 0)):
             torch.bitwise_right_shift(w, shift, out=s)
-            w ^= s.bitwise_and_((1 << 64 - shift) - 1)
-            if factor is not None:
-                w *= factor
-        torch.ge(w.view(torch.int16), cut - (RATES >> 1), out=k)
+            w ^= s.bitwise_and_((1 << 32 - shift) - 1)
+            if factor != 1:
+                w.mul_(factor).add_(more)
+        halves = k.view(len(k), blocks, 2, HALF_BLOCK)
+        torch.ge(w.view(len(k), blocks, HALF_BLOCK), threshold(cut), out=halves[:, :, 1])
+        torch.ge(w.view(len(k), blocks, HALF_BLOCK) << 16, threshold(cut), out=halves[:, :, 0])
         torch.mul(from_, k[:, :width], out=to)
         to *= RATES / (RATES - cut)
     return y.to(dtype), kept[..., :width]

@@ -151,7 +151,12 @@ def bench_generators(repeats: int) -> Iterator[str]:
     words = torch.arange(tile // 4) * GAMMA
     halves, blocks = torch.arange(tile // 2, dtype=torch.int32), torch.arange(tile // 8)
     out, source = torch.empty(tile // 4, dtype=torch.int64), np.random.Philox(0)
+    high = torch.tensor(12345, dtype=torch.int32)
     generators: dict[str, tuple[Callable[[], Any], str]] = {
+        "lowbias32 with a second key, 2 draws a word": (
+            partial(masks.scramble, halves, high),
+            "64 bits of key a row; tests/test_masks.py",
+        ),
         "splitmix64, 4 draws a word": (partial(mix, words), "BigCrush (Steele 2014)"),
         "murmur3 fmix32, 2 draws a word": (partial(fmix32, halves), "only 32 bits of key"),
         "Philox4x32-10, 8 draws a block": (

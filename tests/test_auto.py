@@ -56,6 +56,7 @@ def timed(monkeypatch: pytest.MonkeyPatch, times: Times) -> list[tuple[str, str]
     monkeypatch.setattr(auto, "block_seconds", seconds)
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
     monkeypatch.setattr(loops, "library", lambda: object())
+    monkeypatch.setattr(loops, "has_threads", lambda: True)
     return asked
 
 
@@ -180,6 +181,7 @@ def test_attention_is_what_the_rates_allow(
 ) -> None:
     """No kernel of torch's takes keyed masks, and none on a CPU drops weights at all."""
     monkeypatch.setattr(loops, "library", lambda: object() if compiler else None)
+    monkeypatch.setattr(loops, "has_threads", lambda: compiler)
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     drops, none = workshop.run(dropout={"preset": "gpt2"}), workshop.run(dropout={"preset": "none"})
     keyed = workshop.run(dropout={"preset": "gpt2", "masks": "keyed"})

@@ -129,9 +129,9 @@ RATES_TO_RELATE = (0.1, 0.5, 0.9)
 
 
 @pytest.mark.parametrize("rate", RATES_TO_RELATE)
-@pytest.mark.parametrize("lag", [1, 2, 3, 4, 5, 8, 16, 64, 255])
+@pytest.mark.parametrize("lag", [1, 2, 3, 4, 5, 8, 15, 16, 17, 31, 32, 33, 64, 255])
 def test_features_are_independent(rate: float, lag: int) -> None:
-    """Within a word of four, between words, and far apart."""
+    """Between words, between both halves of a word (16 apart), and far apart."""
     mask = kept(rate)
     assert abs(correlation(mask[..., :-lag], mask[..., lag:])) < 4
 
@@ -184,17 +184,47 @@ def test_rows_and_columns_vary_as_chance_does(rate: float) -> None:
     assert abs(int(changes.sum()) - changes.numel() * chance) < 4 * math.sqrt(variance)
 
 
-@pytest.mark.parametrize("quarter", range(4))
-def test_every_quarter_of_a_word_is_uniform(quarter: int) -> None:
+def some_words() -> Tensor:
+    """(B, T, 4096)."""
+    rows = mix(mask_keys(sample_keys(3, 5, np.arange(B)), torch.arange(T)[None], None).token)
+    low, upper = (masks.low_half(half)[..., None] for half in (rows, rows >> 32))
+    number = torch.arange(4096, dtype=torch.int32) * masks.STEP
+    return masks.scramble(low + number, upper)
+
+
+@pytest.mark.parametrize("half", range(2))
+def test_both_halves_of_a_word_are_uniform(half: int) -> None:
     """Chi-square over both bytes of a draw; its lowest bits decide at small rates."""
-    rows = mask_keys(sample_keys(3, 5, np.arange(B)), torch.arange(T)[None], None).token
-    words = mix(rows[..., None] + torch.arange(2048) * masks.GAMMA)
-    draws = words >> 16 * quarter & 0xFFFF
+    draws = some_words() >> 16 * half & 0xFFFF
     for part in (draws & 0xFF, draws >> 8):
         counts = part.flatten().bincount(minlength=256).double()
         each = counts.mean()
         chi_square = float(((counts - each) ** 2 / each).sum())
         assert abs(chi_square - 255) < 4 * math.sqrt(2 * 255)
+
+
+def test_every_bit_of_a_word_is_fair_and_related_to_no_other() -> None:
+    """Each of 32 bits, each pair of them, and each with the next word's: 2.1 M words."""
+    words = some_words()
+    bits = torch.stack([words >> i & 1 for i in range(32)]).flatten(1).float() * 2 - 1
+    n = bits.shape[1]
+    assert (bits.mean(1).abs() * math.sqrt(n)).max() < 4.5
+    for other in (bits, bits.roll(1, 1)):
+        pairs = bits @ other.T / math.sqrt(n)
+        if other is bits:
+            pairs.fill_diagonal_(0)
+        assert pairs.abs().max() < 5
+
+
+def test_rows_whose_words_start_alike_are_told_apart() -> None:
+    """The low half of a row's key says where its words begin, the high half which sequence."""
+    count = torch.arange(1 << 16, dtype=torch.int32) * masks.STEP
+    keys = mix(torch.arange(20))
+    rows = [masks.scramble(count, high) for high in masks.low_half(keys >> 32)]
+    for a, b in itertools.pairwise(rows):
+        for half in range(2):
+            one, other = ((x >> 16 * half & 0xFFFF) < 6554 for x in (a, b))
+            assert abs(correlation(one, other)) < 4.5
 
 
 def test_masks_have_the_distribution_of_torchs_dropout() -> None:
