@@ -1,10 +1,12 @@
 #!/usr/bin/env python
 """How fast gptlite is, beside Hugging Face's GPT-2 and torch alone, in one run on one machine.
 
-    .venv/bin/python scripts/bench.py [SECTION ...] [--text FILE] [--write]
+    .venv/bin/python scripts/bench.py [SECTION ...] [--text FILE] [--lesser] [--write]
 
 Everything is interleaved; figures are medians, ratios medians of the ratios within a repeat.
---write puts the tables into docs/benchmarks.md, between the marks of their sections. `--text` is
+--lesser has a processor with AVX-512 work as one with AVX2 and no bfloat16 (LESSER of
+bench_peers.py). --write puts the tables into docs/benchmarks.md, between the marks of their
+sections, which end in -avx2 with --lesser. `--text` is
 tinyshakespeare: quality and numerics train on it, prepare reads it many times over.
 """
 
@@ -26,9 +28,11 @@ from typing import Any
 
 import torch
 from bench_growth import bench_growth, bench_memory
+from bench_machines import bench_busy, bench_compiler, bench_quickstart, bench_sites
 from bench_peers import (
     DROPOUT,
     GPT2,
+    LESSER,
     SHAPES,
     Away,
     gptlite_update,
@@ -44,6 +48,7 @@ from bench_peers import (
 
 from gptlite.config import ModelConfig, SampleConfig
 from gptlite.config_reader import validate
+from gptlite.devices import HALF, precisions
 from gptlite.generate import continuations, halve
 from gptlite.model import GPT
 from gptlite.plan import flops_per_token
@@ -56,45 +61,48 @@ import resource, subprocess, sys
 subprocess.run(sys.argv[1:], check=True)
 print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 """
-DTYPES = ("float32", "bfloat16")
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "benchmarks.md"
 Times = dict[str, list[float]]
 
 
 def bench_train(options: argparse.Namespace) -> Iterator[str]:
     """A whole update with dropout 0.2 at nanoGPT's four places."""
-    yield row(("shape", "who", "ms", "tokens/s", "x HF fp32", "x HF bf16", "of bf16 matmul"))
-    yield "|---|---|---:|---:|---:|---:|---:|"
+    dtypes, best = precisions(torch.device("cpu"))[0], {"float32": torch.float32, **HALF}
+    peers = [f"x HF, {dtype}" for dtype in dtypes]
+    yield row(("shape", "who", "ms", "tokens/s", *peers, "of the best matmul"))
+    yield f"|---|---|{'---:|' * (len(peers) + 3)}"
     plain = {"dtype": "float32", "attention": "math"}
     ways: dict[str, dict[str, Any]] = {
         "torch alone, float32, torch's dropout": {**plain, "compiler": False},
-        "float32": {"dtype": "float32"},
+        **({"float32": {"dtype": "float32"}} if len(dtypes) > 1 else {}),
         "auto": {"dtype": "auto"},
         "auto without its loop": {"dtype": "auto", "loop": False},
     }
     for name, shape in SHAPES.items():
         calls = 10 if name.startswith("cpu") else 1
         away = partial(Away, calls=calls)
-        todo = {f"HF GPT-2, {d}": away(hugging_face_update, shape, d) for d in DTYPES}
+        todo = {f"HF GPT-2, {d}": away(hugging_face_update, shape, d) for d in dtypes}
         for way, top in ways.items():
             masks = {"masks": "native"} if "torch's" in way else {}
             more = {"dropout": {**DROPOUT, **masks}, **top}
             todo[f"gptlite, {way}"] = away(gptlite_update, shape, **more)
-        todo["matmul"] = away(matmul, torch.bfloat16)
+        todo |= {f"{d} matmul": away(matmul, best[d]) for d in dtypes}
         times = in_turn(todo, options.repeats)
-        products = [8 * 2 * 1024**3 / s for s in times.pop("matmul")]
+        made = {d: times.pop(f"{d} matmul") for d in dtypes}
+        fastest = min(made, key=lambda d: statistics.median(made[d]))
+        products = [8 * 2 * 1024**3 / s for s in made[fastest]]
         tokens = shape["train"]["batch_size"] * shape["model"]["context_length"]
         sizes: Any = SimpleNamespace(model=ModelConfig.model_validate(shape["model"]))
         flops, short = tokens * flops_per_token(sizes, 65), name.partition(":")[0]
         for who, seconds in times.items():
             typical = statistics.median(seconds)
-            ratios = [f"{ratio(times, hf, who):.2f}" for hf in list(times)[:2]]
+            ratios = [f"{ratio(times, hf, who):.2f}" for hf in list(times)[: len(dtypes)]]
             pairs = zip(seconds, products, strict=True)
             share = statistics.median(flops / s / p for s, p in pairs)
             cells = (f"{1e3 * typical:.1f}", f"{tokens / typical:,.0f}", *ratios, f"{share:.0%}")
             yield row((short, who, *cells))
         speed = f"{statistics.median(products) / 1e9:.0f} GFLOP/s"
-        yield row((short, "bf16 matmul, 1024 cubed", speed, *[""] * 4))
+        yield row((short, f"{fastest} matmul, 1024 cubed", speed, *[""] * (len(dtypes) + 2)))
 
 
 def command(*args: str, **sets: Any) -> list[str]:
@@ -173,8 +181,10 @@ def bench_generate(options: argparse.Namespace) -> Iterator[str]:
     for name, sizes, vocab_size, n in (("10 M", small, 65, 100), ("124 M", GPT2, 50257, 32)):
         theirs = hugging_face(sizes, vocab_size).eval()
         config = ModelConfig.model_validate(sizes)
-        ours = {d: GPT(config, vocab_size, kernel="fused").eval() for d in ("float32", "bfloat16")}
-        halve(ours["bfloat16"])
+        dtypes = precisions(torch.device("cpu"))[0]
+        ours = {d: GPT(config, vocab_size, kernel="fused").eval() for d in dtypes}
+        for dtype in dtypes[1:]:
+            halve(ours[dtype])
         wanted = {"max_new_tokens": n, "temperature": 0.8}
         settings = SampleConfig.model_validate(wanted)
         for streams in (1, 8):
@@ -313,6 +323,10 @@ def bench_start(options: argparse.Namespace) -> Iterator[str]:
 SECTIONS: dict[str, Callable[[argparse.Namespace], Iterator[str]]] = {
     "train": bench_train,
     "quality": bench_quality,
+    "sites": bench_sites,
+    "busy": bench_busy,
+    "compiler": bench_compiler,
+    "quickstart": bench_quickstart,
     "generate": bench_generate,
     "prepare": bench_prepare,
     "start": bench_start,
@@ -338,13 +352,20 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--large-mb", type=int, default=2000, help="of text, for prepare's memory")
     parser.add_argument("--text", type=Path, default=Path("tinyshakespeare.txt"))
+    parser.add_argument("--lesser", action="store_true", help="as on a processor with AVX2 alone")
     parser.add_argument("--write", action="store_true", help="into docs/benchmarks.md")
     options = parser.parse_args()
+    if options.lesser and os.environ.get("CC") != LESSER["CC"]:  # before torch is loaded
+        again = subprocess.run([sys.executable, *sys.argv], env={**os.environ, **LESSER})
+        sys.exit(again.returncode)
     torch.set_num_threads(2)
     torch.manual_seed(0)
     options.text = options.text.resolve()
     for name in options.section or SECTIONS:
-        asked = f"`scripts/bench.py {name} --repeats {options.repeats} --seeds {options.seeds}`"
+        lesser = " --lesser" * options.lesser
+        asked = (
+            f"`scripts/bench.py {name}{lesser} --repeats {options.repeats} --seeds {options.seeds}`"
+        )
         stamp = f"{asked}, {datetime.date.today()}, {machine()}"
         print(f"\n{stamp}\n", flush=True)
         lines = [stamp, ""]
@@ -352,7 +373,7 @@ def main() -> None:
             print(line, flush=True)
             lines.append(line)
         if options.write:
-            write(name, lines)
+            write(name + "-avx2" * options.lesser, lines)
 
 
 if __name__ == "__main__":

@@ -18,11 +18,19 @@ from torch.nn.utils import clip_grad_norm_
 from gptlite import auto
 from gptlite.config_reader import validate
 from gptlite.data import batch_at
+from gptlite.devices import cpu_has_bfloat16
 from gptlite.memory import keep_freed
 from gptlite.prepare import prepare
 from gptlite.strict_yaml import Document
 from gptlite.train import Trainer
 
+LESSER = {
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+    "CC": "cc -march=x86-64-v3",
+}
+"""The environment in which a processor with AVX-512 works as one that has AVX2 and no more."""
 SHAPES: dict[str, dict[str, Any]] = {
     "cpu: 4 layers, 4 heads, 128 wide, context 64, batch 12": {
         "model": {"n_layer": 4, "n_head": 4, "n_embd": 128, "context_length": 64, "bias": False},
@@ -68,7 +76,9 @@ def machine() -> str:
         cpu = next(line.partition(":")[2].strip() for line in lines if "model name" in line)
     except (OSError, StopIteration):
         cpu = platform.processor()
-    return f"{cpu}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    has = torch.backends.cpu.get_cpu_capability() + (" with bfloat16" * cpu_has_bfloat16())
+    lesser = " (emulated)" if os.environ.get("ATEN_CPU_CAPABILITY") else ""
+    return f"{cpu}, {has}{lesser}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 def trainer(shape: dict[str, Any], folder: Path, *, vocab_size: int = 65, **top: Any) -> Trainer:
@@ -127,9 +137,16 @@ def hugging_face_update(
 
 
 def gptlite_update(
-    shape: dict[str, Any], *, loop: bool = True, compiler: bool = True, **top: Any
+    shape: dict[str, Any],
+    *,
+    loop: bool = True,
+    compiler: bool = True,
+    threads: int | None = None,
+    **top: Any,
 ) -> Callable[[], Any]:
     """An update as `gptlite train` makes it; without its loop the same batch again and again."""
+    if threads is not None:
+        shape = {**shape, "train": {**shape["train"], "threads": threads}}
     if not compiler:
         os.environ["CC"] = "none"
     keep_freed()
@@ -190,7 +207,7 @@ def serve(
         pipe.send((time.perf_counter() - began) / calls)
 
 
-def in_turn(todo: Mapping[str, Away], repeats: int) -> dict[str, list[float]]:
+def in_turn(todo: Mapping[str, Away], repeats: int, *, stop: bool = True) -> dict[str, list[float]]:
     """Seconds of every repeat, interleaved, after two that do not count."""
     times: dict[str, list[float]] = {name: [] for name in todo}
     for repeat in range(repeats + 2):
@@ -198,6 +215,6 @@ def in_turn(todo: Mapping[str, Away], repeats: int) -> dict[str, list[float]]:
             seconds = run()
             if repeat > 1:
                 times[name].append(seconds)
-    for run in todo.values():
+    for run in todo.values() if stop else ():
         run.stop()
     return times
