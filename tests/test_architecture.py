@@ -133,11 +133,10 @@ MAY_IMPORT = {
 """An arrow that is not listed is an error; importing the package for its version is not."""
 
 TORCH_FREE = (
-    "errors machine storage interrupts world torchrun exits output keys section dropout_config config "
-    "strict_yaml config_words config_reader foreign_config hf_config hf_tokenizer origin "
+    "errors machine storage interrupts world torchrun exits output keys section dropout_config "
+    "config strict_yaml config_words config_reader foreign_config hf_config hf_tokenizer origin "
     "study_config trials tokenizer readers remote sources ledger workers data encoding shards "
-    "prepare loops "
-    "charts verdict network_drawing run_files figures report"
+    "prepare loops charts verdict network_drawing run_files figures report"
 )
 UNPICKLERS = {"pickle", "_pickle", "shelve", "marshal", "dill", "cloudpickle", "joblib", "code"}
 ONLY_IN = {"ctypes": {"loops", "memory"}, "subprocess": {"loops"}, "runpy": set(), "imp": set()}
