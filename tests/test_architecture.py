@@ -53,8 +53,8 @@ MAY_IMPORT = {
     "nanogpt": "errors tokenizer torch_file",
     "export": "checkpoint config_reader errors hf hf_config hf_tokenizer storage trained",
     "importing": (
-        "checkpoint config config_reader errors hf hf_config hf_tokenizer keys model nanogpt "
-        "origin run_directory storage strict_yaml tokenizer"
+        "checkpoint config config_reader devices errors hf hf_config hf_tokenizer keys model "
+        "nanogpt origin run_directory storage strict_yaml tokenizer"
     ),
     "tokenizer": "config errors storage",
     "readers": "config errors",
