@@ -219,7 +219,8 @@ def audit(run: RunConfig, model: GPT, rows: Layout) -> dict[str, Any]:
         set_strength(model, 0.0)
         off = logits()
         zero["dropout_off"] = zero_gradients(model, off, targets)
-    distance = (off.detach() - quiet).norm() / quiet.norm()
+    norm = torch.linalg.vector_norm  # that of a tensor warns on Apple's GPUs
+    distance = norm(off.detach() - quiet) / norm(quiet)
     fused = run.dropout.fused_sites(run.attention)
     sites = [
         verdict(site, training[site], evaluation[site], rates[site], site in fused)

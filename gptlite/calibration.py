@@ -128,7 +128,7 @@ def mc_dropout(
             with evaluating(model, dropout_active=active), precision(run):
                 return model(*args, samples=keys).float().softmax(-1)
 
-        scored = (targets != IGNORED).double()
+        scored = torch.from_numpy(batch.targets != IGNORED)
         mean, spent = torch.zeros(()), torch.zeros(())
         parts = {"targets": scored, "deterministic": nats(predicted(None), targets)}
         for number in watch(range(max(passes)), "passes with dropout"):
@@ -139,7 +139,7 @@ def mc_dropout(
         parts["predictive_entropy"] = entropy(mean)
         parts["mutual_information"] = (entropy(mean) - spent).clamp(min=0)
         for name, values in parts.items():
-            sums.setdefault(name, []).append((values.double() * scored).sum(1).cpu())
+            sums.setdefault(name, []).append((values.cpu().double() * scored).sum(1))
     return averaged({name: torch.cat(parts).numpy() for name, parts in sums.items()}, passes)
 
 

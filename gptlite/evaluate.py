@@ -115,7 +115,7 @@ def measure(
             nats = torch.zeros(target.shape, dtype=torch.float64)
             if logits is not None:
                 to = target.to(logits.device)
-                nats = nats_of(logits, to, "none").view_as(to).double().cpu()
+                nats = nats_of(logits, to, "none").view_as(to).cpu().double()
                 correct += ((logits.argmax(-1) == to).cpu() & scored).sum()
             text = scored & (n_bytes > 0)
             parts["nats"].append(nats.sum(1))

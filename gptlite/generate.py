@@ -77,8 +77,11 @@ def probabilities(logits: Tensor, seen: Tensor, options: SampleConfig) -> Tensor
 
 
 def draw(probability: Tensor, chance: Tensor) -> Tensor:
-    """The token where the summed probability passes `chance` in [0, 1); (B, V), (B,) → (B,)."""
-    summed = probability.double().cumsum(-1)
+    """The token where the summed probability passes `chance` in [0, 1); (B, V), (B,) → (B,).
+
+    On the CPU: sums are made in float64, which Apple's GPUs do not have.
+    """
+    summed = probability.cpu().double().cumsum(-1)
     token = (summed <= (chance * summed[:, -1])[:, None]).sum(-1)
     return token.clamp(max=probability.shape[-1] - 1)
 
@@ -131,11 +134,11 @@ def continuations(
         if step % CHANCES == 0:
             steps = np.arange(step, step + CHANCES)
             drawn = np.stack([uniform(name, steps) for name in names], axis=1)  # (CHANCES, B)
-            chances = torch.from_numpy(drawn).to(device)
+            chances = torch.from_numpy(drawn)
         tokens = draw(probabilities(logits, seen, options), chances[step % CHANCES])
+        ids, real = tokens[:, None].to(device), None
         if options.repetition_penalty != 1:
-            seen[torch.arange(len(rows)), tokens] = True
-        ids, real = tokens[:, None], None
+            seen.scatter_(1, ids, True)
         for row, token in zip(rows, tokens.tolist(), strict=True):
             row.append(token)
         yield tokens.tolist()

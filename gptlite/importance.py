@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 
 from gptlite.intervals import Floats, holm, interval, resamples
 from gptlite.knockout import Subject, blocks, random_orders
@@ -121,11 +122,11 @@ def norms(model: GPT) -> dict[str, Any]:
     for block in blocks(model):
         up, down = block.mlp.up.weight.float(), block.mlp.down.weight.float()
         into = up.view(-1, config.mlp_width, config.n_embd).square().sum((0, 2)).sqrt()
-        found["neuron"].append(variation(into * down.norm(dim=0)))
+        found["neuron"].append(variation(into * vector_norm(down, dim=0)))
         values = block.attention.qkv.weight.float()[-config.kv_heads * width :]
         values = values.view(config.kv_heads, width, -1).repeat_interleave(group, 0)
         out = block.attention.output.weight.float().view(-1, config.n_head, width).transpose(0, 1)
-        found["head"].append(variation((out @ values).flatten(1).norm(dim=1)))
+        found["head"].append(variation(vector_norm((out @ values).flatten(1), dim=1)))
     return found
 
 
@@ -151,8 +152,11 @@ def dimensionality(subject: Subject) -> dict[str, Any]:
 
 
 def spectrum(x: Tensor, real: Tensor | None) -> tuple[float, float]:
-    """Participation ratio and effective rank of (B, T, C), over min(C, tokens)."""
-    x = (x.flatten(0, 1) if real is None else x[real]).double()
+    """Participation ratio and effective rank of (B, T, C), over min(C, tokens).
+
+    On the CPU: Apple's GPUs have neither float64 nor singular values.
+    """
+    x = (x.flatten(0, 1) if real is None else x[real]).cpu().double()
     values = torch.linalg.svdvals(x - x.mean(0)).square()
     p = values / values.sum()
     n = min(x.shape[1], len(x) - 1)

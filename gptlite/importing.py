@@ -17,6 +17,7 @@ from gptlite import tokenizer as tokenizers
 from gptlite.checkpoint import State
 from gptlite.config import RunConfig
 from gptlite.config_reader import dump, validate
+from gptlite.devices import use_threads
 from gptlite.errors import CheckpointError, ConfigError, StorageError
 from gptlite.keys import key
 from gptlite.model import GPT
@@ -137,6 +138,7 @@ def validated(sections: dict[str, Any], tokenizer: Tokenizer) -> RunConfig:
 def write_run(foreign: Foreign, directory: Path, source: str) -> None:
     """config.yaml last: until then the directory is no run."""
     run, text = validated(foreign.sections, foreign.tokenizer), foreign.tokenizer
+    use_threads(run)
     model = GPT(run.model, text.vocab_size)
     checkpoint.fill(model, foreign.tensors, source)
     state = State(

@@ -175,7 +175,7 @@ class Subject:
         both = (y.split(self.rows_at_once) for y in (x, self.targets.repeat(n, 1)))
         parts = zip(*both, strict=True)
         nats = [nats_of(self.model.head(x), wanted, "none") for x, wanted in parts]
-        return torch.cat(nats).view(n, len(self.ids), -1).double().sum(2).cpu()
+        return torch.cat(nats).view(n, len(self.ids), -1).cpu().double().sum(2)
 
     def outputs(self, modules: Iterable[nn.Module]) -> list[Tensor]:
         """What these modules put out with nothing removed."""

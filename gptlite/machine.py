@@ -40,7 +40,7 @@ def cpu_quotas() -> Iterator[float]:
         if not both:
             names = ("cpu.cfs_quota_us", "cpu.cfs_period_us")
             both = [word for name in names for word in read_words(folder / name)]
-        if len(both) == 2 and all(word.isdecimal() for word in both) and int(both[1]):
+        if len(both) == 2 and all(word.isdecimal() and int(word) for word in both):
             yield int(both[0]) / int(both[1])
 
 

@@ -24,6 +24,9 @@ SLACK = 1.1
 """What passes by and is not kept."""
 AUTO_SHARE = 0.5
 """Of the device's memory, unless train.memory_gib says how much."""
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""As in glibc's malloc.h: free memory at the heap's end above which it is given back, and the size
+of a block from which it is mapped by itself, and given back when it is freed."""
 
 
 def memory_bytes(device: torch.device) -> int:
@@ -117,8 +120,10 @@ def keep_freed() -> None:
     In return the heap has holes, the larger the blocks: who makes large ones makes few (loss.py).
     """
     try:
-        libc = ctypes.CDLL(None)
-        for name in (-3, -1):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
-            libc.mallopt(name, 1 << 30)
+        mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError):  # another C library: nothing to set
-        pass
+        return
+    # Before version 2.35 glibc refuses the larger one. Where it refuses both, the other threshold
+    # is left alone: setting either stops the dynamic one, and every block over 128 KiB is mapped.
+    if any(mallopt(M_MMAP_THRESHOLD, size) for size in (1 << 30, 1 << 25)):
+        mallopt(M_TRIM_THRESHOLD, 1 << 30)

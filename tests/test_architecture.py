@@ -53,8 +53,8 @@ MAY_IMPORT = {
     "nanogpt": "errors tokenizer torch_file",
     "export": "checkpoint config_reader errors hf hf_config hf_tokenizer storage trained",
     "importing": (
-        "checkpoint config config_reader errors hf hf_config hf_tokenizer keys model nanogpt "
-        "origin run_directory storage strict_yaml tokenizer"
+        "checkpoint config config_reader devices errors hf hf_config hf_tokenizer keys model "
+        "nanogpt origin run_directory storage strict_yaml tokenizer"
     ),
     "tokenizer": "config errors storage",
     "readers": "config errors",
@@ -136,8 +136,7 @@ TORCH_FREE = (
     "errors machine storage interrupts world torchrun exits output keys section dropout_config "
     "config strict_yaml config_words config_reader foreign_config hf_config hf_tokenizer origin "
     "study_config trials tokenizer readers remote sources ledger workers data encoding shards "
-    "prepare loops "
-    "charts verdict network_drawing run_files figures report"
+    "prepare loops charts verdict network_drawing run_files figures report"
 )
 UNPICKLERS = {"pickle", "_pickle", "shelve", "marshal", "dill", "cloudpickle", "joblib", "code"}
 ONLY_IN = {"ctypes": {"loops", "memory"}, "subprocess": {"loops"}, "runpy": set(), "imp": set()}

@@ -1,5 +1,7 @@
 """What a run takes of memory, and how it is split to fit."""
 
+from typing import Any
+
 import pytest
 import torch
 from conftest import Workshop
@@ -7,7 +9,7 @@ from conftest import Workshop
 from gptlite import memory
 from gptlite.config import RunConfig
 from gptlite.errors import ConfigError
-from gptlite.memory import GIB, fit, training_bytes
+from gptlite.memory import GIB, fit, keep_freed, training_bytes
 
 CPU = torch.device("cpu")
 V = 50
@@ -79,3 +81,47 @@ def test_all_logits_of_a_large_vocabulary_are_never_counted(workshop: Workshop) 
     run = workshop.run()
     few, many = (training_bytes(run, 100_000, rows, recompute=True) for rows in (1000, 2000))
     assert many - few < 1000 * run.model.context_length * 100_000
+
+
+class Libc:
+    """A C library that takes thresholds up to a size."""
+
+    def __init__(self, largest: int) -> None:
+        self.largest, self.set = largest, {}
+
+    def mallopt(self, name: int, size: int) -> int:
+        if name == memory.M_MMAP_THRESHOLD and size > self.largest:
+            return 0
+        self.set[name] = size
+        return 1
+
+
+@pytest.mark.parametrize(
+    ("largest", "mapped"),
+    [(1 << 31, 1 << 30), (1 << 25, 1 << 25), (1 << 19, None)],
+    ids=["glibc 2.35", "glibc 2.34", "32 bit"],
+)
+def test_freed_memory_is_kept_as_far_as_glibc_lets(
+    monkeypatch: pytest.MonkeyPatch, largest: int, mapped: int | None
+) -> None:
+    """The trim threshold alone would have every block over 128 KiB mapped anew."""
+    libc = Libc(largest)
+    monkeypatch.setattr("ctypes.CDLL", lambda name: libc)
+    keep_freed()
+    both = {memory.M_MMAP_THRESHOLD: mapped, memory.M_TRIM_THRESHOLD: 1 << 30}
+    assert libc.set == ({} if mapped is None else both)
+
+
+@pytest.mark.parametrize("error", [OSError, TypeError, None])
+def test_another_c_library_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch, error: type[Exception] | None
+) -> None:
+    """musl and macOS have no mallopt, Windows has no library by the name of None."""
+
+    def load(name: None) -> Any:
+        if error is not None:
+            raise error
+        return object()
+
+    monkeypatch.setattr("ctypes.CDLL", load)
+    keep_freed()
