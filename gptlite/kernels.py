@@ -155,8 +155,11 @@ def reads_one(q: Tensor, v: Tensor) -> bool:
 def read(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
     """(B, H, 1, D) read (B, G, S, D) of a cache → (B, H, 1, D); `visible` (B, 1, 1, S)."""
     (B, H, _, D), (G, S) = q.shape, k.shape[1:3]
+    if k.stride() != v.stride() or k.stride()[2:] != (D, 1):  # without a cache
+        k, v = k.contiguous(), v.contiguous()
     z = torch.empty(B, H, 1, D)
     seen = None if visible is None else visible.expand(B, 1, 1, S).contiguous()
     tensors = (q.contiguous(), k, v, seen, z)
-    loops.function("read_one")(*map(address, tensors), k.stride(0), k.stride(1), B, H, G, S, D)
+    sizes = k.stride(0), k.stride(1), S, B, H, G, S, D
+    loops.function("read_one")(*map(address, tensors), *sizes)
     return z

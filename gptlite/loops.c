@@ -203,11 +203,11 @@ static inline void softmax(float *restrict e, int64_t seen, int64_t n, float fac
     EACH(seen, n) e[i] = 0;
 }
 
-/* One new token: queries (B, H, D) read keys and values (B, G, S, D), of which
- * stride_b and stride_g are the steps from b to b and g to g; `visible` (B, S), or NULL: all. */
+/* One new token: queries (B, H, D) read keys and values (B, G, S, D), of which stride_b and stride_g
+ * are the steps from b to b and g to g; `visible` (B, S), its rows stride_v apart, or NULL: all. */
 void read_one(const float *q, const float *keys, const float *values, const uint8_t *visible,
-              float *z, int64_t stride_b, int64_t stride_g, int64_t B, int64_t H, int64_t G,
-              int64_t S, int64_t D) {
+              float *z, int64_t stride_b, int64_t stride_g, int64_t stride_v, int64_t B, int64_t H,
+              int64_t G, int64_t S, int64_t D) {
     OMP(omp parallel for collapse(2) schedule(static) if (B * H * S * D > SMALL))
     for (int64_t b = 0; b < B; b++)
         for (int64_t h = 0; h < H; h++) {
@@ -217,7 +217,7 @@ void read_one(const float *q, const float *keys, const float *values, const uint
             float *out = z + (b * H + h) * D, factor = 1.0f / sqrtf((float)D);
             for (int64_t s = 0; s < S; s++) {
                 float score = dot(query, keys + start + s * D, D);
-                weights[s] = !visible || visible[b * S + s] ? score : -INFINITY;
+                weights[s] = !visible || visible[b * stride_v + s] ? score : -INFINITY;
             }
             softmax(weights, S, (S + WIDE - 1) / WIDE * WIDE, factor);
             EACH(0, D) out[i] = 0;
@@ -257,6 +257,13 @@ DROP(bfloat16, bfloat16, to_bfloat16)
 #undef TYPE
 #define TYPE bfloat16
 #include "loops.c"
+#undef TYPE
+#include "block.c"
+#define TYPE float32
+#include "block.c"
+#undef TYPE
+#define TYPE bfloat16
+#include "block.c"
 
 #else
 

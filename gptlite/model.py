@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gptlite.config import ModelConfig, RunConfig
+from gptlite.decode import Decoder, decode, takes
 from gptlite.dropout import Dropout, SiteMaker, site_maker
 from gptlite.dropout_config import DropoutConfig
 from gptlite.kernels import Linear, causal_attention, fits, gelu, read, reads_one
@@ -42,6 +43,8 @@ class KVCache:
         self.values = [torch.empty(shape, device=device) for _ in range(config.n_layer)]
         self.real = torch.ones(shape[0], shape[2], dtype=torch.bool, device=device)
         self.length = 0
+        self.decoder: Decoder | bool | None = None
+        """What takes single tokens through blocks; made when the first one comes."""
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store (B, G, T, D) behind what is there and return all of it, (B, G, S, D)."""
@@ -186,6 +189,8 @@ class Block(nn.Module):
         self.drop_layer = site("layer", layer)
 
     def forward(self, x: Tensor, scene: Scene, cache: KVCache | None) -> Tensor:
+        if cache is not None and takes(self, x, cache):
+            return decode(self, x, scene, cache)
         # The same mask twice: a layer drops whole.
         x = x + self.drop_layer(self.attention(self.norm_1(x), scene, cache), scene.keys)
         return x + self.drop_layer(self.mlp(self.norm_2(x), scene), scene.keys)

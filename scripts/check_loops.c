@@ -74,6 +74,28 @@ static rows layout(int64_t W) {
 TRY(float32, 0, float)
 TRY(bfloat16, 1, uint16_t)
 
+#define TRY_BLOCK(name, half)                                                                    \
+    static void try_block_##name(int64_t C, int64_t norm, int64_t mlp) {                         \
+        int64_t heads = 4, groups = 2, width = C / 4, L = 9;                                     \
+        int64_t F = 3 * C + 1, most = (int64_t)B * L * C;                                        \
+        block own = {numbers(2 * C * C, half, 1), numbers(C * C, half, 1),                       \
+                     numbers(2 * F * C, half, 1), numbers(F * C, half, 1),                       \
+                     numbers(2 * C, 0, 1), 0, numbers(2 * F, 0, 1), 0,                           \
+                     numbers(C, 0, 1), numbers(C, 0, 1), numbers(C, 0, 1), 0,                    \
+                     numbers(width, 0, 1), numbers(width, 0, 1),                                 \
+                     numbers(most, 0, 1), numbers(most, 0, 1)};                                  \
+        scene s = {B, C, heads, groups, width, F, L, 5, norm, mlp, 1e-5f, 0, 0, 0, 0};           \
+        s.cosine = numbers(B * C, 0, 1);                                                         \
+        s.sine = numbers(B * C, 0, 1);                                                           \
+        s.scratch = numbers(B * (9 * C + 3 * F), 0, 0);                                          \
+        float *x = numbers(B * C, 0, 2);                                                         \
+        block_##name(&own, &s, x);                                                               \
+        put("block_" #name, x, 4, B *C);                                                         \
+    }
+
+TRY_BLOCK(float32, 0)
+TRY_BLOCK(bfloat16, 1)
+
 int main(void) {
     int64_t widths[] = {1, 5, 37, 64, 131, 600}, D = 33;
     for (int at = 0; at < 6; at++) {
@@ -84,7 +106,11 @@ int main(void) {
     float *q = numbers(B * H * D, 0, 2), *keys = numbers(B * T * D, 0, 2), *z = malloc(B * H * (size_t)D * 4);
     uint8_t visible[B * T];
     EACH(0, B * T) visible[i] = i % 5 != 0;
-    read_one(q, keys, keys, visible, z, T * D, T * D, B, H, 1, T, D);
+    read_one(q, keys, keys, visible, z, T * D, T * D, T, B, H, 1, T, D);
     put("read_one", z, 4, B * H * D);
+    for (int64_t kind = 0; kind < 3; kind++) {
+        try_block_float32(40, kind % 2, kind);
+        try_block_bfloat16(64, 1 - kind % 2, kind);
+    }
     return 0;
 }

@@ -229,6 +229,15 @@ def test_one_token_reads_a_cache_as_the_plain_way_does(
     torch.testing.assert_close(z, weights @ wide_v, rtol=1e-5, atol=1e-5)
 
 
+def test_one_token_reads_values_that_lie_otherwise_than_the_keys() -> None:
+    """Without a cache they are parts of one product: rope and norms move the keys only."""
+    B, H, D = 3, 2, 8
+    q, qkv = numbers(B, H, 1, D), numbers(B, 1, 3 * H, D, seed=1).transpose(1, 2)
+    k, v = numbers(B, H, 1, D, seed=2), qkv[:, -H:]
+    with torch.no_grad():
+        torch.testing.assert_close(kernels.read(q, k, v, None), v)
+
+
 @pytest.mark.parametrize("options", MODELS, ids=str)
 def test_generation_with_the_loops_is_generation_without(
     monkeypatch: pytest.MonkeyPatch, options: dict[str, object]
