@@ -1,17 +1,22 @@
 """What this process may use of its machine: cores and memory, within its container. No torch."""
 
 import os
+import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path("/")
 """Where /proc and /sys are; tests put a machine of their own here."""
-SPIN_COUNT = 10_000
-"""Turns that a thread of libgomp waits busily for work before it sleeps: well under a time slice.
+SPIN_ALONE, SPIN_BESIDE = 3000, 300
+"""Turns that a thread of libgomp waits busily for work before it sleeps: where it has the cores to
+itself, and where other programs want them.
 
-Measured in docs/benchmarks.md: its default of 300,000 lets two threads wait for each other for
-whole time slices when other programs are busy.
+Its default of 300,000 is longer than a time slice: two threads then wait for each other for whole
+slices. Fewer turns cost nothing down to 3000 and a fifth at 300 (docs/benchmarks.md).
 """
+LOOKS, SECONDS_BETWEEN_LOOKS = 4, 0.002
+"""At how many threads want to run; who is there at each look stays."""
 BLOCK_TIME = "1"
 """The same for libomp and Intel's OpenMP, in milliseconds (default 200)."""
 
@@ -82,5 +87,18 @@ def let_waiting_threads_sleep() -> None:
     """Call before torch loads its OpenMP. What the user has set in the environment wins."""
     if "OMP_WAIT_POLICY" in os.environ:
         return
-    os.environ.setdefault("GOMP_SPINCOUNT", str(SPIN_COUNT))
+    if "GOMP_SPINCOUNT" not in os.environ:
+        os.environ["GOMP_SPINCOUNT"] = str(SPIN_BESIDE if is_busy() else SPIN_ALONE)
     os.environ.setdefault("KMP_BLOCKTIME", BLOCK_TIME)
+
+
+def is_busy() -> bool:
+    """Whether other programs want the cores now that our threads would take."""
+    spare = (os.cpu_count() or 1) - count_cores()
+    for look in range(LOOKS):
+        if look:
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+        running = re.match(r"\S+ \S+ \S+ (\d+)/", " ".join(read_lines(ROOT / "proc/loadavg")))
+        if running is None or int(running[1]) - 1 <= spare:  # without us
+            return False
+    return True

@@ -21,7 +21,8 @@ from gptlite import machine
 from gptlite.config_reader import shipped_configs
 
 WAITING: dict[str, dict[str, str]] = {
-    "as gptlite sets it": {"GOMP_SPINCOUNT": str(machine.SPIN_COUNT)},
+    "gptlite, alone at its start": {"GOMP_SPINCOUNT": str(machine.SPIN_ALONE)},
+    "gptlite, others there at its start": {"GOMP_SPINCOUNT": str(machine.SPIN_BESIDE)},
     "libgomp's default": {},
     "OMP_WAIT_POLICY=PASSIVE": {"OMP_WAIT_POLICY": "PASSIVE"},
     "one thread": {"OMP_NUM_THREADS": "1"},
