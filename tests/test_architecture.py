@@ -79,11 +79,11 @@ MAY_IMPORT = {
     "sinks": "config config_reader errors",
     "tensor_files": "errors storage world",
     "checkpoint": "config errors model section storage tensor_files world",
-    "memory": "config errors loss machine world",
+    "memory": "config errors loops loss machine world",
     "auto": "config devices dropout errors loops masks memory model world",
     "trained": "checkpoint config config_reader devices errors model tokenizer world",
     "evaluate": (
-        "config data devices dropout errors keys loss masks model readers sources tokenizer "
+        "config data devices dropout errors keys loss masks memory model readers sources tokenizer "
         "trained world"
     ),
     "intervals": "keys",
@@ -133,8 +133,8 @@ MAY_IMPORT = {
 """An arrow that is not listed is an error; importing the package for its version is not."""
 
 TORCH_FREE = (
-    "errors machine storage interrupts world torchrun exits output keys section dropout_config config "
-    "strict_yaml config_words config_reader foreign_config hf_config hf_tokenizer origin "
+    "errors machine storage interrupts world torchrun exits output keys section dropout_config "
+    "config strict_yaml config_words config_reader foreign_config hf_config hf_tokenizer origin "
     "study_config trials tokenizer readers remote sources ledger workers data encoding shards "
     "prepare loops "
     "charts verdict network_drawing run_files figures report"
