@@ -7,8 +7,12 @@ timed on CPUs; the resolved values are saved with the run, so a resumed run neve
 import math
 import os
 import shutil
+import sys
+import sysconfig
 import time
 from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +31,8 @@ BF16_GAIN = 1.1
 """A block must be this much faster in bfloat16 to be worth its rounding."""
 TIMED_TOKENS = 1024
 TIMED_SECONDS = 0.3
+OLDEST_FOR_TRITON = (7, 0)
+"""Compute capability from which on Triton makes kernels."""
 
 
 def resolve(
@@ -74,6 +80,7 @@ def resolve(
     top["compile"], why = pick_compile(run, device, n_steps)
     if run.compile == "auto":
         reasons["compile"] = why
+    run = run.model_copy(update={"compile": top["compile"]})  # a compiled loss takes more memory
     size, recompute, why = memory.fit(run, vocab_size, device, world)
     if run.train.micro_batch_size == "auto":
         train["micro_batch_size"], reasons["train.micro_batch_size"] = size, f"{size}: {why}"
@@ -246,13 +253,14 @@ def describe_masks(run: RunConfig, device: torch.device) -> str:
 
 def pick_compile(run: RunConfig, device: torch.device, n_steps: int) -> tuple[bool, str]:
     broken = device.type == "cuda" and bool(run.dropout.native_sites(run.attention))
+    lacks = missing_to_compile(device)
     if run.compile is True and broken:
         raise ConfigError(
             "compile: true with native dropout on CUDA is refused: compiled torch dropout can "
             "give neighbouring channels one mask (pytorch issue 198333); set dropout.masks: keyed"
         )
-    if run.compile is True and device.type == "cpu" and not has_cpp_compiler():
-        raise ConfigError("compile: true needs a C++ compiler (g++ or clang++, or CXX); set false")
+    if run.compile is True and lacks:
+        raise ConfigError(f"compile: true needs {lacks}; set false")
     if run.compile != "auto":
         return bool(run.compile), "asked for"
     if device.type != "cuda":
@@ -263,8 +271,38 @@ def pick_compile(run: RunConfig, device: torch.device, n_steps: int) -> tuple[bo
         return False, "false: not tested with distributed.engine: fsdp"
     if n_steps < 500:
         return False, f"false: {n_steps} updates do not repay compiling"
+    if lacks:
+        return False, f"false: needs {lacks}"
     return True, "true: CUDA and a run long enough to repay it"
 
 
-def has_cpp_compiler() -> bool:
-    return any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++")))
+def missing_to_compile(device: torch.device) -> str | None:
+    """What torch.compile needs for a device and this machine lacks; without it the first update
+    would fail.
+
+    For a CPU torch writes C++, for CUDA it calls Triton, which builds its launcher in C; both
+    include Python.h. They take one program from CXX or CC and look for no other if it is set.
+    """
+    if device.type == "cuda":
+        if find_spec("triton") is None:
+            return "the package triton"
+        if torch.cuda.get_device_capability(device) < OLDEST_FOR_TRITON:
+            return "a GPU of compute capability 7.0 or more (Triton)"
+        compilers, what = own_or("CC", "gcc", "clang"), "a C compiler (gcc or clang, or CC)"
+    elif device.type == "cpu":
+        usual = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+        compilers, what = own_or("CXX", usual), f"a C++ compiler ({usual}, or CXX)"
+    else:
+        return None
+    if not any(map(shutil.which, compilers)):
+        return what
+    # A framework's Python on macOS keeps its headers elsewhere, where torch looks too.
+    headers = Path(sysconfig.get_path("include")) / "Python.h"
+    if sys.platform != "darwin" and not headers.is_file():
+        return f"Python's headers ({headers}; Debian and Ubuntu: python3-dev)"
+    return None
+
+
+def own_or(variable: str, *usual: str) -> tuple[str, ...]:
+    """The program that the user names in the environment, or the usual ones."""
+    return (os.environ[variable],) if variable in os.environ else usual

@@ -23,13 +23,19 @@ from gptlite.errors import ConfigError, DataError
 from gptlite.keys import key
 from gptlite.loss import nats_of
 from gptlite.masks import sample_keys
+from gptlite.memory import GIB, memory_bytes
 from gptlite.model import GPT
 from gptlite.tokenizer import Tokenizer
 from gptlite.trained import Trained
 from gptlite.world import ALONE, World, grouped
 
 LOGIT_BYTES = 1 << 25
-"""Largest block of logits that an evaluation makes."""
+"""Largest block of logits that an evaluation makes on a CPU, whose caches hold it."""
+GPU_BLOCK_BYTES = 1 << 30
+"""Largest tensor that an evaluation makes on a GPU, which is idle with less."""
+GPU_BLOCK_SHARE = 1 / 32
+"""The most that such a tensor may take of the memory. Six of them are there at a time at most (the
+logits twice, in float32, their softmax): a fifth of what there is, where training takes half."""
 TRAIN_SUBSET_ROWS = 256
 """Rows of training text on which the loss without dropout is measured, always the same."""
 
@@ -71,9 +77,22 @@ class Measured:
         }
 
 
-def eval_rows(run: RunConfig, vocab_size: int) -> int:
-    """Rows per forward pass: many, as long as the logits stay small."""
-    return max(1, min(64, LOGIT_BYTES // (4 * vocab_size * run.model.context_length)))
+def eval_rows(run: RunConfig, vocab_size: int, world: World = ALONE) -> int:
+    """Rows per forward pass: as many as the device does well at a time. Losses do not depend on it.
+
+    All ranks take the number that suits the smallest GPU: batches are dealt to them by number.
+    """
+    model, device = run.model, torch.device(run.device)
+    if device.type == "cpu":
+        return max(1, min(64, LOGIT_BYTES // (4 * vocab_size * model.context_length)))
+    widest = max(vocab_size, model.mlp_width)
+    if run.attention == "math":
+        widest = max(widest, model.n_head * model.context_length)
+    own = run.train.memory_gib
+    memory = memory_bytes(device) if own == "auto" else own * GIB
+    block = min(GPU_BLOCK_BYTES, memory * GPU_BLOCK_SHARE)
+    rows = int(block / (4 * widest * model.context_length))
+    return -world.largest(-max(1, min(512, rows)))
 
 
 def byte_lengths(text: Tokenizer) -> Tensor:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import torch
 
+from gptlite import loops
 from gptlite.config import RunConfig
 from gptlite.errors import ConfigError
 from gptlite.loss import PART_BYTES
@@ -20,6 +21,8 @@ BYTES_PER_PARAMETER = 16
 """In float32: weight, gradient and two moments."""
 PROCESS_BYTES = int(0.35 * GIB)
 """Python, torch and the rest, before anything is trained."""
+COMPILER_BYTES = int(0.12 * GIB)
+"""What torch.compile adds to that."""
 SLACK = 1.1
 """What passes by and is not kept."""
 AUTO_SHARE = 0.5
@@ -38,26 +41,53 @@ def memory_bytes(device: torch.device) -> int:
 
 def block_bytes(run: RunConfig) -> int:
     """What one block keeps of one token for the backward pass."""
-    model, half = run.model, 2 if run.dtype == "bfloat16" else 4
+    model, size = run.model, 4 if run.dtype == "float32" else 2
     residual = 4 * 2 * model.n_embd
     read = 6 * model.n_embd + 2 * model.mlp_width  # what matrices read, and the activation's slope
-    rows_of_weights = {"sdpa": 0, "fused": 1}.get(run.attention, 2)
+    loop = run.attention == "fused" and run.compile is not True  # none in a compiled graph
+    rows_of_weights = 1 if loop else 0 if run.attention == "sdpa" else 2
     read += rows_of_weights * model.n_head * model.context_length
-    if run.dropout.masks == "native":  # keyed masks are drawn again, not kept
-        rates = run.dropout.rates()
-        read += sum(model.n_embd for rate in rates.values() if rate > 0)
-    return residual + half * read
+    return residual + size * read + mask_bytes(run)
+
+
+def mask_bytes(run: RunConfig) -> int:
+    """Masks that a block keeps of one token: torch's own, in the dtype, and keyed ones in float32
+    where neither loops.c nor a compiled graph draws them again."""
+    model, rates = run.model, run.dropout.rates()
+    widths = dict.fromkeys(("attention_context", "attention_output", "mlp_output"), model.n_embd)
+    widths["mlp_activation"] = model.mlp_width
+    if run.attention != "sdpa":
+        widths["attention_weights"] = model.n_head * model.context_length
+    n_values = sum(width for site, width in widths.items() if rates[site] > 0)
+    if run.dropout.masks == "native":
+        return n_values * (4 if run.dtype == "float32" else 2)
+    loop = run.device == "cpu" and loops.library() is not None
+    return 0 if loop or run.compile is True else 4 * n_values
 
 
 def weight_bytes(run: RunConfig, vocab_size: int, ranks: int) -> int:
     """Weights, gradients and moments of a process; FSDP gathers one block, or what is in none."""
     model, n_parameters = run.model, run.model.n_parameters(vocab_size)
-    copies = 2 if run.dtype == "bfloat16" else 0  # of the weights
+    copies = 0 if run.dtype == "float32" else 2  # of the weights
     if run.distributed.engine != "fsdp" or ranks == 1:
         return n_parameters * (BYTES_PER_PARAMETER + copies)
     blocks = n_parameters - model.model_copy(update={"n_layer": 0}).n_parameters(vocab_size)
     gathered = n_parameters - blocks + 2 * blocks // model.n_layer  # the next is on its way
     return n_parameters * BYTES_PER_PARAMETER // ranks + gathered * (8 + copies)
+
+
+def logit_bytes(run: RunConfig, vocab_size: int, tokens: int) -> int:
+    """What the loss of so many tokens at a time makes.
+
+    All at once: float32 logits, their gradient, and the rounded copy of a dtype of 16 bits. A
+    compiled loss makes them so whatever their size. This is the most it takes: where the compiler
+    fuses the softmax only logits and gradient in the dtype are left (measured on a CPU: 4 to 8
+    bytes a logit in float32, 2 to 4 in bfloat16; `scripts/gpu_check memory` measures a GPU).
+    In parts: a few blocks, with those of an evaluation, and the gradient of the output matrix.
+    """
+    if run.compile is True or 4 * vocab_size * tokens <= PART_BYTES:
+        return 10 * vocab_size * tokens
+    return 6 * PART_BYTES + 4 * vocab_size * run.model.n_embd
 
 
 def training_bytes(
@@ -67,14 +97,12 @@ def training_bytes(
     model = run.model
     tokens = rows * model.context_length
     weights = weight_bytes(run, vocab_size, ranks)
-    logits = 10 * vocab_size * tokens
-    if 4 * vocab_size * tokens > PART_BYTES:
-        logits = 6 * PART_BYTES + 4 * vocab_size * model.n_embd  # with those of an evaluation
+    logits = logit_bytes(run, vocab_size, tokens)
     blocks = model.n_layer * block_bytes(run)
     if recompute:
         blocks = 4 * model.n_layer * model.n_embd + 2 * block_bytes(run)
     kept = weights + logits + tokens * (blocks + 16 * model.n_embd)
-    return PROCESS_BYTES + int(SLACK * kept)
+    return PROCESS_BYTES + COMPILER_BYTES * (run.compile is True) + int(SLACK * kept)
 
 
 def fit(
@@ -97,9 +125,10 @@ def fit(
     limit = total if run.train.memory_gib == "auto" else budget
     whose = str(device) if run.train.memory_gib == "auto" else "train.memory_gib"
     count = "one sequence" if size == 1 else f"{size} sequences at a time"
+    instead = ", or set compile: false" if run.compile is True else ""
     raise ConfigError(
         f"model: needs about {need / GIB:.2g} GiB to train {count}, {whose} has "
-        f"{limit / GIB:.3g}; lower n_layer, n_embd, context_length or micro_batch_size"
+        f"{limit / GIB:.3g}; lower n_layer, n_embd, context_length or micro_batch_size{instead}"
     )
 
 

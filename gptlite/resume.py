@@ -16,7 +16,7 @@ from gptlite.errors import ConfigError
 
 FREE_TO_CHANGE = (
     *("out_dir", "init_from", "log", "sample", "distributed"),
-    *("device", "dtype", "attention"),
+    *("device", "dtype", "attention", "compile"),
     *("data.source", "data.sha256", "data.cache_dir"),
     *("train.max_steps", "train.epochs", "train.log_interval", "train.eval_interval"),
     *("train.eval_batches", "train.save_interval", "train.keep_last", "train.early_stop"),
@@ -106,6 +106,7 @@ def fingerprint(run: RunConfig, ranks: int) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(run.device) if on_gpu else run.device,
         "dtype": run.dtype,
         "attention": run.attention,
+        "compile": run.compile,
         "processor": torch.backends.cpu.get_cpu_capability(),
         "compiled loops": loops.library() is not None,
     }

@@ -202,7 +202,7 @@ class Session:
     def evaluate(self, step: int) -> dict[str, float]:
         """Both losses without dropout; a validation loss that is the best so far is remembered."""
         run, trainer = self.run, self.trainer
-        rows = eval_rows(run, trainer.files.meta["vocab_size"])
+        rows = eval_rows(run, trainer.files.meta["vocab_size"], self.world)
         batches = run.train.eval_batches
         limit = None if batches == "all" else batches * run.train.batch_size
         val, subset = self.val_rows.sweep(rows, limit), trainer.rows.sweep(rows, TRAIN_SUBSET_ROWS)

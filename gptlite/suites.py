@@ -85,9 +85,9 @@ class Measurement:
             raise DataError(f"--split {self.split}: rank {ranks} has other text than rank 0")
         return rows
 
-    @property
+    @cached_property
     def rows_at_once(self) -> int:
-        return eval_rows(self.run, self.trained.tokenizer.vocab_size)
+        return eval_rows(self.run, self.trained.tokenizer.vocab_size, self.world)
 
     def watch(self, work: Iterable[T], name: str, total: int | None = None) -> Iterable[T]:
         """A progress bar, where someone can see it."""

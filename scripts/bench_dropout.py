@@ -86,7 +86,7 @@ def bench_site(repeats: int, memory: str) -> Iterator[str]:
         }
         if loops.library():
             todo["keyed, C loop"] = partial(run, keyed)
-        if auto.has_cpp_compiler():
+        if auto.missing_to_compile(torch.device("cpu")) is None:
             in_graph = mask._replace(cut=torch.tensor(mask.cut))
             todo["keyed, torch.compile"] = partial(
                 run, partial(torch.compile(masks.drop, dynamic=False), mask=in_graph)

@@ -80,12 +80,12 @@ MAY_IMPORT = {
     "sinks": "config config_reader errors",
     "tensor_files": "errors storage world",
     "checkpoint": "config errors model section storage tensor_files world",
-    "memory": "config errors loss machine world",
+    "memory": "config errors loops loss machine world",
     "auto": "config devices dropout errors loops masks memory model world",
     "trained": "checkpoint config config_reader devices errors model tokenizer world",
     "evaluate": (
-        "config data devices dropout errors keys loss masks model readers sources tokenizer "
-        "trained world"
+        "config data devices dropout errors keys loss masks memory model readers sources "
+        "tokenizer trained world"
     ),
     "intervals": "keys",
     "knockout": "config data devices dropout evaluate intervals keys loss model",

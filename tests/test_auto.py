@@ -1,5 +1,8 @@
 """What `auto` chooses, that it says why, and that it can be overridden."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import Workshop
@@ -149,6 +152,19 @@ def test_a_device_that_is_not_there_is_said(workshop: Workshop, device: str) -> 
     assert usable.device == "cpu"
 
 
+@pytest.fixture
+def gpu_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A machine with a GPU, Triton, a C compiler and Python's headers; returns their folder."""
+    (tmp_path / "Python.h").touch()
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(auto, "find_spec", lambda name: object())
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}" if name == "gcc" else None)
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    return tmp_path
+
+
+@pytest.mark.usefixtures("gpu_machine")
 def test_compiled_dropout_is_refused_where_it_is_wrong(workshop: Workshop) -> None:
     """pytorch issue 198333: on CUDA compiled torch dropout can repeat a mask across channels."""
     cuda, native = torch.device("cuda"), {"preset": "gpt2", "masks": "native"}
@@ -204,9 +220,72 @@ def test_a_fused_kernel_that_cannot_drop_is_refused_when_the_device_is_known(
         resolve(run)
 
 
+CUDA = torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("lacks", "needs"),
+    [
+        ("triton", "the package triton"),
+        ("capability", r"a GPU of compute capability 7\.0"),
+        ("compiler", r"a C compiler \(gcc or clang, or CC\)"),
+        ("headers", r"Python's headers \(.*Python\.h"),
+    ],
+)
+def test_compiling_for_a_gpu_is_refused_or_left_out_before_anything_is_trained(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch, gpu_machine: Path, lacks: str, needs: str
+) -> None:
+    """Triton finds out at the first update; `auto` does without, `true` is told in one line."""
+    run = workshop.run(dropout={"preset": "none"})
+    asked = run.model_copy(update={"compile": True})
+    assert auto.pick_compile(run, CUDA, 10_000) == (
+        True,
+        "true: CUDA and a run long enough to repay it",
+    )
+    assert auto.pick_compile(asked, CUDA, 10)[0]
+    if lacks == "triton":
+        monkeypatch.setattr(auto, "find_spec", lambda name: None)
+    elif lacks == "capability":
+        monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (6, 1))
+    elif lacks == "compiler":
+        monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/g++" if "+" in name else None)
+    else:
+        (gpu_machine / "Python.h").unlink()
+    compiled, why = auto.pick_compile(run, CUDA, 10_000)
+    assert not compiled
+    assert re.match(f"false: needs {needs}", why), why
+    with pytest.raises(ConfigError, match=f"compile: true needs {needs}.*; set false") as refused:
+        auto.pick_compile(asked, CUDA, 10_000)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.usefixtures("gpu_machine")
+def test_the_compiler_that_the_user_names_is_the_one_that_counts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As Triton takes it: one program, and no other if that one is not there."""
+    assert auto.missing_to_compile(CUDA) is None
+    monkeypatch.setenv("CC", "no-such-compiler")
+    assert "C compiler" in str(auto.missing_to_compile(CUDA))
+    monkeypatch.setenv("CC", "gcc -m64")
+    assert "C compiler" in str(auto.missing_to_compile(CUDA))
+
+
 def test_compiling_for_the_cpu_needs_a_compiler(
     workshop: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("shutil.which", lambda name: None)
     with pytest.raises(ConfigError, match=r"needs a C\+\+ compiler"):
         resolve(workshop.run(compile=True))
+
+
+def test_a_compiled_loss_is_counted_when_parts_are_chosen(workshop: Workshop) -> None:
+    """With all logits of its eight sequences at once it would need twice of what there is."""
+    sizes = {"vocab_size": 100_000, "n_rows": 100}
+    run = workshop.run(train={"memory_gib": 0.6}, dropout={"preset": "none"})
+    compiled = run.model_copy(update={"compile": True})
+    assert auto.resolve(run, **sizes)[0].train.micro_batch_size == 8
+    if auto.missing_to_compile(torch.device("cpu")) is None:
+        parts = auto.resolve(compiled, **sizes)[0].train.micro_batch_size
+        assert isinstance(parts, int)
+        assert parts < 8

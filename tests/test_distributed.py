@@ -84,7 +84,7 @@ def test_any_number_of_ranks_comes_to_the_losses_of_one(
 
 def dropped(run: RunConfig, workshop: Workshop, world: World) -> list[list[str]]:
     """Of two updates, for each row of the batch that this rank has, what was in it and fell."""
-    resolved, _ = resolved_alike(run, workshop.files(), World(world.size))
+    resolved, _ = resolved_alike(run, workshop.files(), World(world.size), {"float32"})
     trainer = Trainer(resolved, workshop.files(), world)
     seen: list[list[bytes]] = []
 

@@ -315,7 +315,9 @@ def keys_for(n: int = 4, step: int = 0) -> Any:
     return mask_keys(samples(n, step=step), torch.arange(8)[None], None)
 
 
-@pytest.mark.skipif(not auto.has_cpp_compiler(), reason="no C++ compiler here")
+@pytest.mark.skipif(
+    auto.missing_to_compile(torch.device("cpu")) is not None, reason="no C++ compiler here"
+)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_compiled_masks_equal_eager_ones_bit_for_bit() -> None:
     """Forward and backward; torch's own dropout draws other numbers (pytorch 118735)."""

@@ -6,11 +6,13 @@ import pytest
 import torch
 from conftest import EVERYWHERE, Workshop
 
+from gptlite import evaluate
 from gptlite.data import IGNORED
 from gptlite.dropout import evaluating
 from gptlite.errors import DataError
 from gptlite.evaluate import byte_lengths, measure
 from gptlite.model import GPT
+from gptlite.world import World
 
 
 @pytest.mark.parametrize("layout", ["stream", "documents"])
@@ -81,6 +83,56 @@ def test_dropout_left_on_costs_and_is_gone_afterwards(workshop: Workshop, masks:
     assert on.nats != off.nats
     assert on_again == on
     assert again == off
+
+
+GPT2 = {"n_layer": 12, "n_head": 12, "n_embd": 768, "context_length": 1024}
+SMALL = {"n_layer": 6, "n_head": 6, "n_embd": 384, "context_length": 256}
+
+
+@pytest.mark.parametrize(
+    ("device", "gib", "model", "vocab_size", "attention", "rows"),
+    [
+        ("cpu", 80, SMALL, 65, "sdpa", 64),
+        ("cpu", 80, GPT2, 50257, "sdpa", 1),
+        ("cuda", 80, SMALL, 65, "sdpa", 512),
+        ("cuda", 80, GPT2, 50257, "sdpa", 5),  # of 196 MiB of logits each
+        ("cuda", 8, GPT2, 50257, "sdpa", 1),
+        ("cuda", 80, GPT2, 65, "math", 21),  # of 48 MiB of attention weights each
+        ("cuda:1", 80, GPT2, 65, "sdpa", 85),
+        ("cuda", 1, GPT2, 10**6, "sdpa", 1),
+        ("mps", 16, SMALL, 65, "sdpa", 341),
+    ],
+)
+def test_a_gpu_is_given_many_rows_at_a_time_but_a_share_of_its_memory(
+    workshop: Workshop,
+    monkeypatch: pytest.MonkeyPatch,
+    device: str,
+    gib: int,
+    model: dict[str, int],
+    vocab_size: int,
+    attention: str,
+    rows: int,
+) -> None:
+    monkeypatch.setattr(evaluate, "memory_bytes", lambda device: gib << 30)
+    run = workshop.run(device=device, model=model, attention=attention, dropout={"preset": "none"})
+    assert evaluate.eval_rows(run, vocab_size) == rows
+    budget = run.train.model_copy(update={"memory_gib": gib / 4})
+    fewer = evaluate.eval_rows(run.model_copy(update={"train": budget}), vocab_size)
+    assert fewer == rows if device == "cpu" else fewer <= rows
+
+
+def test_ranks_on_unlike_gpus_take_as_many_rows_at_a_time(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The batches are dealt to the ranks by their number, so all must cut them alike."""
+
+    class Two(World):
+        def largest(self, number: int) -> int:
+            return max(number, -3)  # the other one has memory for three
+
+    monkeypatch.setattr(evaluate, "memory_bytes", lambda device: 80 << 30)
+    run = workshop.run(device="cuda", model=GPT2, attention="sdpa", dropout={"preset": "none"})
+    assert evaluate.eval_rows(run, 50257, Two(2)) == 3
 
 
 def test_something_random_in_evaluation_is_noticed(workshop: Workshop) -> None:

@@ -6,10 +6,10 @@ import pytest
 import torch
 from conftest import Workshop
 
-from gptlite import memory
+from gptlite import loops, memory
 from gptlite.config import RunConfig
 from gptlite.errors import ConfigError
-from gptlite.memory import GIB, fit, keep_freed, training_bytes
+from gptlite.memory import GIB, SLACK, fit, keep_freed, mask_bytes, training_bytes
 
 CPU = torch.device("cpu")
 V = 50
@@ -77,10 +77,59 @@ def test_what_is_kept_grows_as_theory_says(workshop: Workshop) -> None:
     assert activations("math") > activations("fused") > activations("sdpa")
 
 
-def test_all_logits_of_a_large_vocabulary_are_never_counted(workshop: Workshop) -> None:
-    run = workshop.run()
-    few, many = (training_bytes(run, 100_000, rows, recompute=True) for rows in (1000, 2000))
-    assert many - few < 1000 * run.model.context_length * 100_000
+def test_all_logits_of_a_large_vocabulary_are_counted_only_where_a_graph_makes_them(
+    workshop: Workshop,
+) -> None:
+    run, vocab_size = workshop.run(), 100_000
+    compiled = run.model_copy(update={"compile": True})
+    logits = 1000 * run.model.context_length * vocab_size
+
+    def added(run: RunConfig) -> int:
+        few, many = (training_bytes(run, vocab_size, n, recompute=True) for n in (1000, 2000))
+        return many - few
+
+    assert added(run) < logits
+    # In float32 with the gradient, and rounded to 16 bits.
+    assert added(compiled) - added(run) == pytest.approx((4 + 4 + 2) * SLACK * logits, rel=0.01)
+
+
+def test_a_compiled_loss_that_does_not_fit_says_what_else_there_is(workshop: Workshop) -> None:
+    run = workshop.run(compile=True, train={"memory_gib": 1.0})
+    with pytest.raises(ConfigError, match="micro_batch_size, or set compile: false"):
+        fit(run, 10**7, CPU)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_masks_are_kept_where_nothing_draws_them_again(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    """On a GPU, and without a C compiler; attention weights only outside of fused kernels."""
+    monkeypatch.setattr(loops, "library", lambda: object())
+    sites = {"attention_weights": 0.1, "mlp_activation": 0.1, "mlp_output": 0.1}
+    run = workshop.run(
+        dtype=dtype, attention="math", dropout={"preset": "none", "sites": sites, "masks": "keyed"}
+    )
+    model = run.model
+    width = model.mlp_width + model.n_embd
+    weights = model.n_head * model.context_length
+    assert mask_bytes(run) == 0
+    on_gpu = run.model_copy(update={"device": "cuda"})
+    assert mask_bytes(on_gpu) == 4 * (width + weights)
+    assert mask_bytes(on_gpu.model_copy(update={"attention": "sdpa"})) == 4 * width
+    assert mask_bytes(on_gpu.model_copy(update={"compile": True})) == 0
+    monkeypatch.setattr(loops, "library", lambda: None)
+    assert mask_bytes(run) == 4 * (width + weights)
+    native = run.dropout.model_copy(update={"masks": "native"})
+    size = 4 if dtype == "float32" else 2
+    assert mask_bytes(run.model_copy(update={"dropout": native})) == size * (width + weights)
+
+
+def test_both_dtypes_of_16_bits_take_the_same(workshop: Workshop) -> None:
+    sizes = [
+        training_bytes(workshop.run(dtype=dtype), V, 8, recompute=False)
+        for dtype in ("float32", "bfloat16", "float16")
+    ]
+    assert sizes[0] > sizes[1] == sizes[2]
 
 
 class Libc:

@@ -2,11 +2,15 @@
 
 import copy
 import itertools
+from contextlib import nullcontext
 
 import pytest
 import torch
+from conftest import EVERYWHERE
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from gptlite import loss
 from gptlite.config import ModelConfig
 from gptlite.dropout_config import SITES, DropoutConfig
 from gptlite.model import GPT, KVCache, angles, attention_weights, rotate
@@ -233,3 +237,40 @@ def test_rates_reach_the_modules_of_their_sites() -> None:
     model = GPT(config(), V, DropoutConfig.model_validate({"preset": "none", "sites": rates}))
     found = {m.site: m.p for m in model.modules() if hasattr(m, "site")}
     assert found == rates
+
+
+def elsewhere(model: GPT) -> GPT:
+    """The model on another device: `meta`, which every machine has."""
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = torch.nn.Parameter(parameter.to("meta"))
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to("meta")
+    return model
+
+
+@pytest.mark.parametrize("parts", [False, True], ids=["all logits", "logits in parts"])
+@pytest.mark.parametrize("kernel", ["math", "sdpa"])
+@pytest.mark.parametrize("position", ["learned", "rope"])
+def test_nothing_is_made_on_another_device_than_the_model(
+    monkeypatch: pytest.MonkeyPatch, position: str, kernel: str, parts: bool
+) -> None:
+    """A mask or a table left on the CPU would fail on a GPU only; fake tensors know where they are,
+    and refuse to be mixed."""
+    monkeypatch.setattr(loss, "PART_BYTES", 4 * V * (8 if parts else 10**6))
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: False)  # `meta` has none
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
+    options = {"position": position, "n_kv_head": 2, "mlp": "swiglu", "qk_norm": True}
+    model = elsewhere(GPT(config(**options), V, EVERYWHERE, kernel=kernel)).train()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        ids, samples = (torch.zeros(n, dtype=torch.long, device="meta") for n in ((3, 24), (3,)))
+        real = torch.ones(3, 24, dtype=torch.bool, device="meta")
+        with pytest.raises(RuntimeError, match="same device"):
+            model(ids, samples=samples.to("cpu"))
+        for seen in (None, real):
+            nats = model(ids, seen, samples=samples, targets=ids)
+            nats.backward()
+            assert nats.device == model(ids, seen, samples=samples).device == ids.device
+        assert model.eval()(ids, cache=KVCache(model, 3)).device == ids.device

@@ -115,6 +115,21 @@ def test_what_has_changed_around_a_run_is_said_and_strictly_refused(
         train(workshop.run(), trained, resume=True, strict=True)
 
 
+def test_a_compiled_run_goes_on_where_there_is_no_compiler(
+    workshop: Workshop, trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is the same run, but for the last bits, which is said."""
+    config = (trained / "config.yaml").read_text()
+    assert "compile: false" in config
+    (trained / "config.yaml").write_text(config.replace("compile: false", "compile: true"))
+    train(workshop.run(compile=False, train={"max_steps": 10}), trained, resume=True)
+    assert "resumed at step 8 of 10" in capsys.readouterr().err
+    state = checkpoint.chosen(trained, "last").state
+    compiled = workshop.run(compile=True)
+    changes = resume.surroundings_changed(compiled, state.environment, 1)
+    assert "compile: False -> True" in changes
+
+
 def test_a_run_does_not_stand_on_the_file_it_came_from(workshop: Workshop, trained: Path) -> None:
     """What safetensors reads is mapped; a file that changes meanwhile must not change the run."""
     found = checkpoint.chosen(trained, "last")

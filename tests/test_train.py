@@ -217,7 +217,7 @@ def test_losses_count_real_targets_only() -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_compiling_keeps_the_losses(workshop: Workshop) -> None:
     """In place: the names of the weights stay as they are."""
-    if not auto.has_cpp_compiler():
+    if auto.missing_to_compile(torch.device("cpu")):
         pytest.skip("no C++ compiler on this machine")
     run = workshop.run(model={"n_layer": 1}, dropout={"preset": "none"})
     plain, compiled = trainer(run), trainer(run.model_copy(update={"compile": True}))
