@@ -96,7 +96,8 @@ MAY_IMPORT = {
     ),
     "generate": "config dropout errors keys model tokenizer",
     "audit": "auto config data devices dropout dropout_config evaluate loss masks model",
-    "plan": "audit auto config data devices evaluate masks memory metrics model prepare world",
+    "rehearsal": ("auto config data dropout_config evaluate generate memory storage train world"),
+    "plan": "audit auto config data memory metrics model prepare rehearsal train world",
     "train": (
         "auto checkpoint config data devices dropout errors evaluate keys masks model optim "
         "tensor_files world"
@@ -116,9 +117,10 @@ MAY_IMPORT = {
     "config_cli": "config config_reader errors exits foreign_config options output",
     "harness": "devices errors evaluate generate metrics trained",
     "interactive": "config errors strict_yaml",
+    "budget": "auto config data metrics plan rehearsal strict_yaml",
     "recipe": (
-        "auto config config_reader metrics model plan prepare readers run_directory sources "
-        "storage strict_yaml"
+        "budget config config_reader data devices errors metrics prepare readers rehearsal "
+        "run_directory sources storage strict_yaml"
     ),
     "launch": "config config_reader errors recipe resume run_directory world",
     "interchange_cli": "errors exits export importing options output run_directory trained",
@@ -133,8 +135,8 @@ MAY_IMPORT = {
 """An arrow that is not listed is an error; importing the package for its version is not."""
 
 TORCH_FREE = (
-    "errors machine storage interrupts world torchrun exits output keys section dropout_config config "
-    "strict_yaml config_words config_reader foreign_config hf_config hf_tokenizer origin "
+    "errors machine storage interrupts world torchrun exits output keys section dropout_config "
+    "config strict_yaml config_words config_reader foreign_config hf_config hf_tokenizer origin "
     "study_config trials tokenizer readers remote sources ledger workers data encoding shards "
     "prepare loops "
     "charts verdict network_drawing run_files figures report"
