@@ -152,10 +152,9 @@ def time_save(trainer: Trainer) -> float:
 
 
 def time_sample(trainer: Trainer) -> float:
-    """The run's own sample, once, as the run makes it."""
+    """The run's own sample, as long as it may become: an untrained model often ends it early."""
     run, documents = trainer.run, trainer.run.data.layout == "documents"
-    began = perf_counter()
-    Generation(
+    generation = Generation(
         trainer.model,
         trainer.files.tokenizer,
         run.sample.prompts,
@@ -163,8 +162,10 @@ def time_sample(trainer: Trainer) -> float:
         seed=run.seed,
         num_samples=8 if documents else 1,
         documents=documents,
-    ).results()
-    return perf_counter() - began
+    )
+    began = perf_counter()
+    longest = max(result["tokens"] for result in generation.results())
+    return (perf_counter() - began) * run.sample.max_new_tokens / longest
 
 
 def rehearse(run: RunConfig, files: TokenFiles, seconds: float) -> Costs:

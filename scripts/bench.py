@@ -5,7 +5,7 @@
 
 Everything is interleaved; figures are medians, ratios medians of the ratios within a repeat.
 --write puts the tables into docs/benchmarks.md, between the marks of their sections. `--text` is
-tinyshakespeare: quality and numerics train on it, prepare reads it many times over.
+tinyshakespeare: quality, minutes and numerics train on it, prepare reads it many times over.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from bench_growth import bench_growth, bench_memory
+from bench_minutes import bench_minutes
 from bench_peers import (
     DROPOUT,
     GPT2,
@@ -316,6 +317,7 @@ SECTIONS: dict[str, Callable[[argparse.Namespace], Iterator[str]]] = {
     "generate": bench_generate,
     "prepare": bench_prepare,
     "start": bench_start,
+    "minutes": bench_minutes,
     "memory": bench_memory,
     "growth": bench_growth,
     "numerics": bench_numerics,

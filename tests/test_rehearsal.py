@@ -10,6 +10,7 @@ from conftest import Workshop
 
 from gptlite import auto, checkpoint, rehearsal
 from gptlite.config import RunConfig
+from gptlite.generate import Generation
 from gptlite.interrupts import Interrupts
 from gptlite.optim import Optimizer
 from gptlite.rehearsal import EvaluationPace, rehearse, time_updates
@@ -176,3 +177,15 @@ def test_a_save_writes_what_a_checkpoint_holds(
     saved = checkpoint.chosen(workshop.folder / "run", "last").path
     for name in checkpoint.FILES:
         assert tried[name] == pytest.approx((saved / name).stat().st_size, rel=0.01)
+
+
+def test_a_sample_that_ends_early_is_timed_as_a_whole_one(
+    workshop: Workshop, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def results(_: Generation) -> list[dict[str, Any]]:
+        clock.now += 3.0
+        return [{"tokens": 20}, {"tokens": 10}]
+
+    monkeypatch.setattr(Generation, "results", results)
+    trainer = idle(workshop, sample={"max_new_tokens": 200})
+    assert rehearsal.time_sample(trainer) == 30.0
