@@ -26,12 +26,12 @@ from gptlite.memory import keep_freed
 from gptlite.train import Trainer
 from gptlite.world import ALONE, World
 
-LONGEST_UPDATE = 4.0
-"""Seconds that an update may take to be timed as a whole."""
+LONGEST = 4.0
+"""Seconds that an update may take to be timed as a whole, or the batches of an evaluation."""
 FEW_ROWS = 4
-"""Sequences that are timed first, and of a longer update alone."""
+"""Sequences that are timed first, and alone of what takes longer."""
 BATCHES = 4
-"""Batches of an evaluation that is timed: in a whole one the check of the first counts little."""
+"""Of an evaluation that is timed: in a whole one the check of the first batch counts little."""
 ENDLESS = 1 << 62
 
 
@@ -86,7 +86,7 @@ def keep_generators(device: torch.device) -> AbstractContextManager[None]:
 def time_updates(trainer: Trainer, seconds: float = 1.0) -> Pace:
     """Batch, forward, backward, clipping and optimizer, as training does them, for so long.
 
-    Of an update that takes longer than LONGEST_UPDATE only a few sequences are timed, and the
+    Of an update that takes longer than LONGEST only a few sequences are timed, and the
     optimizer by itself: it works once an update, of however many sequences that is.
     """
     whole, size = trainer.own, trainer.run.train.micro_batch_size
@@ -98,7 +98,7 @@ def time_updates(trainer: Trainer, seconds: float = 1.0) -> Pace:
         trainer.own = slice(whole.start, whole.start + few)
         part = typical_seconds(update, 0.0)
         trainer.own = whole
-        if part * n_rows / few <= LONGEST_UPDATE:
+        if part * n_rows / few <= LONGEST:
             return Pace(typical_seconds(update, seconds), n_rows)
         step = typical_seconds(partial(step_optimizer, trainer), 0.0)
     return Pace(step + max(0.0, part - step) * n_rows / few, few)
@@ -115,13 +115,21 @@ def step_optimizer(trainer: Trainer) -> None:
 
 
 def time_evaluation(trainer: Trainer, seconds: float = 0.5) -> EvaluationPace:
-    """The model measured on a few batches of its text, for so long."""
+    """The model measured on a few batches of its text, for so long; where that would take long, as
+    with updates, on a few sequences."""
     files, run = trainer.files, trainer.run
-    n_rows = eval_rows(run, files.meta["vocab_size"])
-    batches = list(trainer.rows.sweep(n_rows, BATCHES * n_rows))
-    lengths = byte_lengths(files.tokenizer)
-    evaluate = partial(measure, trainer.model, batches, run, lengths)
-    return EvaluationPace(typical_seconds(evaluate, seconds) / (len(batches) + 1), n_rows)
+    n_rows, lengths = eval_rows(run, files.meta["vocab_size"]), byte_lengths(files.tokenizer)
+
+    def per_pass(rows: int, count: int, seconds: float) -> float:
+        batches = list(trainer.rows.sweep(rows, count * rows))
+        evaluate = partial(measure, trainer.model, batches, run, lengths)
+        return typical_seconds(evaluate, seconds) / (len(batches) + 1)
+
+    few = min(n_rows, FEW_ROWS)
+    whole = per_pass(few, 1, 0.0) * n_rows / few
+    if whole * (BATCHES + 1) <= LONGEST:
+        whole = per_pass(n_rows, BATCHES, seconds)
+    return EvaluationPace(whole, n_rows)
 
 
 def count_evaluated(run: RunConfig, files: TokenFiles) -> int:

@@ -10,6 +10,7 @@ from conftest import Workshop
 
 from gptlite import auto, checkpoint, rehearsal
 from gptlite.config import RunConfig
+from gptlite.data import Batch
 from gptlite.generate import Generation
 from gptlite.interrupts import Interrupts
 from gptlite.optim import Optimizer
@@ -141,6 +142,28 @@ def test_dropout_is_timed_at_full_rates_whatever_the_schedule(workshop: Workshop
     next(trainer.updates(1))
     assert trainer.strength == 1.0
     assert trainer.planned
+
+
+@pytest.mark.parametrize(("seconds_a_row", "rows"), [(0.001, {4, 64}), (0.5, {4})])
+def test_of_a_long_evaluation_a_few_sequences_are_timed(
+    workshop: Workshop,
+    clock: Clock,
+    monkeypatch: pytest.MonkeyPatch,
+    seconds_a_row: float,
+    rows: set[int],
+) -> None:
+    trainer, seen = idle(workshop), []
+
+    def measure(model: Any, batches: list[Batch], *_: Any) -> None:
+        sizes = [len(batch.inputs) for batch in batches]
+        seen.extend(sizes)
+        clock.now += (sum(sizes) + sizes[0]) * seconds_a_row
+
+    monkeypatch.setattr(rehearsal, "measure", measure)
+    pace = rehearsal.time_evaluation(trainer)
+    assert pace.n_rows == 64
+    assert pace.seconds == pytest.approx(64 * seconds_a_row)
+    assert set(seen) == rows
 
 
 @pytest.mark.parametrize("batches", ["all", 2])
