@@ -74,7 +74,10 @@ def train(
         ),
     ] = None,
     minutes: Annotated[
-        float, typer.Option(min=0.1, max=10_000, help="Time that a config made for --data uses.")
+        float,
+        typer.Option(
+            min=0.1, max=10_000, help="Time of the whole command, if --data makes its config."
+        ),
     ] = 5,
     out_dir: Annotated[str | None, typer.Option(help="The run directory itself.")] = None,
     resume: Annotated[

@@ -32,6 +32,8 @@ FEW_ROWS = 4
 """Sequences that are timed first, and alone of what takes longer."""
 BATCHES = 4
 """Of an evaluation that is timed: in a whole one the check of the first batch counts little."""
+FEWEST = 3
+"""Times that count of what is timed for long: a single one may be any time on a busy machine."""
 ENDLESS = 1 << 62
 
 
@@ -196,10 +198,12 @@ def rehearse(run: RunConfig, files: TokenFiles, seconds: float) -> Costs:
 
 
 def typical_seconds(act: Callable[[], object], seconds: float) -> float:
-    """Median of what `act` takes, over about so many seconds; its first time does not count."""
+    """Median of what `act` takes, over about so many seconds and at least FEWEST times; of no
+    seconds, what it takes once. Its first time does not count."""
     act()
     times: list[float] = []
-    while not times or sum(times) < seconds:
+    fewest = FEWEST if seconds else 1
+    while len(times) < fewest or sum(times) < seconds:
         began = perf_counter()
         act()
         times.append(perf_counter() - began)

@@ -62,14 +62,19 @@ def idle(workshop: Workshop, world: World | None = None, **sections: Any) -> Tra
     return rehearsal.make_idle_trainer(run, files, world or World())
 
 
-def test_the_typical_time_is_the_median_without_the_first(clock: Clock) -> None:
+@pytest.mark.parametrize(
+    ("seconds", "typical", "left"), [(10.0, 2.0, 2), (1.0, 2.0, 2), (0.0, 2.0, 4), (13.0, 1.5, 1)]
+)
+def test_the_typical_time_is_the_median_without_the_first(
+    clock: Clock, seconds: float, typical: float, left: int
+) -> None:
     times = iter([50.0, 2.0, 1.0, 9.0, 1.0, 1.0])
 
     def act() -> None:
         clock.now += next(times)
 
-    assert rehearsal.typical_seconds(act, 10.0) == 2.0
-    assert list(times) == [1.0, 1.0]
+    assert rehearsal.typical_seconds(act, seconds) == typical
+    assert len(list(times)) == left
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
