@@ -3,6 +3,7 @@
 import os
 import platform
 import sys
+import time
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -73,7 +74,10 @@ def train(
         ),
     ] = None,
     minutes: Annotated[
-        float, typer.Option(min=0.1, max=10_000, help="Time that a config made for --data uses.")
+        float,
+        typer.Option(
+            min=0.1, max=10_000, help="Time of the whole command, if --data makes its config."
+        ),
     ] = 5,
     out_dir: Annotated[str | None, typer.Option(help="The run directory itself.")] = None,
     resume: Annotated[
@@ -85,6 +89,7 @@ def train(
     verbose: Verbose = False,
 ) -> None:
     """Train a model: tokenize if needed, train, evaluate, sample, save."""
+    began = time.perf_counter()  # what came before took less than a tenth of a second
     with user_errors(verbose), entered() as world:
         from gptlite.config_reader import load_run
         from gptlite.launch import agreed, launched, with_options
@@ -92,7 +97,7 @@ def train(
         configs, values, texts = config or [], overrides or [], data or []
         read = partial(load_run, configs, with_options(values, texts, out_dir))
         where = {"out_dir": out_dir, "resume": resume}
-        decide = partial(launched, configs, values, texts, minutes=minutes, **where)
+        decide = partial(launched, configs, values, texts, minutes=minutes, began=began, **where)
         launch = agreed(decide, read if configs else None, world)
         from gptlite import loops
 

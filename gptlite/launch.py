@@ -62,10 +62,14 @@ def launched(
     data: list[str],
     *,
     minutes: float,
+    began: float,
     out_dir: str | None,
     resume: str | None,
 ) -> Launch:
-    """Raises ConfigError, and DataError where a config has to be made for the data."""
+    """`began` is when the command did, by time.perf_counter: its `minutes` count from there.
+
+    Raises ConfigError, and DataError where a config has to be made for the data.
+    """
     named = None if resume in (None, "auto") else run_directory.resumed(str(resume))
     values = with_options(overrides, data if configs or named else [], out_dir)
     if named is not None and not configs:
@@ -83,7 +87,7 @@ def launched(
         return Launch(load_run([stored], as_this_machine_can(values)), directory, True)
     from gptlite import recipe  # only now: it times models
 
-    run, text = recipe.compose(data, minutes, values)
+    run, text = recipe.compose(data, minutes, values, began)
     return Launch(run, directory, False, text)
 
 

@@ -1,22 +1,19 @@
 """What a run would do, without doing it: sizes, cost, memory, choices, and every dropout site."""
 
-import time
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
 from gptlite.audit import advice, site_plan, site_seconds
 from gptlite.auto import check_ranks, planned_steps, resolve
 from gptlite.config import RunConfig
-from gptlite.data import Batch, Layout, TokenFiles, batch_at
-from gptlite.devices import precision
-from gptlite.evaluate import tensors
-from gptlite.masks import sample_keys
+from gptlite.data import Layout, TokenFiles
 from gptlite.memory import training_bytes
 from gptlite.metrics import clock, human
 from gptlite.model import GPT
 from gptlite.prepare import prepare
+from gptlite.rehearsal import count_evaluated, make_idle_trainer, time_evaluation, time_updates
+from gptlite.train import Trainer
 from gptlite.world import World
 
 
@@ -41,7 +38,8 @@ class Planned(NamedTuple):
 def plan_run(run: RunConfig, world_size: int = 1) -> Planned:
     """The resolved run and its plan, with the time of an update and of every site measured.
 
-    Of several ranks, what each of them would do; the time is without their talking.
+    Of several ranks, what each of them would do; the time is without their talking. Nothing is
+    compiled for it: that takes longer than the rest of the plan.
     """
     check_ranks(run, world_size)
     files = prepare(run)
@@ -49,13 +47,27 @@ def plan_run(run: RunConfig, world_size: int = 1) -> Planned:
     vocab_size = files.meta["vocab_size"]
     world = World(world_size)
     resolved, reasons = resolve(run, vocab_size=vocab_size, n_rows=rows.n_rows, world=world)
-    model = GPT.of_run(resolved, vocab_size)
-    plan = make_plan(resolved, model, files, rows, reasons, world_size)
-    seconds = seconds_per_update(resolved, model, rows)
+    trainer = make_idle_trainer(resolved.model_copy(update={"compile": False}), files, world)
+    plan = make_plan(resolved, trainer.model, files, rows, reasons, world_size)
+    plan |= measure_time(trainer)
     for site in plan["dropout"]:
-        cost = site_seconds(resolved, model, site)
-        site |= {"milliseconds_per_update": 1e3 * cost, "share_of_update": cost / seconds}
-    return Planned(resolved, model, rows, {**plan, "seconds_per_update": seconds / world_size})
+        cost = site_seconds(resolved, trainer.model, site) / world_size
+        share = cost / plan["seconds_per_update"]
+        site |= {"milliseconds_per_update": 1e3 * cost, "share_of_update": share}
+    return Planned(resolved, trainer.model, rows, plan)
+
+
+def measure_time(trainer: Trainer) -> dict[str, Any]:
+    """Seconds that a rank takes for an update and for an evaluation, and how many there are."""
+    run, files = trainer.run, trainer.files
+    pace = time_updates(trainer)
+    evaluation = time_evaluation(trainer).whole(count_evaluated(run, files), trainer.rows.n_rows)
+    return {
+        "seconds_per_update": pace.seconds,
+        "timed_sequences": pace.n_rows,
+        "seconds_per_evaluation": evaluation / trainer.world.size,
+        "evaluations": -(-trainer.max_steps // run.train.eval_interval),
+    }
 
 
 def make_plan(
@@ -102,34 +114,6 @@ def mean_targets(rows: Layout) -> float:
     return float(np.mean(counts))
 
 
-def seconds_per_update(run: RunConfig, model: GPT, rows: Layout) -> float:
-    """Measured: forward and backward of one part of a batch, times the parts."""
-    device = torch.device(run.device)
-    model.to(device).train()
-    assert isinstance(run.train.micro_batch_size, int)
-    batch = batch_at(rows, seed=run.seed, step=0, batch_size=run.train.batch_size)
-    size = min(run.train.micro_batch_size, 4 if run.model.n_parameters(1) > 1e7 else 1 << 20)
-    part = batch.part(0, size)
-    times = []
-    with torch.random.fork_rng():
-        for _ in range(3):
-            began = time.perf_counter()
-            backward(model, part, run, device)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - began)
-    return min(times) * run.train.batch_size / size
-
-
-def backward(model: GPT, part: Batch, run: RunConfig, device: torch.device) -> None:
-    inputs, targets, real = tensors(part, device)
-    samples = sample_keys(run.seed, 0, np.arange(len(inputs))).to(device)
-    with precision(run):
-        nats = model(inputs, real, samples=samples, targets=targets)
-    (nats / max(1, part.n_targets)).backward()
-    model.zero_grad(set_to_none=True)
-
-
 def summary_lines(run: RunConfig, plan: dict[str, Any]) -> list[str]:
     """The plan for people: the head of a run's log, and what `gptlite plan` prints."""
     model, train = run.model, run.train
@@ -164,9 +148,13 @@ def plan_table(run: RunConfig, plan: dict[str, Any]) -> list[str]:
     if any(site["rate"] for site in plan["dropout"]):
         lines.append("cost: forward and backward of the site alone, measured here, per update")
     lines.append(f"attention: {plan['attention']}")
-    total = plan["seconds_per_update"] * plan["steps"]
+    update, evaluation = plan["seconds_per_update"], plan["seconds_per_evaluation"]
+    total = plan["steps"] * update + plan["evaluations"] * evaluation
+    each = plan["sequences_per_rank"]
+    timed = "" if plan["timed_sequences"] == each else f" on {plan['timed_sequences']} of {each}"
     lines.append(
-        f"time: {clock(total)} at {plan['seconds_per_update']:.3g} s per update (measured)"
+        f"time: {clock(total)}: {plan['steps']} updates of {update:.3g} s and "
+        f"{plan['evaluations']} evaluations of {evaluation:.3g} s (measured{timed})"
     )
     return lines
 

@@ -5,21 +5,22 @@ and run again. Speed is measured on this machine, with the text itself, before c
 """
 
 import math
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
-from tqdm import tqdm
 
-from gptlite import auto, readers, run_directory, sources, storage
+from gptlite import readers, run_directory, sources, storage
+from gptlite.budget import LOOKS, Budget, Fit, Rung, between, climb, fit, guess_fit, make_rung
 from gptlite.config import DataConfig, RunConfig
 from gptlite.config_reader import Dumper, merge, read_layers, validate
-from gptlite.metrics import human, wants_bar
-from gptlite.model import GPT
-from gptlite.plan import seconds_per_update
+from gptlite.data import TokenFiles
+from gptlite.devices import pick_device
+from gptlite.errors import ConfigError
+from gptlite.metrics import human
 from gptlite.prepare import prepare
+from gptlite.rehearsal import count_evaluated, rehearse
 from gptlite.strict_yaml import Document
 
 SURVEYED = 1 << 24
@@ -27,8 +28,6 @@ SURVEYED = 1 << 24
 FEWEST_NAMES, LONGEST_NAME = 200, 40
 """Lines, and characters of a line, from which a list of names is known."""
 SMALLEST_VOCABULARY, LARGEST_VOCABULARY = 300, 1 << 14
-TOKENS_PER_PARAMETER = 4
-MOST_EPOCHS = 60
 LADDER = (
     *((2, 64, 64), (4, 96, 64), (4, 128, 128), (6, 192, 128), (6, 256, 256), (8, 384, 256)),
     *((8, 512, 512), (12, 768, 1024)),
@@ -41,11 +40,8 @@ RATES = (
     (math.inf, 0.2, "the best rate of short runs at about 60"),
 )
 """Up to so many epochs, the rate, and why: docs/dropout-study.md, section 1."""
-LOOKS = 10
-EVALUATION_SHARE, UPDATE_PER_EVALUATION = 0.1, 3
-"""Of the training time; and how much longer an update of a batch takes than evaluating it."""
-TRAINING_SHARE = 0.75
-"""Of the time; the rest goes to evaluations, samples and saving."""
+CHOSEN_SHARE = 0.03
+"""Of the time, for timing the model that was chosen; one to ten seconds."""
 
 
 class Choice(NamedTuple):
@@ -113,131 +109,150 @@ def of_model(size: tuple[int, int, int], longest_line: int | None) -> dict[str, 
     }
 
 
-class Trial(NamedTuple):
-    """A model that was timed on this text and machine."""
-
-    model: dict[str, Any]
-    n_parameters: int
-    seconds: float
-    """Of an update."""
-    batch_size: int
-    n_rows: int
-    n_val_rows: int
-    steps: int
-    """That fit into the time."""
-
-    @property
-    def tokens(self) -> int:
-        return self.steps * self.batch_size * int(self.model["context_length"])
+def of_device(asked: Document) -> Iterator[Choice]:
+    """What was not timed is not done."""
+    device = asked.value(("device",))
+    if pick_device(device if isinstance(device, str) else "auto")[0].startswith("cuda"):
+        yield Choice("compile", False, "timed without; compiling takes a minute by itself")
 
 
-def timed(values: dict[str, Any], model: dict[str, Any], seconds: float) -> Trial:
-    """How many updates of a model fit into `seconds`, by doing some."""
-    batch_size = max(8, TOKENS_PER_UPDATE // model["context_length"])
-    train = {"max_steps": 1, "batch_size": batch_size}
-    optim = {"warmup_steps": 0}
-    probe = validate(Document({**values, "model": model, "train": train, "optim": optim}))
-    files = prepare(probe)
-    rows = files.rows("train", model["context_length"])
-    vocab_size = files.meta["vocab_size"]
-    run, _ = auto.resolve(probe, vocab_size=vocab_size, n_rows=rows.n_rows)
-    network = GPT.of_run(run, vocab_size)
-    each = seconds_per_update(run, network, rows)
-    n_parameters = run.model.n_parameters(vocab_size)
-    steps = max(20, int(seconds / each))
-    n_val_rows = files.rows("val", model["context_length"]).n_rows
-    return Trial(model, n_parameters, each, batch_size, rows.n_rows, n_val_rows, steps)
+def settle(choices: Iterable[Choice], asked: Document) -> RunConfig:
+    """The run of these choices; what is asked for wins."""
+    document = Document(nest(choices))
+    merge(document, asked)
+    return validate(document)
 
 
-def climbed(values: dict[str, Any], longest_line: int | None, seconds: float) -> list[Trial]:
-    """The ladder up to the first model that is too large for the time."""
-    trials: list[Trial] = []
-    hidden = not wants_bar("auto", sys.stderr)
-    for size in tqdm(LADDER, "timing models", leave=False, disable=hidden, file=sys.stderr):
-        trial = timed(values, of_model(size, longest_line), seconds)
-        if trials and trial.tokens < TOKENS_PER_PARAMETER * trial.n_parameters:
-            break
-        trials.append(trial)
-    return trials
-
-
-def of_training(trials: list[Trial], minutes: float, asked: int | None) -> Iterator[Choice]:
-    """The model and its training; `asked` is the number of updates, if it was set."""
-    chosen, tried = trials[-1], len(trials)
-    largest = tried == len(LADDER)
-    why = (
-        f"{human(chosen.n_parameters)} parameters, timed at {1e3 * chosen.seconds:.3g} ms an update"
-    )
-    why += "; the largest of the ladder" if largest else "; the next larger would see too little"
-    for key, value in chosen.model.items():
+def of_size(size: tuple[int, int, int], longest_line: int | None, why: str) -> Iterator[Choice]:
+    """A model, its batches and its optimizer; `why` says why it is this large."""
+    model = of_model(size, longest_line)
+    for key, value in model.items():
         yield Choice(f"model.{key}", value, why if key == "n_layer" else "")
-    most = max(20, math.ceil(MOST_EPOCHS * chosen.n_rows / chosen.batch_size))
-    steps = min(chosen.steps, most)
-    why = f"what fits into {minutes:g} minutes"
-    if asked is not None:
-        steps, why = asked, "asked for"
-    elif steps < chosen.steps:
-        why = f"{MOST_EPOCHS} passes over the text: more bring nothing, though there is more time"
-    yield Choice("train.max_steps", steps, why)
-    yield Choice("train.batch_size", chosen.batch_size, f"about {TOKENS_PER_UPDATE} tokens")
-    yield Choice("train.eval_interval", max(1, steps // LOOKS), f"{LOOKS} looks at the loss")
-    batches = max(2, round(EVALUATION_SHARE * UPDATE_PER_EVALUATION * steps / LOOKS))
-    if batches * chosen.batch_size < chosen.n_val_rows:
-        why = "spread over the validation text; all of it would take too much of the time"
-        yield Choice("train.eval_batches", batches, why)
-    epochs = steps * chosen.batch_size / chosen.n_rows
-    rate, why = next((rate, why) for most, rate, why in RATES if epochs <= most)
-    yield Choice("dropout.preset", "gpt2" if rate else "none", f"{epochs:.1f} epochs: {why}")
-    if rate:
-        yield Choice("dropout.rate", rate, "")
+    batch_size = max(8, TOKENS_PER_UPDATE // model["context_length"])
+    yield Choice("train.batch_size", batch_size, f"about {TOKENS_PER_UPDATE} tokens")
     yield Choice("optim.name", "muon", "the same loss in less time than AdamW at these sizes")
     yield Choice("optim.lr", 1e-2, "")
     yield Choice("optim.min_lr", 0.0, "falls to nothing at the end")
     yield Choice("optim.schedule", "linear", "")
-    yield Choice("optim.warmup_steps", min(50, steps // 20), "")
 
 
-def written(choices: list[Choice]) -> tuple[dict[str, Any], str]:
-    """The choices as a nested mapping, and as YAML with the reasons behind them."""
+UNTRAINED = (
+    Choice("train.max_steps", 1 << 20, ""),
+    Choice("optim.warmup_steps", 0, ""),
+    Choice("dropout.preset", "none", ""),
+)
+"""What a model is timed with as long as its training is not known."""
+
+
+def candidates(
+    choices: list[Choice], asked: Document, longest_line: int | None
+) -> list[tuple[tuple[int, int, int], RunConfig]]:
+    """The sizes of the ladder that go with what is asked for. Raises ConfigError if none does."""
+    found, refusal = [], ConfigError()
+    for size in LADDER:
+        try:
+            run = settle([*choices, *of_size(size, longest_line, ""), *UNTRAINED], asked)
+            found.append((size, run))
+        except ConfigError as error:  # such as a width that n_head does not divide
+            refusal = error
+    if not found:
+        raise refusal
+    return found
+
+
+def rehearse_training(
+    choices: list[Choice], asked: Document, files: TokenFiles, rung: Rung, budget: Budget
+) -> Fit:
+    """What fits, by trying the run; again if that many updates call for another dropout rate."""
+    timing = between(1.0, CHOSEN_SHARE * budget.seconds, 10.0)
+    n_val, fitting = count_evaluated(rung.run, files), guess_fit(rung, budget)
+    for _ in range(2):
+        rate, _ = dropout_rate(fitting.steps, rung)
+        tried = [*choices, *of_training(rung, fitting)]
+        costs = rehearse(settle(tried, asked), files, timing)
+        fitting = fit(costs, rung, n_val, budget, asked)
+        if dropout_rate(fitting.steps, rung)[0] == rate:
+            break
+    return fitting
+
+
+def dropout_rate(steps: int, rung: Rung) -> tuple[float, str]:
+    """The rate for a run of so many updates, and why."""
+    epochs = steps * rung.run.train.batch_size / rung.n_rows
+    rate, why = next((rate, why) for most, rate, why in RATES if epochs <= most)
+    return rate, f"{epochs:.1f} epochs: {why}"
+
+
+def of_training(rung: Rung, fit: Fit) -> Iterator[Choice]:
+    """How a model is trained, and for how long."""
+    yield Choice("train.max_steps", fit.steps, fit.why)
+    looks = f"{LOOKS} looks at the loss, {fit.evaluating:.1%} of the time"
+    yield Choice("train.eval_interval", math.ceil(fit.steps / LOOKS), looks)
+    if fit.eval_batches is not None:
+        why = "spread over the validation text; all of it would take too much of the time"
+        yield Choice("train.eval_batches", fit.eval_batches, why)
+    rate, why = dropout_rate(fit.steps, rung)
+    yield Choice("dropout.preset", "gpt2" if rate else "none", why)
+    if rate:
+        yield Choice("dropout.rate", rate, "")
+    yield Choice("optim.warmup_steps", min(50, fit.steps // 20), "")
+
+
+def nest(choices: Iterable[Choice]) -> dict[str, Any]:
+    """The choices as a config has them."""
     values: dict[str, Any] = {}
-    lines: list[str] = []
+    for key, value, _ in choices:
+        section, _, name = key.rpartition(".")
+        inside = values.setdefault(section, {}) if section else values
+        inside[name] = value
+    return values
+
+
+def as_yaml(choices: Iterable[Choice]) -> str:
+    """The choices with the reasons behind them."""
+    sections: dict[str, list[str]] = {}
     for key, value, reason in choices:
-        section, _, name = key.partition(".")
-        if section not in values:
-            lines.append(f"{section}:")
-        values.setdefault(section, {})[name] = value
+        section, _, name = key.rpartition(".")
         text = yaml.dump(value, Dumper=Dumper, default_flow_style=True, width=10_000)
-        shown = text.removesuffix("...\n").strip()
-        line = f"  {name}: {shown}"
-        lines.append(f"{line}  # {reason}" if reason else line)
-    return values, "\n".join(lines) + "\n"
+        line = f"{name}: " + text.removesuffix("...\n").strip()
+        line = f"  {line}" if section else line
+        head = [f"{section}:"] if section else []
+        sections.setdefault(section, head).append(f"{line}  # {reason}" if reason else line)
+    return "\n".join(line for lines in sections.values() for line in lines) + "\n"
 
 
-def compose(source: list[str], minutes: float, overrides: list[str]) -> tuple[RunConfig, str]:
+def look_at(source: list[str], asked: Document) -> tuple[list[Choice], int | None]:
+    """What a text calls for, whatever the time; and its longest line, if it is one of names."""
+    given = asked.values.get("data", {})
+    named = source[0] if len(source) == 1 else source
+    data = {**(given if isinstance(given, dict) else {}), "source": named}
+    found = survey(validate(Document({"data": data}), to_train=False).data)
+    choices = [Choice("data.source", named, f"{human(found.n_bytes)} bytes"), *of_text(found)]
+    return choices, found.longest_line
+
+
+def compose(
+    source: list[str], minutes: float, overrides: list[str], began: float | None = None
+) -> tuple[RunConfig, str]:
     """A run for this text and time, and its YAML. `overrides` as of --set win.
 
-    Raises ConfigError, DataError.
+    `began` is when the command began, by time.perf_counter; None: now. Raises ConfigError,
+    DataError.
     """
+    budget = Budget(minutes, began)
     asked = read_layers([], overrides)
-    given = asked.values.get("data", {})
-    named = {"source": source[0] if len(source) == 1 else source}
-    data = {**(given if isinstance(given, dict) else {}), **named}
-    first = validate(Document({"data": data}), to_train=False)
-    found = survey(first.data)
-    choices = [Choice("data.source", named["source"], f"{human(found.n_bytes)} bytes")]
-    choices += of_text(found)
-    values, _ = written(choices)
-    seconds = 60 * minutes * TRAINING_SHARE
-    steps = asked.value(("train", "max_steps"))
-    whole = {**values, "data": {**data, **values["data"]}}
-    trials = climbed(whole, found.longest_line, seconds)
-    choices += of_training(trials, minutes, steps if isinstance(steps, int) else None)
-    values, text = written(choices)
-    document = Document(values)
-    merge(document, asked)
+    choices, longest_line = look_at(source, asked)
+    choices += of_device(asked)
+    runs = candidates(choices, asked, longest_line)
+    files = prepare(runs[0][1])
+    rung = climb((make_rung(size, run, files) for size, run in runs), files, budget)
+    size = f"{human(rung.n_parameters)} parameters; "
+    size += "the largest there is" if rung.size == LADDER[-1] else "the next sees too little text"
+    choices += of_size(rung.size, longest_line, size)
+    choices += of_training(rung, rehearse_training(choices, asked, files, rung, budget))
     head = f"# For {', '.join(source)} in {minutes:g} minutes; keep it, change it, run it again.\n"
     changed = "".join(f"# --set {override}\n" for override in overrides)
-    return validate(document), head + changed + text
+    return settle(choices, asked), head + changed + as_yaml(choices)
 
 
 def keep(text: str, directory: Path) -> None:

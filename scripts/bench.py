@@ -7,7 +7,7 @@ Everything is interleaved; figures are medians, ratios medians of the ratios wit
 --lesser has a processor with AVX-512 work as one with AVX2 and no bfloat16 (LESSER of
 bench_peers.py). --write puts the tables into docs/benchmarks.md, between the marks of their
 sections, which end in -avx2 with --lesser. `--text` is
-tinyshakespeare: quality and numerics train on it, prepare reads it many times over.
+tinyshakespeare: quality, minutes and numerics train on it, prepare reads it many times over.
 """
 
 import argparse
@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from bench_growth import bench_growth, bench_memory
 from bench_machines import bench_busy, bench_compiler, bench_quickstart, bench_sites
+from bench_minutes import bench_minutes
 from bench_peers import (
     DROPOUT,
     GPT2,
@@ -330,6 +331,7 @@ SECTIONS: dict[str, Callable[[argparse.Namespace], Iterator[str]]] = {
     "generate": bench_generate,
     "prepare": bench_prepare,
     "start": bench_start,
+    "minutes": bench_minutes,
     "memory": bench_memory,
     "growth": bench_growth,
     "numerics": bench_numerics,

@@ -97,7 +97,8 @@ MAY_IMPORT = {
     ),
     "generate": "config dropout errors keys model tokenizer",
     "audit": "auto config data devices dropout dropout_config evaluate loss masks model",
-    "plan": "audit auto config data devices evaluate masks memory metrics model prepare world",
+    "rehearsal": "auto config data dropout_config evaluate generate memory storage train world",
+    "plan": "audit auto config data memory metrics model prepare rehearsal train world",
     "train": (
         "auto checkpoint config data devices dropout errors evaluate keys masks model optim "
         "tensor_files world"
@@ -117,9 +118,10 @@ MAY_IMPORT = {
     "config_cli": "config config_reader errors exits foreign_config options output",
     "harness": "devices errors evaluate generate metrics trained",
     "interactive": "config errors strict_yaml",
+    "budget": "auto config data metrics plan rehearsal strict_yaml",
     "recipe": (
-        "auto config config_reader metrics model plan prepare readers run_directory sources "
-        "storage strict_yaml"
+        "budget config config_reader data devices errors metrics prepare readers rehearsal "
+        "run_directory sources storage strict_yaml"
     ),
     "launch": "config config_reader errors recipe resume run_directory world",
     "interchange_cli": "errors exits export importing options output run_directory trained",

@@ -13,11 +13,13 @@ from conftest import TINY, Workshop, merged, prose
 from test_nanogpt import saved, write_meta
 from typer.testing import CliRunner
 
-from gptlite import config_reader, options, recipe
+from gptlite import budget, config_reader, options, recipe
+from gptlite.budget import Rung
 from gptlite.cli import app
 from gptlite.config import RunConfig
 from gptlite.export import export
 from gptlite.options import EXAMPLES
+from gptlite.rehearsal import Costs, EvaluationPace
 from gptlite.start import train
 from gptlite.trained import load_trained
 
@@ -69,12 +71,16 @@ def desk(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> Path:
     def small(name: str) -> Path:
         return folder / "tiny.yaml" if name in shipped else find(name)
 
-    def seconds(*_: Any) -> float:
-        return 10.0
+    def time_rung(rung: Rung, *_: Any) -> Rung:
+        return rung._replace(seconds=10.0)
+
+    def rehearse(*_: Any) -> Costs:
+        return Costs(0.0, 10.0, EvaluationPace(0.0, 64), 0.0, 0.0)
 
     monkeypatch.setattr(config_reader, "find", small)
     monkeypatch.setattr(recipe, "LADDER", ((1, 32, 16),))
-    monkeypatch.setattr(recipe, "seconds_per_update", seconds)
+    monkeypatch.setattr(budget, "time_rung", time_rung)
+    monkeypatch.setattr(recipe, "rehearse", rehearse)
     return folder
 
 

@@ -1,5 +1,7 @@
 """A config made for a text: every choice has a reason, and the YAML says what is trained."""
 
+import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -7,30 +9,46 @@ import pytest
 from conftest import Workshop, prose
 from typer.testing import CliRunner
 
-from gptlite import recipe
+from gptlite import budget, recipe
+from gptlite.budget import Budget, Rung
 from gptlite.cli import app
-from gptlite.config import DataConfig
+from gptlite.config import DataConfig, RunConfig
 from gptlite.config_reader import load_run
-from gptlite.errors import DataError
+from gptlite.errors import ConfigError, DataError
 from gptlite.prepare import prepare
+from gptlite.rehearsal import Costs, EvaluationPace
 
 NAMES = [f"{a}{b}{c}" for a in ("an", "bel", "cor") for b in "aeiou" for c in ("", "n", "lia")] * 10
+NOW = 100.0
+"""What the clock says, always."""
 
 
 @pytest.fixture(autouse=True)
 def _clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An update takes as long as its arithmetic, not as this machine is busy."""
+    """An update takes as long as its arithmetic, not as this machine is busy; no time passes."""
 
-    def seconds(run: Any, model: Any, rows: Any) -> float:
+    def seconds(run: RunConfig) -> float:
         tokens = run.train.batch_size * run.model.context_length
-        return 6e-10 * run.model.n_parameters(1) * tokens
+        dropout = 1.2 if run.dropout.rate else 1.0
+        return 6e-10 * run.model.n_parameters(1) * tokens * dropout
 
-    monkeypatch.setattr(recipe, "seconds_per_update", seconds)
+    def time_rung(rung: Rung, *_: Any) -> Rung:
+        return rung._replace(seconds=seconds(rung.run))
+
+    def rehearse(run: RunConfig, *_: Any) -> Costs:
+        return Costs(0.0, seconds(run), EvaluationPace(seconds(run) / 3, 64), 0.01, 0.1)
+
+    monkeypatch.setattr(budget, "time_rung", time_rung)
+    monkeypatch.setattr(budget, "find_spec", lambda name: object())
+    monkeypatch.setattr(recipe, "rehearse", rehearse)
+    monkeypatch.setattr(recipe, "Budget", partial(Budget, clock=lambda: NOW))
 
 
-def composed(workshop: Workshop, minutes: float = 0.5, *overrides: str) -> tuple[Any, str]:
+def composed(
+    workshop: Workshop, minutes: float = 0.5, *overrides: str, began: float | None = None
+) -> tuple[RunConfig, str]:
     cache = f"data.cache_dir={workshop.folder / 'cache'}"
-    return recipe.compose([str(workshop.text)], minutes, [cache, *overrides])
+    return recipe.compose([str(workshop.text)], minutes, [cache, *overrides], began)
 
 
 def look(workshop: Workshop, text: str) -> recipe.Survey:
@@ -80,7 +98,7 @@ def test_more_time_means_a_larger_model_and_more_updates(workshop: Workshop) -> 
 def test_a_short_text_is_not_read_more_often_than_it_helps(workshop: Workshop) -> None:
     run, text = composed(workshop, 600)
     rows = prepare(run).rows("train", run.model.context_length).n_rows
-    assert run.train.max_steps * run.train.batch_size / rows <= recipe.MOST_EPOCHS + 1
+    assert run.train.max_steps * run.train.batch_size / rows <= budget.MOST_EPOCHS + 1
     assert "60 passes over the text" in text
     assert run.dropout.rate == 0.2
 
@@ -89,6 +107,73 @@ def test_what_is_set_wins_and_is_noted(workshop: Workshop) -> None:
     run, text = composed(workshop, 0.5, "model.n_layer=1", "train.max_steps=7")
     assert (run.model.n_layer, run.train.max_steps) == (1, 7)
     assert "# --set model.n_layer=1" in text
+
+
+def test_what_has_passed_since_the_command_began_is_taken_off(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    costs = Costs(0.0, 0.2, EvaluationPace(0.0, 64), 0.0, 0.0)
+    monkeypatch.setattr(recipe, "rehearse", lambda *_: costs)
+    early, late = (composed(workshop, 0.2, began=at)[0] for at in (NOW, NOW - 3))
+    assert early.model == late.model
+    assert early.train.max_steps == 12 / 0.2
+    assert late.train.max_steps == int((12 - 3 * (1 + budget.ENDING)) / 0.2)
+
+
+def test_the_model_is_timed_as_it_will_be_trained(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With its dropout, where so many updates call for one, and with what is asked for."""
+    tried = []
+    original = recipe.rehearse
+
+    def rehearse(run: RunConfig, *rest: Any) -> Costs:
+        tried.append(run)
+        return original(run, *rest)
+
+    monkeypatch.setattr(recipe, "rehearse", rehearse)
+    run, _ = composed(workshop, 0.5, "model.n_layer=1", "optim.name=adamw", "model.n_head=4")
+    assert run.dropout == tried[-1].dropout
+    assert run.optim.name == tried[-1].optim.name == "adamw"
+    assert run.model == tried[-1].model
+    assert (run.model.n_layer, run.model.n_head) == (1, 4)
+
+
+def test_another_dropout_rate_than_was_guessed_is_timed_again(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = []
+
+    def rehearse(run: RunConfig, *_: Any) -> Costs:
+        tried.append(run.dropout.rate)
+        return Costs(0.0, 1.0, EvaluationPace(0.0, 64), 0.0, 0.0)
+
+    monkeypatch.setattr(recipe, "rehearse", rehearse)
+    run, _ = composed(workshop, 0.5)
+    assert tried == [0.2, 0.1]
+    assert (run.train.max_steps, run.dropout.rate) == (30, 0.1)
+
+
+def test_a_size_that_contradicts_what_is_asked_for_is_passed_over(workshop: Workshop) -> None:
+    run, _ = composed(workshop, 0.5, "model.n_head=12")
+    assert run.model.n_embd % 12 == 0
+    with pytest.raises(ConfigError, match="model.n_layr: unknown key"):
+        composed(workshop, 0.5, "model.n_layr=12")
+
+
+def test_a_command_counts_from_its_beginning(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began = []
+
+    def compose(source: Any, minutes: Any, values: Any, at: float) -> Any:
+        began.append(at)
+        raise DataError("enough")
+
+    monkeypatch.setattr(recipe, "compose", compose)
+    before = time.perf_counter()
+    CliRunner().invoke(app, ["train", "--data", str(workshop.text), "--minutes", "1"])
+    assert before < began[0] < time.perf_counter()
 
 
 def test_a_text_that_is_not_there_is_one_line(workshop: Workshop) -> None:

@@ -1,0 +1,43 @@
+"""What `gptlite plan` says about time; what it says about dropout is in test_audit.py."""
+
+import pytest
+from conftest import Workshop
+
+from gptlite import plan as planning
+from gptlite.metrics import clock
+from gptlite.plan import plan_run, plan_table
+from gptlite.rehearsal import EvaluationPace, Pace
+from gptlite.train import Trainer
+
+
+@pytest.fixture(autouse=True)
+def _paces(monkeypatch: pytest.MonkeyPatch) -> None:
+    def time_updates(trainer: Trainer) -> Pace:
+        return Pace(2.0, 4)
+
+    def time_evaluation(trainer: Trainer) -> EvaluationPace:
+        return EvaluationPace(1.0, 64)
+
+    monkeypatch.setattr(planning, "time_updates", time_updates)
+    monkeypatch.setattr(planning, "time_evaluation", time_evaluation)
+
+
+@pytest.mark.parametrize(("eval_interval", "count"), [(4, 2), (3, 3), (8, 1), (100, 1)])
+def test_the_time_is_that_of_updates_and_evaluations(
+    workshop: Workshop, eval_interval: int, count: int
+) -> None:
+    run = workshop.run(train={"eval_interval": eval_interval, "eval_batches": 1})
+    planned = plan_run(run)
+    passes = 1 + 1 + 4 + 1  # of validation text; of 256 rows of training text; each checked once
+    assert planned.plan["evaluations"] == count
+    assert planned.plan["seconds_per_evaluation"] == passes
+    line = next(one for one in plan_table(planned.run, planned.plan) if one.startswith("time: "))
+    assert line.startswith(f"time: {clock(8 * 2.0 + count * passes)}: 8 updates of 2 s and ")
+    assert line.endswith("(measured on 4 of 8)")
+
+
+def test_of_several_processes_the_time_is_that_of_each(workshop: Workshop) -> None:
+    run = workshop.run(dropout={"preset": "gpt2", "rate": 0.1})
+    alone, four = (plan_run(run, size).plan for size in (1, 4))
+    assert four["seconds_per_evaluation"] == alone["seconds_per_evaluation"] / 4
+    assert four["seconds_per_update"] == 2.0
