@@ -173,11 +173,12 @@ def pick_kernels(
     chosen, reasons = {"attention": kernel, "dtype": dtype}, {}
     if run.attention == "auto":
         reasons["attention"] = f"{kernel}: {why_kernel}"
-    cost = None if run.dtype == "auto" else cost_of(run.dtype, device)
     if run.dtype == "auto":
         reasons["dtype"] = f"{dtype}: {why_dtype}"
-    elif cost is not None:
+    elif (cost := cost_of(run.dtype, device)) is not None:
         reasons["dtype"] = f"{dtype}: asked for, though {cost}"
+    elif own is not None and run.dtype not in own:
+        reasons["dtype"] = f"{dtype}: asked for, though another rank has no {dtype} products"
     return chosen, reasons
 
 

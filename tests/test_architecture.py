@@ -35,8 +35,8 @@ MAY_IMPORT = {
     "trials": "database errors keys run_directory storage study_config",
     "comparison": "errors intervals",
     "study": (
-        "auto comparison config errors exits machine metrics output prepare run_directory session "
-        "start storage study_config suites trained trials"
+        "auto comparison config config_reader devices errors exits machine metrics output prepare "
+        "run_directory session start storage study_config suites trained trials"
     ),
     "keys": "",
     "section": "",
@@ -133,7 +133,8 @@ MAY_IMPORT = {
 """An arrow that is not listed is an error; importing the package for its version is not."""
 
 TORCH_FREE = (
-    "errors machine storage interrupts world torchrun exits output keys section dropout_config config "
+    "errors machine storage interrupts world torchrun exits output keys section dropout_config "
+    "config "
     "strict_yaml config_words config_reader foreign_config hf_config hf_tokenizer origin "
     "study_config trials tokenizer readers remote sources ledger workers data encoding shards "
     "prepare loops "
