@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import torch
 
 from gptlite.config import RunConfig
+from gptlite.devices import HALF
 from gptlite.errors import ConfigError
 from gptlite.loss import PART_BYTES
 from gptlite.machine import usable_memory_bytes
@@ -35,7 +36,7 @@ def memory_bytes(device: torch.device) -> int:
 
 def block_bytes(run: RunConfig) -> int:
     """What one block keeps of one token for the backward pass."""
-    model, half = run.model, 2 if run.dtype == "bfloat16" else 4
+    model, half = run.model, 2 if run.dtype in HALF else 4
     residual = 4 * 2 * model.n_embd
     read = 6 * model.n_embd + 2 * model.mlp_width  # what matrices read, and the activation's slope
     rows_of_weights = {"sdpa": 0, "fused": 1}.get(run.attention, 2)
@@ -49,7 +50,7 @@ def block_bytes(run: RunConfig) -> int:
 def weight_bytes(run: RunConfig, vocab_size: int, ranks: int) -> int:
     """Weights, gradients and moments of a process; FSDP gathers one block, or what is in none."""
     model, n_parameters = run.model, run.model.n_parameters(vocab_size)
-    copies = 2 if run.dtype == "bfloat16" else 0  # of the weights
+    copies = 2 if run.dtype in HALF else 0  # of the weights
     if run.distributed.engine != "fsdp" or ranks == 1:
         return n_parameters * (BYTES_PER_PARAMETER + copies)
     blocks = n_parameters - model.model_copy(update={"n_layer": 0}).n_parameters(vocab_size)

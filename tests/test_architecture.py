@@ -78,8 +78,9 @@ MAY_IMPORT = {
     "metrics": "errors storage",
     "sinks": "config config_reader errors",
     "tensor_files": "errors storage world",
-    "checkpoint": "config errors model section storage tensor_files world",
-    "memory": "config errors loss machine world",
+    "scaling": "section",
+    "checkpoint": "config errors model scaling section storage tensor_files world",
+    "memory": "config devices errors loss machine world",
     "auto": "config devices dropout errors loops masks memory model world",
     "trained": "checkpoint config config_reader devices errors model tokenizer world",
     "evaluate": (
@@ -95,11 +96,11 @@ MAY_IMPORT = {
         "trained world"
     ),
     "generate": "config dropout errors keys model tokenizer",
-    "audit": "auto config data devices dropout dropout_config evaluate loss masks model",
+    "audit": "auto config data devices dropout dropout_config evaluate loss masks model scaling",
     "plan": "audit auto config data devices evaluate masks memory metrics model prepare world",
     "train": (
         "auto checkpoint config data devices dropout errors evaluate keys masks model optim "
-        "tensor_files world"
+        "scaling tensor_files world"
     ),
     "resume": "checkpoint config data errors importing loops origin run_directory tensor_files",
     "records": "checkpoint metrics sinks storage",
