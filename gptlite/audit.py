@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from gptlite.auto import planned_steps
 from gptlite.config import RunConfig
 from gptlite.data import Layout, batch_at
-from gptlite.devices import precision
+from gptlite.devices import HALF, precision
 from gptlite.dropout import Dropout, dropouts, evaluating, set_strength, strength_at
 from gptlite.dropout_config import RATES, SITES
 from gptlite.evaluate import tensors
 from gptlite.loss import mean_nats
 from gptlite.masks import cut_of, mask_keys, sample_keys
 from gptlite.model import GPT, Attention
+from gptlite.scaling import LossScaler
 
 STANDARD_ERRORS = 4
 """Further than this from its rate, a site is off."""
@@ -104,8 +105,8 @@ def site_seconds(run: RunConfig, model: GPT, entry: dict[str, Any]) -> float:
         torch.arange(run.model.context_length, device=device)[None],
         None,
     )
-    half = run.dtype == "bfloat16" and entry["site"] not in ("token", "embedding", "layer", "final")
-    dtype = torch.bfloat16 if half else torch.float32
+    wide = entry["site"] in ("token", "embedding", "layer", "final")
+    dtype = torch.float32 if wide else HALF.get(run.dtype, torch.float32)
     times = []
     with torch.random.fork_rng():
         x = torch.randn(entry["shape"], device=device, dtype=dtype, requires_grad=True)
@@ -215,10 +216,11 @@ def audit(run: RunConfig, model: GPT, rows: Layout) -> dict[str, Any]:
                     break
             with evaluating(model), watched(model, real, evaluation):
                 quiet, again = logits(0), logits(1)
-        zero = {"dropout_on": zero_gradients(model, logits(), targets)}
+        scaler = LossScaler(run.dtype, device)
+        zero = {"dropout_on": zero_gradients(model, scaler, logits(), targets)}
         set_strength(model, 0.0)
         off = logits()
-        zero["dropout_off"] = zero_gradients(model, off, targets)
+        zero["dropout_off"] = zero_gradients(model, scaler, off, targets)
     norm = torch.linalg.vector_norm  # that of a tensor warns on Apple's GPUs
     distance = norm(off.detach() - quiet) / norm(quiet)
     fused = run.dropout.fused_sites(run.attention)
@@ -234,10 +236,10 @@ def audit(run: RunConfig, model: GPT, rows: Layout) -> dict[str, Any]:
     return {"sites": sites, "zero_gradient_share": zero, "problems": problems}
 
 
-def zero_gradients(model: GPT, logits: Tensor, targets: Tensor) -> float:
+def zero_gradients(model: GPT, scaler: LossScaler, logits: Tensor, targets: Tensor) -> float:
     """Share of the parameters whose gradient is exactly zero."""
     model.zero_grad(set_to_none=True)
-    mean_nats(logits, targets).backward()
+    scaler.scaled(mean_nats(logits, targets)).backward()
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     zeros = sum(int((gradient == 0).sum()) for gradient in gradients)
     return zeros / sum(gradient.numel() for gradient in gradients)

@@ -67,7 +67,7 @@ def resolve(
         run = run.model_copy(update={"dropout": run.dropout.model_copy(update={"rate": rate})})
     if device.type == "cpu" and (why := loops.why_not()):
         reasons["loops"] = f"none: {why}; torch alone is slower"
-    chosen, why_chosen = pick_kernels(run, device, own)
+    chosen, why_chosen = pick_kernels(run, device, own, world)
     top |= chosen
     reasons |= why_chosen
     run = run.model_copy(update=top)
@@ -77,6 +77,7 @@ def resolve(
         reasons["dropout.masks"] = describe_masks(run, device)
     if world.size > 1:
         run, reasons["distributed.engine"] = pick_engine(run, vocab_size, device, world)
+        check_ranks(run, world.size)  # once more, as float16 may have been chosen
     top["compile"], why = pick_compile(run, device, n_steps)
     if run.compile == "auto":
         reasons["compile"] = why
@@ -110,6 +111,10 @@ def check_ranks(run: RunConfig, ranks: int) -> None:
         problems.append(f"device: {run.device} is one for {ranks} processes; set cuda or cpu")
     if engine == "fsdp" and run.optim.name == "muon":
         problems.append("distributed.engine: fsdp splits the whole matrices muon needs; set ddp")
+    if engine == "fsdp" and run.dtype == "float16":
+        problems.append(
+            "distributed.engine: fsdp splits gradients, which float16 checks whole; set ddp"
+        )
     if engine == "fsdp" and run.compile is True:
         problems.append("distributed.engine: fsdp is not tested with compile: true; set ddp")
     if problems:
@@ -131,6 +136,8 @@ def pick_engine(
         return whole if asked == "ddp" else split, f"{asked}: asked for"
     if run.optim.name == "muon" or run.compile is True:
         return whole, "ddp: whole matrices"
+    if run.dtype == "float16":
+        return whole, "ddp: whole gradients, which float16 checks"
     try:
         memory.fit(whole, vocab_size, device, world)
     except ConfigError:
@@ -159,14 +166,18 @@ def pick_dropout_rate(epochs: float) -> tuple[float, str]:
 
 
 def pick_kernels(
-    run: RunConfig, device: torch.device, own: set[str] | None = None
+    run: RunConfig, device: torch.device, own: set[str] | None = None, world: World = ALONE
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Attention and dtype, by rule on GPUs, by timing a block on CPUs; with reasons."""
     if run.attention == "fused" and (device.type != "cpu" or loops.library() is None):
         why = loops.why_not() if device.type == "cpu" else f"device is {device}"
         raise ConfigError(f"attention: fused needs a CPU and a C compiler: {why}; set auto")
+    if run.attention == "fused" and run.dtype == "float16":
+        raise ConfigError("attention: fused knows no float16; set auto")
     kernels, why_kernel = attentions(run, device)
     dtypes, why_dtype = precisions(device, own)
+    if dtypes == ["float16"] and world.size > 1 and run.distributed.engine == "fsdp":
+        dtypes, why_dtype = ["float32"], "fsdp splits gradients, which float16 checks whole"
     kernels = kernels if run.attention == "auto" else [run.attention]
     dtypes = dtypes if run.dtype == "auto" else [run.dtype]
     seconds = {(kernel, dtype): 0.0 for kernel in kernels for dtype in dtypes}
@@ -183,11 +194,12 @@ def pick_kernels(
     chosen, reasons = {"attention": kernel, "dtype": dtype}, {}
     if run.attention == "auto":
         reasons["attention"] = f"{kernel}: {why_kernel}"
-    cost = None if run.dtype == "auto" else cost_of(run.dtype, device)
     if run.dtype == "auto":
         reasons["dtype"] = f"{dtype}: {why_dtype}"
-    elif cost is not None:
+    elif (cost := cost_of(run.dtype, device)) is not None:
         reasons["dtype"] = f"{dtype}: asked for, though {cost}"
+    elif own is not None and run.dtype not in own:
+        reasons["dtype"] = f"{dtype}: asked for, though another rank has no {dtype} products"
     return chosen, reasons
 
 
@@ -197,10 +209,10 @@ def attentions(run: RunConfig, device: torch.device) -> tuple[list[str], str]:
     if device.type == "cpu":
         if drops and run.dropout.masks == "native":
             return ["math"], "no fused CPU kernel drops attention weights by torch's masks"
-        plain = ["fused"] if loops.library() else ["math"]
+        plain = ["math"] if loops.library() is None or run.dtype == "float16" else ["fused"]
         if not drops:
             return [*plain, "sdpa"], ""
-        alone = loops.library() and not loops.has_threads()
+        alone = plain == ["fused"] and not loops.has_threads()
         return [*plain, *(["math"] if alone else [])], "drops attention weights by keyed masks"
     if device.type == "cuda" and drops and run.dropout.masks != "keyed":
         return ["sdpa"], "torch's fused kernel, which drops attention weights by itself"
@@ -247,7 +259,8 @@ def describe_masks(run: RunConfig, device: torch.device) -> str:
     if native:
         return f"keyed, except {', '.join(native)}: native, inside the fused kernel"
     if device.type == "cpu":
-        return f"keyed, by {'a compiled loop' if loops.library() else 'torch'}"
+        loop = loops.library() is not None and run.dtype != "float16"
+        return f"keyed, by {'a compiled loop' if loop else 'torch'}"
     return "keyed"
 
 

@@ -28,6 +28,7 @@ from gptlite import __version__, storage
 from gptlite.config import BYTES_PER_PARAMETER
 from gptlite.errors import CheckpointError, ConfigError, DivergedError, StorageError
 from gptlite.model import GPT
+from gptlite.scaling import Scale
 from gptlite.section import Section
 from gptlite.tensor_files import (
     files_of,
@@ -72,6 +73,8 @@ class State(Section):
     evaluations_without_gain: int
     skipped: list[int]
     """Recent updates whose loss or gradient was not finite."""
+    loss_scale: Scale | None = None
+    """Of a run that is, or was before it went on elsewhere, in float16."""
     pending: dict[str, float | int | None] | None
     """The row of metrics of this step, if a signal came before its evaluation was done."""
     data_digest: str

@@ -15,6 +15,9 @@ from gptlite.data import IGNORED
 
 PART_BYTES = 1 << 26
 """Largest block of float32 logits made at a time; below it all are made at once."""
+FLOAT16_ROWS = 1024
+"""In float16 no gradient of more rows is summed in one product: its slopes are not scaled yet, and
+a sum over many tokens could pass 65504."""
 
 
 def nats_of(logits: Tensor, targets: Tensor, reduction: str) -> Tensor:
@@ -36,6 +39,8 @@ def total_nats(features: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     kind = features.device.type
     half = torch.is_autocast_enabled(kind)
     dtype = torch.get_autocast_dtype(kind) if half else weight.dtype
+    if dtype == torch.float16:
+        rows = min(rows, FLOAT16_ROWS)
     parts = max(1, rows), dtype
     total: Tensor = _InParts.apply(features.flatten(0, 1), weight, targets.flatten(), *parts)
     return total

@@ -152,9 +152,10 @@ class _Drop(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        if not ctx.saved_tensors:
+        saved = ctx.saved_tensors  # once, as a checkpoint makes them at the first look
+        if not saved:
             return compiled(gradient, ctx.mask, ctx.dtype), None, None
-        scaled = (gradient * ctx.saved_tensors[0]).mul_(RATES / (RATES - ctx.mask.cut))
+        scaled = (gradient * saved[0]).mul_(RATES / (RATES - ctx.mask.cut))
         return scaled.to(ctx.dtype), None, None
 
 

@@ -248,7 +248,7 @@ def study_page(source: Path) -> Page:
         ],
         samples=[],
         details=[("Study", text)] if text else [],
-        notes=notes,
+        notes=[*notes, *map(str, study.get("notes", []))],
     )
 
 

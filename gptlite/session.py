@@ -87,6 +87,7 @@ class Session:
             "lr": update.lr,
             "grad_norm": update.grad_norm,
             "tokens_per_second": self.meter.rate(),
+            **update.loss_scaling,
             **{f"dropout/{site}": rate for site, rate in update.dropout_rates.items()},
         }
 
@@ -247,6 +248,7 @@ class Session:
             val_loss=self.val_loss,
             evaluations_without_gain=self.worse,
             skipped=trainer.skipped,
+            loss_scale=trainer.scaler.state(),
             pending=None if self.pending is None else finite(self.pending),
             data_digest=trainer.files.digest,
             tokenizer_sha256=digest(trainer.files.tokenizer),

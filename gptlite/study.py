@@ -22,6 +22,7 @@ import typer
 from gptlite import machine, run_directory, storage
 from gptlite.comparison import decide, over_seeds, paired
 from gptlite.config import RunConfig
+from gptlite.config_reader import load_run
 from gptlite.errors import DivergedError, RunInUseError, Stopped, UserError, visible
 from gptlite.exits import leave_when_terminated, user_errors
 from gptlite.metrics import clock
@@ -146,6 +147,7 @@ def do(queue: Queue, job: Job, threads: int, watch: "Watch") -> Record:
         "seed": job.seed,
         "host": platform.node(),
         "directory": str(directory),
+        "dtype": dtype_of(directory),
         "state": state,
         "why": why,
         "measured": study.measured,
@@ -154,8 +156,9 @@ def do(queue: Queue, job: Job, threads: int, watch: "Watch") -> Record:
 
 
 def train(queue: Queue, run: RunConfig, directory: Path, threads: int, watch: "Watch") -> None:
-    """One run, with the precision and number of threads of all runs of the study."""
-    from gptlite import auto, start
+    """One run, with the number of threads of all runs of the study and its precision, except on a
+    machine that has no hardware for that: it computes in float32, and the record says so."""
+    from gptlite import auto, devices, start
     from gptlite.prepare import prepare
 
     def fastest() -> str:
@@ -167,7 +170,8 @@ def train(queue: Queue, run: RunConfig, directory: Path, threads: int, watch: "W
         shared = run.train.model_copy(update={"threads": threads})
         run = run.model_copy(update={"train": shared})
     if run.dtype == "auto":  # chosen by a clock, which could say otherwise for the next run
-        run = run.model_copy(update={"dtype": queue.settled("dtype", fastest)})
+        settled = run.model_copy(update={"dtype": queue.settled("dtype", fastest)})
+        run = run.model_copy(update={"dtype": devices.adapt(settled)[0].dtype})
     try:
         start.train(run, directory, resume=run_directory.has_run(directory), watch=watch)
     except Stopped as stopped:
@@ -175,6 +179,12 @@ def train(queue: Queue, run: RunConfig, directory: Path, threads: int, watch: "W
         raise Stopped(stopped.exit_code - 128, told) from None
     except RunInUseError:  # a search may try one point twice at a time: the other trains it
         time.sleep(1)
+
+
+def dtype_of(directory: Path) -> str | None:
+    """The precision that a run was trained in, as it last was."""
+    config = str(directory / "config.yaml")
+    return load_run([config]).dtype if run_directory.has_run(directory) else None
 
 
 def measured(study: Study, directory: Path) -> dict[str, Any]:
@@ -257,7 +267,17 @@ def results(study: Study, records: list[Record]) -> dict[str, Any]:
             for label, point in points.items()
         ],
         "comparisons": comparisons(study, points, done),
+        "notes": list(unlike_precisions(done)),
     }
+
+
+def unlike_precisions(done: list[Record]) -> Iterator[str]:
+    """Says so if runs were trained in several precisions though no axis asks for it: two runs
+    that differ by it are no fair pair."""
+    dtypes = [r["dtype"] for r in done if r.get("dtype") and "dtype" not in r["point"]]
+    if len(set(dtypes)) > 1:
+        counts = ", ".join(f"{dtypes.count(dtype)} in {dtype}" for dtype in sorted(set(dtypes)))
+        yield f"not all runs were trained in one precision ({counts}); study.json says which"
 
 
 def not_done(job: Job) -> Record:
@@ -317,6 +337,7 @@ def table(found: dict[str, Any]) -> Iterator[str]:
     done = sum(run["state"] == "done" for run in runs)
     yield f"{found['name']}: {done} of {len(runs)} runs done"
     yield from (f"  {outcome(run)}" for run in runs if run["state"] == "failed")
+    yield from (f"note: {note}" for note in found["notes"])
     width = max([len(point["label"]) for point in found["points"]], default=0)
     for metric in found["table"]:
         yield ""

@@ -31,6 +31,7 @@ from gptlite.keys import key
 from gptlite.masks import sample_keys
 from gptlite.model import GPT
 from gptlite.optim import Optimizer, lr_at
+from gptlite.scaling import LossScaler
 from gptlite.world import ALONE, World
 
 MOST_SKIPPED, SKIP_WINDOW = 10, 1000
@@ -49,6 +50,8 @@ class Update(NamedTuple):
     targets: int
     dropout_rates: dict[str, float]
     """Of every site that ever drops, in this update."""
+    loss_scaling: dict[str, float]
+    """In float16: `loss_scale`, and `overflows` of the run so far."""
 
 
 class Trainer:
@@ -76,6 +79,7 @@ class Trainer:
         self.engine = world.engine(run, self.model)
         half = torch.bfloat16 if run.dtype == "bfloat16" else torch.float32
         self.optimizer = Optimizer(self.model, run.optim, half)
+        self.scaler = LossScaler(run.dtype, self.device)
         self.parameters = list(self.model.parameters())
         self.step, self.strength = 0, 1.0
         self.skipped: list[int] = []
@@ -90,6 +94,7 @@ class Trainer:
                 self.rows, seed=run.seed, step=self.step, batch_size=run.train.batch_size
             )
             loss = self.accumulate(batch)
+            self.scaler.unscale(self.optimizer.parts)
             norm = get_total_norm([p.grad for p in self.parameters if p.grad is not None])
             loss_nats, grad_norm = loss.item(), self.world.full(norm).item()
             lr = lr_at(self.step, self.max_steps, run.optim)
@@ -97,12 +102,13 @@ class Trainer:
                 if run.optim.grad_clip and grad_norm > run.optim.grad_clip:
                     clip_grads_with_norm_(self.parameters, run.optim.grad_clip, norm)
                 self.optimizer.step(lr)
-            else:
+            elif not self.scaler.take_overflow(loss_nats):
                 self.skip(f"loss {loss_nats}, gradient norm {grad_norm}, learning rate {lr:.3g}")
+            scaling = self.scaler.update()
             self.optimizer.zero_grad()
             self.step += 1
             rates = {site: rate * strength for site, rate in self.rates.items()}
-            yield Update(self.step, loss_nats, lr, grad_norm, batch.n_targets, rates)
+            yield Update(self.step, loss_nats, lr, grad_norm, batch.n_targets, rates, scaling)
 
     def skip(self, what: str) -> None:
         """Leave the weights alone in this update. Raises DivergedError if that is not wanted, or
@@ -139,7 +145,7 @@ class Trainer:
                 with precision(self.run):
                     nats = self.engine(inputs, real, samples=samples, targets=targets)
                 loss = nats / n_targets
-                (loss * self.engine.scale).backward()
+                self.scaler.scaled(loss * self.engine.scale).backward()
             total += loss.detach()
         return self.world.sum(total)
 
@@ -159,9 +165,11 @@ class Trainer:
         fill(self.model, read(path / FILES[0]), path, self.world)
         moments = read(path / FILES[1])
         self.step, self.skipped = state.step, list(state.skipped)
+        self.scaler.restore(state.loss_scale)
+        left_alone = len(self.skipped) + self.scaler.overflows
         try:
-            # There are none before a first update.
-            if self.world.largest(bool(moments) or self.step > len(self.skipped)):
+            # There are none before a first update of the weights.
+            if self.world.largest(bool(moments) or self.step > left_alone):
                 self.optimizer.load_state_tensors(moments, self.world)
         except ValueError as error:
             raise CheckpointError(f"{path}: {error}") from None

@@ -1,6 +1,6 @@
 """A trained model with all that is needed to use it, from a run directory."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gptlite import checkpoint, tokenizer
@@ -51,7 +51,17 @@ def load_alike(run_dir: Path, which: str, world: World) -> Trained:
     trained = own or load_trained(run_dir, f"step-{step}")
     if ranks := unlike_first(world, trained.state.model_dump(mode="json")):
         raise CheckpointError(f"{run_dir}: rank {ranks} has another step {step} than rank 0")
-    return trained
+    return alike(trained, world)
+
+
+def alike(trained: Trained, world: World) -> Trained:
+    """In one precision, that of the run only if all ranks compute in it."""
+    own = trained.run.dtype
+    if all(dtype == own for dtype in world.gathered(own)):
+        return trained
+    note = f"dtype: {own} -> float32: another rank has no {own} products"
+    run = trained.run.model_copy(update={"dtype": "float32"})
+    return replace(trained, run=run, notes=trained.notes + [note] * (own != "float32"))
 
 
 def load(run_dir: Path, found: Found) -> Trained:

@@ -35,11 +35,12 @@ MAY_IMPORT = {
     "trials": "database errors keys run_directory storage study_config",
     "comparison": "errors intervals",
     "study": (
-        "auto comparison config errors exits machine metrics output prepare run_directory session "
-        "start storage study_config suites trained trials"
+        "auto comparison config config_reader devices errors exits machine metrics output prepare "
+        "run_directory session start storage study_config suites trained trials"
     ),
     "keys": "",
     "section": "",
+    "scaling": "section",
     "dropout_config": "section",
     "config": "dropout_config machine section",
     "strict_yaml": "errors",
@@ -79,7 +80,7 @@ MAY_IMPORT = {
     "metrics": "errors storage",
     "sinks": "config config_reader errors",
     "tensor_files": "errors storage world",
-    "checkpoint": "config errors model section storage tensor_files world",
+    "checkpoint": "config errors model scaling section storage tensor_files world",
     "memory": "config errors loops loss machine world",
     "auto": "config devices dropout errors loops masks memory model world",
     "trained": "checkpoint config config_reader devices errors model tokenizer world",
@@ -96,12 +97,12 @@ MAY_IMPORT = {
         "trained world"
     ),
     "generate": "config dropout errors keys model tokenizer",
-    "audit": "auto config data devices dropout dropout_config evaluate loss masks model",
+    "audit": "auto config data devices dropout dropout_config evaluate loss masks model scaling",
     "rehearsal": "auto config data dropout_config evaluate generate memory storage train world",
     "plan": "audit auto config data memory metrics model prepare rehearsal train world",
     "train": (
         "auto checkpoint config data devices dropout errors evaluate keys masks model optim "
-        "tensor_files world"
+        "scaling tensor_files world"
     ),
     "resume": "checkpoint config data errors importing loops origin run_directory tensor_files",
     "records": "checkpoint metrics sinks storage",

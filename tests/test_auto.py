@@ -35,7 +35,8 @@ def test_every_auto_is_replaced_and_explained(workshop: Workshop) -> None:
     assert set(nothing) == {"dropout.masks"}  # says how, which is no choice that is stored
 
 
-def test_what_is_named_is_kept(workshop: Workshop) -> None:
+def test_what_is_named_is_kept(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "cpu_has_bfloat16", lambda: True)
     named = {"micro_batch_size": 2, "early_stop": 3, "threads": 1, "recompute": False}
     run = workshop.run(
         attention="math", compile=False, dtype="bfloat16", train=named, dropout={"masks": "keyed"}
@@ -57,7 +58,7 @@ def timed(monkeypatch: pytest.MonkeyPatch, times: Times) -> list[tuple[str, str]
         return {way: times[way] for way in ways}
 
     monkeypatch.setattr(auto, "block_seconds", seconds)
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    monkeypatch.setattr(devices, "cpu_has_bfloat16", lambda: True)
     monkeypatch.setattr(loops, "library", lambda: object())
     monkeypatch.setattr(loops, "has_threads", lambda: True)
     return asked

@@ -388,13 +388,22 @@ def test_a_locked_site_has_one_mask_for_all_positions(site: str, masks: str) -> 
     assert not torch.equal(y[0], y[1])
 
 
-def test_scales_are_exact_in_bfloat16() -> None:
-    """1/0.9 in bfloat16 is 0.16 % too little; the product is rounded once instead."""
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_scales_are_exact_in_16_bits(dtype: torch.dtype) -> None:
+    """1/0.9 in bfloat16 is 0.16 % too little; the product is rounded once instead. The gradient's
+    as well, and where the residual stream takes it in float32 nothing is rounded."""
+    exact = 1.25 * torch.tensor(RATES / (RATES - cut_of(0.1)))  # in float32
     for site in SITES:
-        x = ones_for(site).bfloat16() * 1.25
-        y = module_of(site, 0.1)(x, keys_for())
-        exact = torch.tensor(1.25 * RATES / (RATES - cut_of(0.1))).bfloat16()
-        assert y[y != 0].unique().tolist() == [exact.item()], site
+        x = (ones_for(site).to(dtype) * 1.25).requires_grad_()
+        module, keys = module_of(site, 0.1), keys_for()
+        y = module(x, keys)
+        assert y.dtype == dtype
+        assert y[y != 0].unique().tolist() == [exact.to(dtype).item()], site
+        (gradient,) = torch.autograd.grad(y, x, torch.full_like(y, 1.25))
+        assert torch.equal(gradient, y), site
+        if SITES[site].by_feature:
+            wide = module(x, keys, torch.float32)
+            assert wide[wide != 0].unique().tolist() == [exact.item()], site
 
 
 def test_layers_keep_their_scale_where_the_plan_says_so() -> None:

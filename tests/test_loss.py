@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from conftest import Workshop
 from torch import Tensor
 
-from gptlite import loss
+from gptlite import loops, loss
 from gptlite.config import ModelConfig
 from gptlite.data import IGNORED
 from gptlite.loss import total_nats
@@ -27,18 +27,22 @@ def example(V: int = 40) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("rows", [1, 4, 33])
-@pytest.mark.parametrize("half", [False, True])
-def test_parts_sum_to_the_whole(monkeypatch: pytest.MonkeyPatch, rows: int, half: bool) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [(torch.float32, 1e-5), (torch.bfloat16, 0.02), (torch.float16, 2e-3)],
+)
+def test_parts_sum_to_the_whole(
+    monkeypatch: pytest.MonkeyPatch, rows: int, dtype: torch.dtype, tolerance: float
+) -> None:
     results = []
     for part_bytes in (1 << 30, 4 * 40 * rows):
         monkeypatch.setattr(loss, "PART_BYTES", part_bytes)
         x, weight, targets = example()
-        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             total = total_nats(x, weight, targets)
         results.append((total, *torch.autograd.grad(total / 7, (x, weight))))
     for whole, parts in zip(*results, strict=True):
         assert parts.dtype == torch.float32
-        tolerance = 0.02 if half else 1e-5
         torch.testing.assert_close(parts, whole, rtol=tolerance, atol=tolerance)
 
 
@@ -68,6 +72,27 @@ def test_parts_hold_large_logits(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-2)
 
 
+@pytest.mark.parametrize("rows", [1 << 8, 1 << 12])
+def test_sums_of_many_tokens_hold_in_float16(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    """The sum of the losses is beyond 65504, and so is a gradient over all tokens; the loss is
+    scaled only afterwards, so that no smaller scale would help."""
+    V, n = 8, 1 << 15
+    monkeypatch.setattr(loss, "PART_BYTES", 4 * V * rows)
+    targets = torch.zeros(1, n, dtype=torch.long)
+    results = []
+    for half in (False, True):
+        x = torch.full((1, n, 4), 30.0, requires_grad=True)
+        weight = (0.001 * torch.arange(V)[:, None]).expand(V, 4).clone().requires_grad_()
+        with torch.autocast("cpu", torch.float16, enabled=half):
+            total = total_nats(x, weight, targets)
+        gradients = torch.autograd.grad(total * 1024 / n, (x, weight))
+        results.append((total.detach(), *(gradient * n / 1024 for gradient in gradients)))
+    assert min(results[0][0], results[0][2].abs().max()) > 65504
+    for whole, half in zip(*results, strict=True):
+        assert half.dtype == torch.float32
+        torch.testing.assert_close(half, whole, rtol=2e-3, atol=2e-3)
+
+
 def test_without_gradients_none_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loss, "PART_BYTES", 1)
     x, weight, targets = example()
@@ -87,14 +112,20 @@ def test_a_batch_without_targets_costs_nothing_and_teaches_nothing(
     assert all(not g.any() for g in torch.autograd.grad(total, (x, weight)))
 
 
+@pytest.mark.parametrize("compiler", [True, False])
 @pytest.mark.parametrize("kernel", ["math", "fused"])
 @pytest.mark.parametrize(
     "dropout",
     [EVERYWHERE, only("embedding", "mlp_output", masks="native")],
     ids=["keyed", "native"],
 )
-def test_recomputing_gives_the_same_gradients_bit_for_bit(kernel: str, dropout: object) -> None:
-    """With masks drawn from a shared generator it would not (OLMo-core PR 828)."""
+def test_recomputing_gives_the_same_gradients_bit_for_bit(
+    kernel: str, dropout: object, compiler: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With masks drawn from a shared generator it would not (OLMo-core PR 828). Without compiled
+    loops, as on GPUs, masks are kept for the backward pass."""
+    if not compiler:
+        monkeypatch.setattr(loops, "library", lambda: None)
     ids = torch.randint(0, 30, (3, 12), generator=torch.Generator().manual_seed(0))
     samples, gradients = sample_keys(0, 3, torch.arange(3).numpy()), []
     for recompute in (False, True):

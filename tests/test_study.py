@@ -16,7 +16,7 @@ import yaml
 from conftest import RATES, Bench
 from typer.testing import CliRunner
 
-from gptlite import auto, run_directory, start, study, suites
+from gptlite import auto, devices, run_directory, start, study, suites
 from gptlite.cli import app
 from gptlite.config_reader import shipped_configs
 from gptlite.data import batch_at
@@ -231,6 +231,7 @@ def test_all_runs_of_a_study_have_one_precision(
         return resolve(run.model_copy(update={"dtype": dtype}), **sizes)
 
     resolve = auto.resolve
+    monkeypatch.setattr(devices, "cpu_has_bfloat16", lambda: True)
     monkeypatch.setattr(auto, "resolve", chosen)
     found = bench.run(**RATES, evaluate=[], seeds=[1])
     configs = [Path(run["directory"]) / "config.yaml" for run in found["runs"]]
