@@ -82,7 +82,23 @@ def resolve(
     if run.compile == "auto":
         reasons["compile"] = why
     run = run.model_copy(update={"compile": top["compile"]})  # a compiled loss takes more memory
+    parts, why_parts = pick_parts(run, vocab_size, device, world)
+    train |= parts
+    reasons |= why_parts
+    if run.train.early_stop == "auto":
+        train["early_stop"] = 10 if epochs > 2 else "never"
+        reasons["train.early_stop"] = f"{train['early_stop']}: {epochs:.1f} epochs planned"
+    resolved = run.model_copy(update={**top, "train": run.train.model_copy(update=train)})
+    return resolved, reasons
+
+
+def pick_parts(
+    run: RunConfig, vocab_size: int, device: torch.device, world: World
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Into how many parts a batch is split, and whether activations are made again; with reasons."""
     size, recompute, why = memory.fit(run, vocab_size, device, world)
+    train: dict[str, Any] = {}
+    reasons: dict[str, str] = {}
     if run.train.micro_batch_size == "auto":
         train["micro_batch_size"], reasons["train.micro_batch_size"] = size, f"{size}: {why}"
     if run.train.recompute == "auto":
@@ -91,11 +107,7 @@ def resolve(
             f"true: {size} sequences at a time would not fit else" if recompute else "false: fits"
         )
         reasons["train.recompute"] = need
-    if run.train.early_stop == "auto":
-        train["early_stop"] = 10 if epochs > 2 else "never"
-        reasons["train.early_stop"] = f"{train['early_stop']}: {epochs:.1f} epochs planned"
-    resolved = run.model_copy(update={**top, "train": run.train.model_copy(update=train)})
-    return resolved, reasons
+    return train, reasons
 
 
 def check_ranks(run: RunConfig, ranks: int) -> None:
