@@ -95,7 +95,7 @@ def resolve(
 def pick_parts(
     run: RunConfig, vocab_size: int, device: torch.device, world: World
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Into how many parts a batch is split, and whether activations are made again; with reasons."""
+    """How a batch is split, and whether activations are made again; with reasons."""
     size, recompute, why = memory.fit(run, vocab_size, device, world)
     train: dict[str, Any] = {}
     reasons: dict[str, str] = {}

@@ -165,7 +165,8 @@ class TrainConfig(Section):
     over the text more than twice, else never."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """What an update does whose loss or gradient is not finite. stop: save and leave (exit code 4);
-    skip: leave the weights as they are and go on, at most 10 times in 1000 updates."""
+    skip: leave the weights as they are and go on, at most 10 times in 1000 updates. Gradients
+    that overflow because float16's loss is scaled too much do not count: the scale is halved."""
     threads: Annotated[int, Field(ge=1, le=1024)] | Auto = "auto"
     """CPU threads; results are bit-exact only for the same number."""
 
