@@ -32,8 +32,9 @@ MOST_EVALUATING = 0.1
 LEAST_GROWTH = 0.4
 """From one rung to the next the time of an update grows at least by so much of what its FLOPs grow
 by: docs/benchmarks.md, Growth."""
-RUNG_SHARE = 0.005
-"""Of the time, for timing a rung; a fifth of a second to one second."""
+RUNG_SHARE, CLIMB_SHARE = 0.005, 0.1
+"""Of the time, for timing a rung (a fifth of a second to one second), and after which no other rung
+is tried, as where other programs keep the machine busy."""
 ENDING, ENDING_WITHOUT_FIGURES = 0.9, 0.4
 """What the page and leaving take, beside what loading took: measured 0.8 to 1.1 and 0.3 to 0.5."""
 
@@ -113,6 +114,7 @@ def climb(rungs: Iterable[Rung], files: TokenFiles, budget: Budget) -> Rung:
 
     One that would not even at the best pace to be hoped for is not timed.
     """
+    began = budget.clock()
     timing, best = between(0.2, RUNG_SHARE * budget.seconds, 1.0), None
     hidden = not wants_bar("auto", sys.stderr)
     for rung in tqdm(rungs, "timing models", leave=False, disable=hidden, file=sys.stderr):
@@ -122,7 +124,8 @@ def climb(rungs: Iterable[Rung], files: TokenFiles, budget: Budget) -> Rung:
             best = rung._replace(seconds=seconds)
             continue
         hoped = best.seconds * LEAST_GROWTH * rung.flops / best.flops
-        if not rung._replace(seconds=hoped).sees_enough(enough):
+        late = budget.clock() - began > CLIMB_SHARE * budget.seconds
+        if late or not rung._replace(seconds=hoped).sees_enough(enough):
             break
         timed = time_rung(rung, files, timing)
         if not timed.sees_enough(enough):

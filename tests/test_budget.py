@@ -190,3 +190,21 @@ def test_the_first_rung_is_chosen_if_none_fits_and_one_model_is_timed_once(
     monkeypatch.setattr(budget, "time_rung", lambda each, *_: timed.append(1) or same[0])
     assert climb(iter(same), workshop.files(), minutes(1)).size == (2, 1, 1)
     assert len(timed) == 1
+
+
+def test_a_climb_that_takes_long_ends(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine timing itself would take the time."""
+    first = rung(workshop)
+    there_is, timed = Budget(2, 0.0, clock := Clock()), []
+
+    def time_rung(each: Rung, files: TokenFiles, how_long: float) -> Rung:
+        clock.now += 7
+        timed.append(each.size[0])
+        return each._replace(seconds=1e-9)
+
+    monkeypatch.setattr(budget, "time_rung", time_rung)
+    rungs = (
+        first._replace(size=(number, 1, 1), run=workshop.run(seed=number)) for number in range(9)
+    )
+    assert climb(rungs, workshop.files(), there_is).size[0] == 1
+    assert timed == [0, 1]
