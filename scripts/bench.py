@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 from bench_growth import bench_growth, bench_memory
+from bench_loops import bench_loops
 from bench_machines import bench_busy, bench_compiler, bench_quickstart, bench_sites
 from bench_minutes import bench_minutes
 from bench_peers import (
@@ -324,6 +325,7 @@ def bench_start(options: argparse.Namespace) -> Iterator[str]:
 SECTIONS: dict[str, Callable[[argparse.Namespace], Iterator[str]]] = {
     "train": bench_train,
     "quality": bench_quality,
+    "loops": bench_loops,
     "sites": bench_sites,
     "busy": bench_busy,
     "compiler": bench_compiler,

@@ -28,8 +28,8 @@ WAITING: dict[str, dict[str, str]] = {
     "one thread": {"OMP_NUM_THREADS": "1"},
 }
 """How threads wait for work, by the environment in which torch is loaded."""
-FOR_GPUS = ("gpt2_124m", "shakespeare_char", "sort")
-"""Shipped configs that are not for a CPU, or whose text has to be made first."""
+FOR_GPUS = ("gpt2_124m", "shakespeare_char", "sort", "the_verdict")
+"""Shipped configs of models for GPUs, or whose text has to be made first."""
 UPDATES = 20
 
 
