@@ -342,14 +342,14 @@ void OF(softmax_back)(const rows *r, float factor, const TYPE *weights, TYPE *gr
 static inline __attribute__((always_inline)) void OF(add)(int R, int C, vector (*restrict sums)[COLUMNS][PARTS],
                                                           const TYPE *restrict weight,
                                                           const float *restrict x, int64_t step) {
-    vector w[ROWS][PARTS];
-    UNROLL for (int r = 0; r < R; r++)
-        UNROLL PART w[r][p] = OF(load)(weight + r * step + p * LANES);
-    UNROLL for (int c = 0; c < C; c++)
-        UNROLL PART {
+    UNROLL PART {
+        vector w[ROWS];
+        UNROLL for (int r = 0; r < R; r++) w[r] = OF(load)(weight + r * step + p * LANES);
+        UNROLL for (int c = 0; c < C; c++) {
             vector v = load_float32(x + c * step + p * LANES);
-            UNROLL for (int r = 0; r < R; r++) sums[r][c][p] += w[r][p] * v;
+            UNROLL for (int r = 0; r < R; r++) sums[r][c][p] += w[r] * v;
         }
+    }
 }
 
 /* R rows of the weight (R, K) times C rows of x (C, K): sums that fit the vector registers. */

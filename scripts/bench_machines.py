@@ -97,7 +97,7 @@ def bench_busy(options: argparse.Namespace) -> Iterator[str]:
         with set_environment(setting):
             threads = 1 if setting.get("OMP_NUM_THREADS") else cores
             more = {"dropout": DROPOUT, "dtype": "float32", "threads": threads}
-            todo[name] = Away(gptlite_update, shape, calls=30, **more)
+            todo[name] = Away(gptlite_update, shape, calls=10, **more)
     quiet = in_turn(todo, options.repeats, stop=False)
     with other_programs(cores):
         busy = in_turn(todo, options.repeats)
