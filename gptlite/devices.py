@@ -71,7 +71,8 @@ def native_precisions(device: torch.device) -> set[str]:
         own.add("bfloat16")
     if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0):
         own.add("float16")
-    if device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_fp16_supported():
+    has_onednn = torch.backends.mkldnn.is_available()  # not in every build for Apple
+    if device.type == "cpu" and has_onednn and torch.ops.mkldnn._is_mkldnn_fp16_supported():
         own.add("float16")
     return own
 

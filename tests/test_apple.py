@@ -91,7 +91,6 @@ def test_the_stand_in_lets_through_what_an_apple_gpu_takes() -> None:
     assert x[torch.tensor([1])].cpu().double().tolist() == [[1, 1]]
 
 
-@pytest.mark.filterwarnings("ignore:at..frobenius_norm")  # torch's own, only on this device
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_trains_evaluates_samples_and_saves(workshop: Workshop, name: str) -> None:
     """With the losses that the CPU has, where the masks are the same ones."""
