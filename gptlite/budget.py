@@ -114,15 +114,17 @@ def climb(rungs: Iterable[Rung], files: TokenFiles, budget: Budget) -> Rung:
 
     One that would not even at the best pace to be hoped for is not timed.
     """
-    began = budget.clock()
-    timing, best = between(0.2, RUNG_SHARE * budget.seconds, 1.0), None
+    began, best = budget.clock(), None
+    timing = between(0.2, RUNG_SHARE * budget.seconds, 1.0)
     hidden = not wants_bar("auto", sys.stderr)
     for rung in tqdm(rungs, "timing models", leave=False, disable=hidden, file=sys.stderr):
-        enough = budget.left() * (1 - MOST_EVALUATING)
-        if best is None or rung.run == best.run:  # all are alike where the model is asked for
-            seconds = time_rung(rung, files, timing).seconds if best is None else best.seconds
-            best = rung._replace(seconds=seconds)
+        if best is None:
+            best = time_rung(rung, files, timing)
             continue
+        if rung.run == best.run:  # the model is asked for, whatever the ladder says
+            best = rung._replace(seconds=best.seconds)
+            continue
+        enough = budget.left() * (1 - MOST_EVALUATING)
         hoped = best.seconds * LEAST_GROWTH * rung.flops / best.flops
         late = budget.clock() - began > CLIMB_SHARE * budget.seconds
         if late or not rung._replace(seconds=hoped).sees_enough(enough):

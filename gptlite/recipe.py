@@ -109,10 +109,9 @@ def of_model(size: tuple[int, int, int], longest_line: int | None) -> dict[str, 
     }
 
 
-def of_device(asked: Document) -> Iterator[Choice]:
+def of_device(run: RunConfig) -> Iterator[Choice]:
     """What was not timed is not done."""
-    device = asked.value(("device",))
-    if pick_device(device if isinstance(device, str) else "auto")[0].startswith("cuda"):
+    if pick_device(run.device)[0].startswith("cuda"):
         yield Choice("compile", False, "timed without; compiling takes a minute by itself")
 
 
@@ -140,6 +139,7 @@ UNTRAINED = (
     Choice("train.max_steps", 1 << 20, ""),
     Choice("optim.warmup_steps", 0, ""),
     Choice("dropout.preset", "none", ""),
+    Choice("compile", False, ""),
 )
 """What a model is timed with as long as its training is not known."""
 
@@ -183,19 +183,19 @@ def dropout_rate(steps: int, rung: Rung) -> tuple[float, str]:
     return rate, f"{epochs:.1f} epochs: {why}"
 
 
-def of_training(rung: Rung, fit: Fit) -> Iterator[Choice]:
+def of_training(rung: Rung, fitting: Fit) -> Iterator[Choice]:
     """How a model is trained, and for how long."""
-    yield Choice("train.max_steps", fit.steps, fit.why)
-    looks = f"{LOOKS} looks at the loss, {fit.evaluating:.1%} of the time"
-    yield Choice("train.eval_interval", math.ceil(fit.steps / LOOKS), looks)
-    if fit.eval_batches is not None:
+    yield Choice("train.max_steps", fitting.steps, fitting.why)
+    looks = f"{LOOKS} looks at the loss, {fitting.evaluating:.1%} of the time"
+    yield Choice("train.eval_interval", math.ceil(fitting.steps / LOOKS), looks)
+    if fitting.eval_batches is not None:
         why = "spread over the validation text; all of it would take too much of the time"
-        yield Choice("train.eval_batches", fit.eval_batches, why)
-    rate, why = dropout_rate(fit.steps, rung)
+        yield Choice("train.eval_batches", fitting.eval_batches, why)
+    rate, why = dropout_rate(fitting.steps, rung)
     yield Choice("dropout.preset", "gpt2" if rate else "none", why)
     if rate:
         yield Choice("dropout.rate", rate, "")
-    yield Choice("optim.warmup_steps", min(50, fit.steps // 20), "")
+    yield Choice("optim.warmup_steps", min(50, fitting.steps // 20), "")
 
 
 def nest(choices: Iterable[Choice]) -> dict[str, Any]:
@@ -242,13 +242,12 @@ def compose(
     budget = Budget(minutes, began)
     asked = read_layers([], overrides)
     choices, longest_line = look_at(source, asked)
-    choices += of_device(asked)
     runs = candidates(choices, asked, longest_line)
     files = prepare(runs[0][1])
     rung = climb((make_rung(size, run, files) for size, run in runs), files, budget)
     size = f"{human(rung.n_parameters)} parameters; "
     size += "the largest there is" if rung.size == LADDER[-1] else "the next sees too little text"
-    choices += of_size(rung.size, longest_line, size)
+    choices += [*of_device(rung.run), *of_size(rung.size, longest_line, size)]
     choices += of_training(rung, rehearse_training(choices, asked, files, rung, budget))
     head = f"# For {', '.join(source)} in {minutes:g} minutes; keep it, change it, run it again.\n"
     changed = "".join(f"# --set {override}\n" for override in overrides)

@@ -161,6 +161,20 @@ def test_a_size_that_contradicts_what_is_asked_for_is_passed_over(workshop: Work
         composed(workshop, 0.5, "model.n_layr=12")
 
 
+def test_what_was_not_timed_is_not_done(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU `auto` would compile, which takes as long as a short run."""
+    assert "compile" not in composed(workshop)[1]
+    monkeypatch.setattr(recipe, "pick_device", lambda wanted: ("cuda", "there is one"))
+    run, text = composed(workshop)
+    assert run.compile is False
+    assert "\ncompile: false  # timed without" in text
+    path = workshop.folder / "recipe.yaml"
+    path.write_text(text)
+    assert load_run([str(path)], [f"data.cache_dir={workshop.folder / 'cache'}"]) == run
+
+
 def test_a_command_counts_from_its_beginning(
     workshop: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
