@@ -34,7 +34,7 @@ SECTIONS: dict[str, tuple[Section, int, int]] = {
     "power": (power, 12, 4),
     "disk": (broken_disk, 100, 3),
     "others": (other_disks, 20, 2),
-    "exact": (exact, 48, 3),
+    "exact": (exact, 72, 3),
     "cadence": (cadence, 16, 2),
     "corruption": (corruption, 3000, 300),
     "divergence": (divergence, 18, 3),
