@@ -126,7 +126,10 @@ def tokenizer_of(
     pattern = None if pre_tokenizer is None else pattern_of(pre_tokenizer)
     check_class(settings["tokenizer_class"], model, pre_tokenizer)
     specials = {token["content"]: token["id"] for token in whole["added_tokens"]}
-    for name in names_of(settings):
+    words = set(SYMBOLS).union("".join(pair) for pair in pairs_in(model))
+    for place, name in [*(("added_tokens", name) for name in specials), *names_of(settings)]:
+        if pattern is not None and name in words:
+            raise Refused(f"{place}: {name!r:.40} is a token of plain text, too")
         if name in model["vocab"] and (pattern is not None or len(name) > 1):
             specials.setdefault(name, model["vocab"][name])
     eot = end_of_text(specials, ends, settings)
@@ -139,7 +142,9 @@ def tokenizer_of(
     marks = Marks(others, tuple(i for i in stops if i != eot), begin)
     if pre_tokenizer is None:
         return characters_of(model, eot, marks, str(settings.get("gptlite_unknown", "error")))
-    return bytes_of(model, eot, marks) if pattern is None else pairs_of(model, pattern, eot, marks)
+    if pattern is None or most < 256:  # a word of bytes is its bytes, however it is split
+        return bytes_of(model, eot, marks)
+    return pairs_of(model, pattern, eot, marks)
 
 
 def misfits(whole: dict[str, Any], settings: dict[str, Any]) -> Iterator[str]:
@@ -207,14 +212,15 @@ def check_class(name: str | None, model: dict[str, Any], pre_tokenizer: Any) -> 
         )
 
 
-def names_of(settings: dict[str, Any]) -> Iterator[str]:
-    """The special tokens that are named outside of tokenizer.json."""
-    named: list[Any] = [settings.get(name) for name in NAMED]
-    for name in ("extra_special_tokens", "additional_special_tokens"):
-        more = settings.get(name) or []
-        named += more.values() if isinstance(more, dict) else more
-    named += (settings.get("added_tokens_decoder") or {}).values()
-    yield from filter(None, map(content_of, named))
+def names_of(settings: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """The special tokens that are named outside of tokenizer.json, and where."""
+    named: list[tuple[str, Any]] = [(name, settings.get(name)) for name in NAMED]
+    for place in ("extra_special_tokens", "additional_special_tokens", "added_tokens_decoder"):
+        more = settings.get(place) or []
+        named += ((place, token) for token in (more.values() if isinstance(more, dict) else more))
+    for place, token in named:
+        if name := content_of(token):
+            yield place, name
 
 
 def content_of(token: Any) -> str | None:
@@ -282,7 +288,10 @@ def characters_of(
 def bytes_of(model: dict[str, Any], eot: int | None, marks: Marks) -> ByteTokenizer:
     letters = sorted((i, token) for token, i in model["vocab"].items() if i != eot)
     if letters != list(enumerate(SYMBOLS)) or model.get("merges") or eot not in (None, 256):
-        raise Refused("model.vocab: more than bytes, but a pre_tokenizer without a pattern")
+        raise Refused(
+            "model.vocab: not the 256 bytes in their order; others need a pre_tokenizer that "
+            "splits words"
+        )
     made = ByteTokenizer(eot=eot is not None, marks=marks)
     check_specials(made, None)
     return made
@@ -302,7 +311,7 @@ def pairs_of(model: dict[str, Any], pattern: str, eot: int | None, marks: Marks)
     for token, rank in model["vocab"].items():
         if token not in specials:
             if not all(character in to_byte for character in token):
-                raise Refused(f"model.vocab: {token!r:.40} is not written in bytes")
+                raise Refused(f"model.vocab: {token!r:.40} is no bytes, as pre_tokenizer makes")
             ranks[bytes(to_byte[character] for character in token)] = rank
     check_merges(model, ranks)
     saved: dict[str, Any] = {"kind": "bpe", "name": "imported", "pattern": pattern, "eot": eot}
@@ -313,10 +322,14 @@ def pairs_of(model: dict[str, Any], pattern: str, eot: int | None, marks: Marks)
         raise Refused(f"model.vocab, pre_tokenizer: {error}") from None
 
 
+def pairs_in(model: dict[str, Any]) -> list[tuple[str, ...]]:
+    """The merges of a file, whose pairs are lists or, in older ones, words with a space between."""
+    return [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]]
+
+
 def check_merges(model: dict[str, Any], ranks: dict[bytes, int]) -> None:
     """tiktoken merges two tokens wherever that makes a token, the lowest id first."""
-    pairs = [tuple(p.split(" ") if isinstance(p, str) else p) for p in model["merges"]]
-    needed = merges(ranks)
+    pairs, needed = pairs_in(model), merges(ranks)
     ids = [model["vocab"].get("".join(pair), -1) for pair in pairs]
     if ids != sorted(ids) or -1 in ids or {(shown(a), shown(b)) for a, b in needed} - set(pairs):
         raise Refused("model.merges: not in the order of its ids, as tiktoken's are")

@@ -126,7 +126,8 @@ def imported(
             parts = [left.pop(name) for name in theirs]
             rows = heights(model, theirs)
             if rows and [len(part) for part in parts] != rows:
-                raise CheckpointError(f"{', '.join(theirs)}: expected {rows} rows")
+                sizes = "num_attention_heads, num_key_value_heads or intermediate_size"
+                raise CheckpointError(f"{', '.join(theirs)}: {sizes} mean {rows} rows")
             whole = torch.cat([part.T if flips else part for part in parts])
             out[ours] = whole.float().contiguous()
     if odd := [name for name in left if not name.endswith(BUFFERS)]:
@@ -134,7 +135,9 @@ def imported(
     if model.tie_embeddings:
         head = out.pop("head.weight", None)
         if head is not None and not torch.equal(head, out["token_embedding.weight"]):
-            raise CheckpointError("lm_head.weight differs from the embedding it should be tied to")
+            raise CheckpointError(
+                "lm_head.weight differs from the embedding, and tie_word_embeddings is true"
+            )
     elif "head.weight" not in out:
         raise CheckpointError(
             "lm_head.weight: missing, and tie_word_embeddings is false: a model without its head"

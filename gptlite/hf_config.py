@@ -293,7 +293,7 @@ def misfits(
         return
     if ours.n_embd % ours.n_head or ours.n_head % ours.kv_heads:
         heads = f"{ours.n_head} heads ({ours.kv_heads} of keys and values)"
-        yield f"model.n_embd would be {ours.n_embd}, which {heads} do not divide"
+        yield f"n_head: model.n_embd would be {ours.n_embd}, which {heads} do not divide"
         return
     expected = dict(COMMON)
     if config["model_type"] == "gpt2":
@@ -310,6 +310,8 @@ def misfits(
         if found != value and not (found is None and name in (*COMMON, *DERIVED)):
             whose = ", the default where a file is silent," if name in silent else ""
             yield f"{name} {found!r:.40}{whose} has no equivalent; gptlite has {value}"
+    if type(config["vocab_size"]) is not int or config["vocab_size"] < 1:
+        yield f"vocab_size {config['vocab_size']!r:.40} is no number of tokens"
     for name in PDROPS[config["model_type"]]:
         if type(config[name]) not in (int, float) or not 0 <= config[name] < 1:
             yield f"{name} {config[name]!r:.40} is no rate of dropout below 1"

@@ -84,7 +84,9 @@ def from_folder(folder: Path) -> Foreign:
     model = validated(sections, tokenizer).model
     with named(folder):
         tensors = hf.imported(model, hf_config.family_of(model), hf.read_folder(folder))
-        check_rows(tensors, hf_config.complete(config)["vocab_size"], "vocab_size of config.json")
+        vocab_size = hf_config.complete(config)["vocab_size"]
+        context = model.context_length
+        check_rows(tensors, "config.json", vocab_size=vocab_size, n_positions=context)
     if not model.bias and hf_config.family_of(model) == "gpt2":
         bare = hf.without_biases(tensors)
         if bare is None:  # trained on elsewhere: they are no longer zero
@@ -98,7 +100,8 @@ def from_nanogpt(path: Path, meta: Path | None) -> Foreign:
     model = validated(sections, tokenizer).model
     with named(path):
         ours = hf.imported(model, "gpt2", tensors, transposed=False)
-        check_rows(ours, vocab_size, "vocab_size of model_args")
+        context = model.context_length
+        check_rows(ours, "model_args", vocab_size=vocab_size, block_size=context)
     return Foreign(sections, tokenizer, cropped(ours, tokenizer.vocab_size, path))
 
 
@@ -112,12 +115,14 @@ def named(source: Path) -> Iterator[None]:
         raise CheckpointError(*(where + problem for problem in error.problems)) from None
 
 
-def check_rows(tensors: dict[str, Tensor], vocab_size: int, place: str) -> None:
-    """Raises CheckpointError where the embedding has not a row for each token that is said."""
-    for name in ("token_embedding.weight", "head.weight"):
-        if name in tensors and len(tensors[name]) != vocab_size:
-            rows = len(tensors[name])
-            raise CheckpointError(f"{name}: {rows} rows, but {place} is {vocab_size!r:.40}")
+def check_rows(tensors: dict[str, Tensor], place: str, **said: int) -> None:
+    """Raises CheckpointError where a table has more or fewer rows than is said, by field."""
+    tokens, positions = said.items()
+    tables = {"token_embedding": tokens, "head": tokens, "position_embedding": positions}
+    for name, (field, size) in tables.items():
+        rows = len(tensors.get(f"{name}.weight", range(size)))
+        if rows != size:
+            raise CheckpointError(f"{name}.weight: {rows} rows, but {field} of {place} is {size}")
 
 
 def cropped(tensors: dict[str, Tensor], vocab_size: int, source: Path) -> dict[str, Tensor]:

@@ -153,7 +153,7 @@ REFUSED: dict[str, tuple[Edit, str]] = {
     "decoder": (put("decoder", {"type": "WordPiece"}), "decoder: 'WordPiece'"),
     "a token of no bytes": (
         put("model.vocab.漢", N + 1),
-        "model.vocab: '漢' is not written in bytes",
+        "model.vocab: '漢' is no bytes",
     ),
     "a token of no merge": (put("model.vocab.zzz", N + 1), "model.ignore_merges: false"),
     "two tokens of one id": (put("model.vocab.Ġthe", 5), "model."),
@@ -178,7 +178,7 @@ def test_what_would_give_other_ids_is_refused_by_name(tmp_path: Path, case: str)
         ({"add_bos_token": True}, "add_bos_token: true"),
         ({"tokenizer_class": "Qwen2Tokenizer"}, "tokenizer_class: 'Qwen2Tokenizer'"),
         ({"added_tokens_decoder": {"9": {"content": "the", "special": False}}}, "'the' is not"),
-        ({"eos_token": "Ġthe"}, "model."),
+        ({"eos_token": "Ġthe"}, "eos_token: 'Ġthe' is a token of plain text"),
     ],
 )
 def test_so_is_what_stands_beside_it(tmp_path: Path, setting: dict[str, Any], told: str) -> None:
