@@ -13,6 +13,8 @@ from gptlite import __version__, hf, hf_config, hf_tokenizer, storage
 from gptlite.checkpoint import model_tensors
 from gptlite.config_reader import dump
 from gptlite.errors import ConfigError, StorageError
+from gptlite.generate import first_token
+from gptlite.tokenizer import Tokenizer
 from gptlite.trained import Trained
 
 
@@ -23,12 +25,13 @@ def export(trained: Trained, out: Path) -> list[str]:
     """
     run, text = trained.run, trained.tokenizer
     family = hf_config.family_of(run.model)
-    config = hf_config.written(run.model, run.dropout, text.vocab_size, text.eot)
-    ends = {"bos_token_id": text.eot, "eos_token_id": text.eot}
+    begin = first_token(text, run.data.layout == "documents")
+    ends = {"eos_token_id": end_ids(text), "bos_token_id": text.eot if begin is None else begin}
+    config = hf_config.written(run.model, run.dropout, text.vocab_size, run.data.layout)
     files: dict[str, Any] = {
-        "config.json": config,
-        "generation_config.json": ends,
-        **hf_tokenizer.written(text, run.model.context_length),
+        "config.json": config | ends,
+        "generation_config.json": ends | {"pad_token_id": text.eot},
+        **hf_tokenizer.written(text, run.model.context_length, begin),
     }
     tensors = hf.exported(run.model, family, model_tensors(trained.model.cpu()))
     lost = hf_config.lost(run.dropout, family)
@@ -52,6 +55,12 @@ def export(trained: Trained, out: Path) -> list[str]:
     finally:
         storage.discard(work)
     return lost
+
+
+def end_ids(text: Tokenizer) -> int | list[int] | None:
+    """Where generation stops, as config.json has it."""
+    ends = [text.eot, *text.marks.ends] if text.eot is not None else [*text.marks.ends]
+    return ends if len(ends) > 1 else next(iter(ends), None)
 
 
 def model_card(trained: Trained, lost: list[str]) -> str:

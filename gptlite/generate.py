@@ -163,7 +163,7 @@ class TextStream:
         if self.finished:
             return ""
         self.n_tokens += 1
-        if token == self.tokenizer.eot:
+        if token == self.tokenizer.eot or token in self.tokenizer.marks.ends:
             return self.end("eot")
         self.held += self.decoder.decode(self.tokenizer.token_bytes(token))
         found = [at for stop in self.stops if (at := self.held.find(stop)) >= 0]
@@ -253,22 +253,32 @@ class Generation:
         ]
 
 
-def encode_prompt(
-    text: Tokenizer, prompt: str, documents: bool, *, place: str = "prompt"
-) -> list[int]:
-    """Ids of a prompt; where documents are rows, each begins with the end-of-text token.
+def first_token(text: Tokenizer, documents: bool) -> int | None:
+    """Where documents are rows, each begins with the end-of-text token; else as a model came."""
+    return text.eot if documents else text.marks.begin
 
-    Raises ConfigError naming `place` and the character that the tokenizer does not know.
-    """
+
+def encoded(text: Tokenizer, prompt: str, place: str) -> list[int]:
+    """Ids of a text by itself. Raises ConfigError naming `place` and what is not known."""
     try:
         prompt.encode()
-        ids = text.encode(prompt)
+        return text.encode(prompt)
     except UnicodeEncodeError as error:
         raise ConfigError(f"{place}: not valid UTF-8 at character {error.start + 1}") from None
     except ConfigError as error:
         raise ConfigError(f"{place}: {error}") from None
-    if documents and text.eot is not None:
-        return [text.eot, *ids]
+
+
+def encode_prompt(
+    text: Tokenizer, prompt: str, documents: bool, *, place: str = "prompt"
+) -> list[int]:
+    """Ids of a prompt, after the token that every text begins with, if there is one.
+
+    Raises ConfigError naming `place` and the character that the tokenizer does not know.
+    """
+    ids = encoded(text, prompt, place)
+    if (first := first_token(text, documents)) is not None:
+        return [first, *ids]
     if ids:
         return ids
     if text.eot is not None:

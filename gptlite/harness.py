@@ -17,7 +17,7 @@ from tqdm import tqdm
 from gptlite.devices import precision
 from gptlite.errors import ConfigError, UserError
 from gptlite.evaluate import eval_rows
-from gptlite.generate import Generation, encode_prompt
+from gptlite.generate import Generation, encode_prompt, encoded
 from gptlite.metrics import wants_bar
 from gptlite.trained import Trained
 
@@ -45,10 +45,11 @@ class Subject(TemplateLM):  # type: ignore[misc]
     @property
     def eot_token_id(self) -> int:
         """What stands before the first token of a text."""
-        return encode_prompt(self.trained.tokenizer, "", True)[0]
+        text = self.trained.tokenizer
+        return encode_prompt(text, "", text.marks.begin is None)[0]
 
     def tok_encode(self, string: str, *_: Any, **__: Any) -> list[int]:
-        return encode_prompt(self.trained.tokenizer, string, False) if string else []
+        return encoded(self.trained.tokenizer, string, "prompt") if string else []
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], **_: Any

@@ -55,6 +55,11 @@ BLOCK: dict[str, dict[str, tuple[str, ...]]] = {
     },
 }
 LAYERS = {"gpt2": "transformer.h", "llama": "model.layers"}
+BARE = {
+    "gpt2": ("transformer.", ("wte.", "wpe.", "ln_f.", "h.")),
+    "llama": ("model.", ("embed_tokens.", "layers.", "norm.")),
+}
+"""What a model without a head leaves out of its names, and how those begin."""
 LINEAR = ("attention.qkv", "attention.output", "mlp.up", "mlp.down")
 
 
@@ -81,12 +86,6 @@ def places(model: ModelConfig, family: str, *, transposed: bool = True) -> Itera
 
 def exported(model: ModelConfig, family: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Our tensors under their names. GPT-2 always has biases: zeros where we have none."""
-    width = model.n_embd // model.n_head
-    heights = {
-        1: None,
-        2: [model.mlp_width, model.mlp_width],
-        3: [width * heads for heads in (model.n_head, model.kv_heads, model.kv_heads)],
-    }
     out: dict[str, Tensor] = {}
     for ours, theirs, transposed in places(model, family):
         tensor = tensors.get(ours)
@@ -94,10 +93,19 @@ def exported(model: ModelConfig, family: str, tensors: Mapping[str, Tensor]) -> 
             tensor = torch.zeros(len(tensors[ours.replace("bias", "weight")]))
         if tensor is None:
             continue
-        parts = tensor.split(heights[len(theirs)] or len(tensor))
+        parts = tensor.split(heights(model, theirs) or len(tensor))
         for name, rows in zip(theirs, parts, strict=True):
             out[name] = (rows.T if transposed else rows).contiguous()
     return out
+
+
+def heights(model: ModelConfig, names: tuple[str, ...]) -> list[int] | None:
+    """Rows of each matrix that is part of one of ours; None where there is but one."""
+    if len(names) == 1:
+        return None
+    width = model.n_embd // model.n_head
+    heads = [model.n_head, model.kv_heads, model.kv_heads]
+    return [width * n for n in heads] if len(names) == 3 else [model.mlp_width] * 2
 
 
 def has_bias(name: str) -> bool:
@@ -110,10 +118,16 @@ def imported(
 ) -> dict[str, Tensor]:
     """Their tensors under our names, in float32. Raises CheckpointError naming what is odd."""
     left = {plain(name, family): tensor for name, tensor in tensors.items()}
+    if len(left) < len(tensors):
+        raise CheckpointError("two weights of one name, with and without what stands before it")
     out: dict[str, Tensor] = {}
     for ours, theirs, flips in places(model, family, transposed=transposed):
-        parts = [left.pop(name) for name in theirs if name in left]
-        if len(parts) == len(theirs):
+        if left.keys() >= set(theirs):  # some of three would be lost in silence
+            parts = [left.pop(name) for name in theirs]
+            rows = heights(model, theirs)
+            if rows and [len(part) for part in parts] != rows:
+                sizes = "num_attention_heads, num_key_value_heads or intermediate_size"
+                raise CheckpointError(f"{', '.join(theirs)}: {sizes} mean {rows} rows")
             whole = torch.cat([part.T if flips else part for part in parts])
             out[ours] = whole.float().contiguous()
     if odd := [name for name in left if not name.endswith(BUFFERS)]:
@@ -121,16 +135,22 @@ def imported(
     if model.tie_embeddings:
         head = out.pop("head.weight", None)
         if head is not None and not torch.equal(head, out["token_embedding.weight"]):
-            raise CheckpointError("lm_head.weight differs from the embedding it should be tied to")
+            raise CheckpointError(
+                "lm_head.weight differs from the embedding, and tie_word_embeddings is true"
+            )
+    elif "head.weight" not in out:
+        raise CheckpointError(
+            "lm_head.weight: missing, and tie_word_embeddings is false: a model without its head"
+        )
     return out
 
 
 def plain(name: str, family: str) -> str:
-    """A name without what wrappers put before it, and with `transformer.`, which some leave out."""
+    """A name without what wrappers put before it, and with what a bare model leaves out."""
     for prefix in PREFIXES:
         name = name.removeprefix(prefix)
-    bare = family == "gpt2" and name.startswith(("wte.", "wpe.", "ln_f.", "h."))
-    return f"transformer.{name}" if bare else name
+    first, names = BARE[family]
+    return first + name if name.startswith(names) else name
 
 
 def without_biases(tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:

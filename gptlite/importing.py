@@ -12,7 +12,16 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from gptlite import checkpoint, hf, hf_config, hf_tokenizer, nanogpt, origin, run_directory, storage
+from gptlite import (
+    checkpoint,
+    foreign_tokenizer,
+    hf,
+    hf_config,
+    nanogpt,
+    origin,
+    run_directory,
+    storage,
+)
 from gptlite import tokenizer as tokenizers
 from gptlite.checkpoint import State
 from gptlite.config import RunConfig
@@ -21,6 +30,7 @@ from gptlite.devices import use_threads
 from gptlite.errors import CheckpointError, ConfigError, StorageError
 from gptlite.keys import key
 from gptlite.model import GPT
+from gptlite.output import tell
 from gptlite.strict_yaml import Document
 from gptlite.tokenizer import Tokenizer
 
@@ -29,7 +39,10 @@ HUB_NAMES = {
     name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 }
 HUB_NAMES["distilgpt2"] = "distilbert/distilgpt2"
-HUB_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "model*.safetensors*")
+HUB_FILES = (
+    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
+    *("special_tokens_map.json", "model*.safetensors*"),
+)
 
 
 class Foreign(NamedTuple):
@@ -65,10 +78,15 @@ def from_folder(folder: Path) -> Foreign:
     """A directory of Hugging Face's; the Hub's own are links to files named by their content."""
     config = hf_config.read(folder)
     sections = hf_config.sections(config, str(folder / "config.json"))
-    tokenizer = hf_tokenizer.read(folder)
+    tokenizer = foreign_tokenizer.read(folder)
+    if tokenizer.marks.begin != tokenizer.eot:  # as changed elsewhere, whatever we noted
+        sections.pop("data", None)
     model = validated(sections, tokenizer).model
     with named(folder):
         tensors = hf.imported(model, hf_config.family_of(model), hf.read_folder(folder))
+        vocab_size = hf_config.complete(config)["vocab_size"]
+        context = model.context_length
+        check_rows(tensors, "config.json", vocab_size=vocab_size, n_positions=context)
     if not model.bias and hf_config.family_of(model) == "gpt2":
         bare = hf.without_biases(tensors)
         if bare is None:  # trained on elsewhere: they are no longer zero
@@ -78,10 +96,12 @@ def from_folder(folder: Path) -> Foreign:
 
 
 def from_nanogpt(path: Path, meta: Path | None) -> Foreign:
-    sections, tokenizer, tensors = nanogpt.read(path, meta)
+    sections, vocab_size, tokenizer, tensors = nanogpt.read(path, meta)
     model = validated(sections, tokenizer).model
     with named(path):
         ours = hf.imported(model, "gpt2", tensors, transposed=False)
+        context = model.context_length
+        check_rows(ours, "model_args", vocab_size=vocab_size, block_size=context)
     return Foreign(sections, tokenizer, cropped(ours, tokenizer.vocab_size, path))
 
 
@@ -95,14 +115,27 @@ def named(source: Path) -> Iterator[None]:
         raise CheckpointError(*(where + problem for problem in error.problems)) from None
 
 
+def check_rows(tensors: dict[str, Tensor], place: str, **said: int) -> None:
+    """Raises CheckpointError where a table has more or fewer rows than is said, by field."""
+    tokens, positions = said.items()
+    tables = {"token_embedding": tokens, "head": tokens, "position_embedding": positions}
+    for name, (field, size) in tables.items():
+        rows = len(tensors.get(f"{name}.weight", range(size)))
+        if rows != size:
+            raise CheckpointError(f"{name}.weight: {rows} rows, but {field} of {place} is {size}")
+
+
 def cropped(tensors: dict[str, Tensor], vocab_size: int, source: Path) -> dict[str, Tensor]:
     """The tensors without rows for padding of the vocabulary, which no text ever has."""
     for name in ("token_embedding.weight", "head.weight"):
-        if name in tensors and len(tensors[name]) < vocab_size:
-            raise CheckpointError(
-                f"{source}: {len(tensors[name])} embeddings for {vocab_size} tokens"
+        rows = len(tensors.get(name, range(vocab_size)))
+        if rows < vocab_size:
+            raise CheckpointError(f"{source}: {rows} embeddings for {vocab_size} tokens")
+        if rows > vocab_size:
+            tell(
+                f"{source}: {name}: {rows - vocab_size} of {rows} rows left out, of which the "
+                f"tokenizer has no token (it has {vocab_size})"
             )
-        if name in tensors:
             tensors[name] = tensors[name][:vocab_size].contiguous()
     return tensors
 

@@ -14,13 +14,21 @@ from gptlite.errors import CheckpointError, ConfigError
 from gptlite.tokenizer import CharTokenizer, Tokenizer, pretrained
 
 GPT2_VOCABULARIES = (50257, 50304)
+DEFAULTS = {
+    **{"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "vocab_size": 50304},
+    **{"bias": True, "dropout": 0.0},
+}
+"""What its GPTConfig assumes."""
 
 
-def read(path: Path, meta: Path | None) -> tuple[dict[str, Any], Tokenizer, dict[str, Tensor]]:
-    """Sections of the run, tokenizer, and weights under their names. Raises CheckpointError."""
+def read(path: Path, meta: Path | None) -> tuple[dict[str, Any], int, Tokenizer, dict[str, Tensor]]:
+    """Sections of the run, size of the vocabulary, tokenizer, and weights under their names.
+
+    Raises CheckpointError, ConfigError.
+    """
     saved = torch_file.read(path)
     try:
-        arguments, tensors = saved["model_args"], saved["model"]
+        arguments, tensors = {**DEFAULTS, **saved["model_args"]}, saved["model"]
         model = {
             **{name: arguments[name] for name in ("n_layer", "n_head", "n_embd", "bias")},
             "context_length": arguments["block_size"],
@@ -31,8 +39,8 @@ def read(path: Path, meta: Path | None) -> tuple[dict[str, Any], Tokenizer, dict
             raise TypeError("weights that are no tensors")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path}: not a checkpoint of nanoGPT ({error!r:.100})") from None
-    dropout = {"preset": "nanogpt", "rate": rate}
-    return {"model": model, "dropout": dropout}, tokenizer_of(path, vocab_size, meta), tensors
+    sections = {"model": model, "dropout": {"preset": "nanogpt", "rate": rate}}
+    return sections, vocab_size, tokenizer_of(path, vocab_size, meta), tensors
 
 
 def tokenizer_of(path: Path, vocab_size: int, meta: Path | None) -> Tokenizer:
@@ -45,10 +53,22 @@ def tokenizer_of(path: Path, vocab_size: int, meta: Path | None) -> Tokenizer:
             f"{path}: the tokenizer of {vocab_size} tokens is not in it; give the meta.pkl that "
             "nanoGPT's prepare.py wrote: --meta data/NAME/meta.pkl"
         )
-    path = meta or beside
+    made = characters_of(meta or beside)
+    if made.vocab_size != vocab_size:
+        raise ConfigError(
+            f"{meta or beside}: has {made.vocab_size} characters, but {path} a vocabulary of "
+            f"{vocab_size}; give the meta.pkl of the data that it was trained on: --meta"
+        )
+    return made
+
+
+def characters_of(path: Path) -> CharTokenizer:
     try:
         itos = torch_file.read_pickle(path)["itos"]
-        characters = "".join(itos[number] for number in range(len(itos)))
-        return CharTokenizer.from_json({"characters": characters, "eot": False, "unknown": "error"})
+        letters = [itos[number] for number in range(len(itos))]
+        if any(len(letter) != 1 for letter in letters):
+            raise ValueError("not one character for each id")
+        saved = {"characters": "".join(letters), "eot": False, "unknown": "error"}
+        return CharTokenizer.from_json(saved)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: not a meta.pkl of nanoGPT ({error!r:.100})") from None

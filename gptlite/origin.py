@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from gptlite import hf_config, hf_tokenizer, strict_yaml
+from gptlite import foreign_tokenizer, hf_config, strict_yaml
 from gptlite import tokenizer as tokenizers
 from gptlite.errors import ConfigError
 from gptlite.tokenizer import Tokenizer
@@ -34,7 +34,7 @@ def sections(source: str) -> dict[str, dict[str, Any]]:
     if not is_hugging_face(source):
         return {}
     model = hf_config.sections(hf_config.read(Path(source)), f"{source}/config.json")["model"]
-    return {"model": model, "tokenizer": section_of(hf_tokenizer.read(Path(source)))}
+    return {"model": model, "tokenizer": section_of(foreign_tokenizer.read(Path(source)))}
 
 
 def tokenizer_of(source: str) -> Tokenizer:
@@ -46,7 +46,7 @@ def tokenizer_of(source: str) -> Tokenizer:
             f"init_from: {source}: not a run, a checkpoint of one, or a Hugging Face directory; "
             "files that hold pickles, such as .pt and .pth, are never loaded"
         )
-    return hf_tokenizer.read(Path(source))
+    return foreign_tokenizer.read(Path(source))
 
 
 def section_of(tokenizer: Tokenizer) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from gptlite import storage
 from gptlite.config import TokenizerConfig
 from gptlite.errors import ConfigError, DataError
+from gptlite.marks import NO_MARKS, Marks
 
 UNKNOWN = get_args(TokenizerConfig.model_fields["unknown"].annotation)
 EOT = "<|endoftext|>"
@@ -42,6 +43,10 @@ GPT2_GROUPED = r"(?:'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+)|\
 
 
 class Tokenizer(Protocol):
+    marks: Marks
+    specials: dict[str, int]
+    """Every token that no text has, by name."""
+
     @property
     def kind(self) -> str: ...
 
@@ -107,8 +112,9 @@ def cut(text: str, *, final: bool) -> tuple[list[str], str]:
 class ByteTokenizer:
     kind = "byte"
 
-    def __init__(self, *, eot: bool) -> None:
-        self.eot = 256 if eot else None
+    def __init__(self, *, eot: bool, marks: Marks = NO_MARKS) -> None:
+        self.eot, self.marks = 256 if eot else None, marks
+        self.specials = marks.named(EOT, self.eot)
         self.vocab_size = 256 + eot
 
     def encode(self, text: str) -> list[int]:
@@ -121,22 +127,25 @@ class ByteTokenizer:
         return b"" if token == self.eot else bytes([token])
 
     def to_json(self) -> dict[str, Any]:
-        return {"kind": self.kind, "eot": self.eot is not None}
+        return {"kind": self.kind, "eot": self.eot is not None, **self.marks.to_json()}
 
     @classmethod
     def from_json(cls, saved: dict[str, Any]) -> "ByteTokenizer":
-        return cls(eot=known(saved["eot"], True, False))
+        return cls(eot=known(saved["eot"], True, False), marks=Marks.from_json(saved))
 
 
 class CharTokenizer:
     kind = "char"
 
-    def __init__(self, characters: str, *, eot: bool, unknown: str) -> None:
-        self.characters, self.unknown = characters, unknown
+    def __init__(
+        self, characters: str, *, eot: bool, unknown: str, marks: Marks = NO_MARKS
+    ) -> None:
+        self.characters, self.unknown, self.marks = characters, unknown, marks
         self.ids = {character: i for i, character in enumerate(characters)}
         self.replacement = len(characters) if unknown == "replace" else None
         size = len(characters) + (self.replacement is not None)
         self.eot = size if eot else None
+        self.specials = marks.named(EOT, self.eot)
         self.vocab_size = size + eot
 
     def encode(self, text: str) -> list[int]:
@@ -177,13 +186,8 @@ class CharTokenizer:
         return ("\ufffd" if token == self.replacement else self.characters[token]).encode()
 
     def to_json(self) -> dict[str, Any]:
-        eot = self.eot is not None
-        return {
-            "kind": self.kind,
-            "characters": self.characters,
-            "eot": eot,
-            "unknown": self.unknown,
-        }
+        named = {"kind": self.kind, "characters": self.characters, "unknown": self.unknown}
+        return {**named, "eot": self.eot is not None, **self.marks.to_json()}
 
     @classmethod
     def from_json(cls, saved: dict[str, Any]) -> "CharTokenizer":
@@ -191,15 +195,25 @@ class CharTokenizer:
         if not isinstance(characters, str) or len(characters) != len(set(characters)):
             raise ValueError("characters are not a text of distinct ones")
         characters.encode()  # half a surrogate pair could never be written out
-        return cls(characters, eot=known(saved["eot"], True, False), unknown=unknown)
+        eot = known(saved["eot"], True, False)
+        return cls(characters, eot=eot, unknown=unknown, marks=Marks.from_json(saved))
 
 
 class BPETokenizer:
     """A byte-level BPE run by tiktoken, trained here or one of OpenAI's."""
 
-    def __init__(self, kind: str, name: str, pattern: str, ranks: dict[bytes, int], eot: int):
+    def __init__(
+        self,
+        kind: str,
+        name: str,
+        pattern: str,
+        ranks: dict[bytes, int],
+        eot: int | None,
+        marks: Marks = NO_MARKS,
+    ) -> None:
         self.kind, self.name, self.pattern, self.ranks, self.eot = kind, name, pattern, ranks, eot
-        self.vocab_size = max(eot, *ranks.values()) + 1
+        self.marks, self.specials = marks, marks.named(EOT, eot)
+        self.vocab_size = max(*self.specials.values(), *ranks.values()) + 1
         self.of_thread = threading.local()
 
     @property
@@ -211,7 +225,7 @@ class BPETokenizer:
                 self.name,
                 pat_str=GPT2_GROUPED if self.pattern == GPT2_PATTERN else self.pattern,
                 mergeable_ranks=self.ranks,
-                special_tokens={EOT: self.eot},
+                special_tokens=self.specials,
             )
             self.of_thread.encoding = made
         return made
@@ -241,19 +255,21 @@ class BPETokenizer:
     def to_json(self) -> dict[str, Any]:
         ranks = {base64.b64encode(token).decode(): rank for token, rank in self.ranks.items()}
         names = {"kind": self.kind, "name": self.name, "pattern": self.pattern}
-        return {**names, "eot": self.eot, "ranks": ranks}
+        return {**names, "eot": self.eot, "ranks": ranks, **self.marks.to_json()}
 
     @classmethod
     def from_json(cls, saved: dict[str, Any]) -> "BPETokenizer":
         ranks = {base64.b64decode(token): rank for token, rank in saved["ranks"].items()}
-        ids = [*ranks.values(), saved["eot"]]
-        if not all(type(i) is int and 0 <= i < MOST_TOKENS for i in ids) or len(set(ids)) < len(
-            ids
-        ):
+        eot, marks = saved["eot"], Marks.from_json(saved)
+        ids = [*ranks.values(), *marks.named(EOT, eot).values()]
+        numbers = all(type(i) is int and 0 <= i < MOST_TOKENS for i in ids)
+        if not numbers or len(set(ids)) < len(ids):
             raise ValueError(f"ids are not distinct numbers below {MOST_TOKENS}")
         if not all(bytes([byte]) in ranks for byte in range(256)) or b"" in ranks:
             raise ValueError("not every byte has an id of its own")
-        made = cls(saved["kind"], saved["name"], saved["pattern"], ranks, saved["eot"])
+        if eot not in (None, *ids[len(ranks) :]):
+            raise ValueError("its end-of-text token has no name")
+        made = cls(saved["kind"], saved["name"], saved["pattern"], ranks, eot, marks)
         if len(made.pattern) > MOST_PATTERN or decode(made, made.encode(PROBE)) != PROBE:
             raise ValueError("its pattern loses text")
         return made

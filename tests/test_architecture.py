@@ -47,17 +47,22 @@ MAY_IMPORT = {
     "config_words": "config strict_yaml",
     "config_reader": "config config_words errors origin strict_yaml",
     "hf_config": "config dropout_config errors storage",
-    "hf_tokenizer": "errors storage tokenizer",
-    "origin": "errors hf_config hf_tokenizer strict_yaml tokenizer",
+    "hf_tokenizer": "tokenizer",
+    "foreign_tokenizer": "errors hf_config hf_tokenizer marks storage tokenizer",
+    "origin": "errors foreign_tokenizer hf_config strict_yaml tokenizer",
     "hf": "checkpoint config errors storage tensor_files",
     "torch_file": "errors storage",
     "nanogpt": "errors tokenizer torch_file",
-    "export": "checkpoint config_reader errors hf hf_config hf_tokenizer storage trained",
-    "importing": (
-        "checkpoint config config_reader devices errors hf hf_config hf_tokenizer keys model "
-        "nanogpt origin run_directory storage strict_yaml tokenizer"
+    "export": (
+        "checkpoint config_reader errors generate hf hf_config hf_tokenizer storage tokenizer "
+        "trained"
     ),
-    "tokenizer": "config errors storage",
+    "importing": (
+        "checkpoint config config_reader devices errors foreign_tokenizer hf hf_config keys model "
+        "nanogpt origin output run_directory storage strict_yaml tokenizer"
+    ),
+    "tokenizer": "config errors marks storage",
+    "marks": "",
     "readers": "config errors",
     "remote": "config errors readers storage",
     "sources": "config errors readers remote storage",
@@ -139,6 +144,7 @@ MAY_IMPORT = {
 TORCH_FREE = (
     "errors machine storage interrupts world torchrun exits output keys section dropout_config "
     "config strict_yaml config_words config_reader foreign_config hf_config hf_tokenizer origin "
+    "marks foreign_tokenizer "
     "study_config trials tokenizer readers remote sources ledger workers data encoding shards "
     "prepare loops charts verdict network_drawing run_files figures report"
 )

@@ -11,7 +11,14 @@ import torch
 from conftest import Workshop, merged, prose, state_at
 from safetensors.torch import save_file
 
-from gptlite import checkpoint, hf_tokenizer, run_directory, storage, tensor_files
+from gptlite import (
+    checkpoint,
+    foreign_tokenizer,
+    hf_tokenizer,
+    run_directory,
+    storage,
+    tensor_files,
+)
 from gptlite import tokenizer as tokenizers
 from gptlite.checkpoint import FILES, model_tensors
 from gptlite.config_reader import dump
@@ -71,6 +78,15 @@ def exported(workshop: Workshop, **sections: Any) -> tuple[Trained, Path]:
     trained = load_trained(make_run(workshop, **sections), "best")
     export(trained, workshop.folder / "hf")
     return trained, workshop.folder / "hf"
+
+
+GONE = object()
+
+
+def write_over(path: Path, change: dict[str, Any]) -> None:
+    """Fields of a JSON file changed, or taken out."""
+    whole = {**json.loads(path.read_text()), **change}
+    path.write_text(json.dumps({name: v for name, v in whole.items() if v is not GONE}))
 
 
 def theirs(folder: Path) -> Any:
@@ -172,7 +188,7 @@ def test_what_has_no_equivalent_is_refused_by_name(
 @pytest.mark.parametrize(
     ("shape", "change", "told"),
     [
-        ("gpt2", {"activation_function": "silu"}, "model.mlp would be 'silu'"),
+        ("gpt2", {"activation_function": "silu"}, "activation_function silu"),
         ("gpt2", {"n_inner": 96}, "n_inner 96 has no equivalent; gptlite has 128"),
         ("gpt2", {"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon 1e-06"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
@@ -186,8 +202,20 @@ def test_what_has_no_equivalent_is_refused_by_name(
         ("llama", {"intermediate_size": 100}, "intermediate_size 100"),
         ("llama", {"rms_norm_eps": 1e-6}, "rms_norm_eps"),
         ("llama", {"head_dim": 32}, "head_dim 32"),
-        ("llama", {"hidden_act": "gelu"}, "model.mlp would be 'gated gelu'"),
-        ("llama", {"mlp_bias": True}, "mlp_bias True"),
+        ("llama", {"hidden_act": "gelu"}, "hidden_act gelu"),
+        ("llama", {"mlp_bias": True}, "attention_bias False with mlp_bias True"),
+        ("llama", {"rms_norm_eps": GONE}, "rms_norm_eps 1e-06, the default where a file is silent"),
+        ("llama", {"intermediate_size": GONE}, "intermediate_size 11008, the default"),
+        ("llama", {"attention_bias": True}, "attention_bias True with mlp_bias False"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "linear", "factor": 2.0}},
+            "rope_type 'linear'",
+        ),
+        ("gpt2", {"layer_norm_epsilon": None}, "layer_norm_epsilon None"),
+        ("gpt2", {"resid_pdrop": 1.5}, "resid_pdrop 1.5"),
+        ("gpt2", {"vocab_size": 7}, "vocab_size of config.json is 7"),
+        ("gpt2", {"n_positions": GONE}, "position_embedding.weight"),
         ("llama", {"hidden_size": "64"}, "model.n_embd would be '64'"),
     ],
 )
@@ -196,11 +224,11 @@ def test_a_foreign_model_that_fits_nothing_here_is_refused_by_field(
 ) -> None:
     _, folder = exported(workshop, model=SHAPES[shape])
     path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    write_over(path, change)
     with pytest.raises(UserError) as refused:
         import_model(str(folder), workshop.folder / "back", None)
     assert told in str(refused.value)
-    assert str(path) in str(refused.value)
+    assert str(path.parent) in str(refused.value)
     assert not (workshop.folder / "back").exists()
 
 
@@ -213,8 +241,8 @@ def test_weights_that_are_missing_too_many_or_of_another_shape_are_refused(
     for change, told in (
         ({"transformer.wpe.weight": None}, "position_embedding.weight"),
         ({"transformer.h.9.ln_1.bias": torch.zeros(32)}, "transformer.h.9.ln_1.bias"),
-        ({"transformer.wpe.weight": torch.zeros(7, 32)}, "position_embedding.weight"),
-        ({"transformer.wte.weight": torch.zeros(3, 32)}, "3 embeddings for"),
+        ({"transformer.wpe.weight": torch.zeros(7, 32)}, "7 rows, but n_positions of config.json"),
+        ({"transformer.wte.weight": torch.zeros(3, 32)}, "3 rows, but vocab_size of config.json"),
         ({"lm_head.weight": torch.zeros(99, 32)}, "lm_head.weight differs"),
     ):
         tensors = {**whole, **change}
@@ -307,7 +335,7 @@ def test_ids_are_equal_on_ten_thousand_texts(hugging_face: dict[str, Any], name:
 def test_a_tokenizer_comes_back_as_it_was(tmp_path: Path, name: str) -> None:
     for file, value in hf_tokenizer.written(OURS[name], 64).items():
         storage.write_json(tmp_path / file, value)
-    back, ours = hf_tokenizer.read(tmp_path), OURS[name]
+    back, ours = foreign_tokenizer.read(tmp_path), OURS[name]
     for text in (prose(50), "é漢 '12345'\n\n x", ""):
         known = "".join(c for c in text if c in CHARACTERS)
         assert back.encode(known) == ours.encode(known)
@@ -325,17 +353,16 @@ def test_a_tokenizer_of_another_make_is_refused(tmp_path: Path) -> None:
         {"normalizer": {"type": "Lowercase"}},
         {"pre_tokenizer": {"type": "Whitespace"}},
         {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}},
-        {"added_tokens": []},
         {"model": 3},
         {"model": {"type": "BPE", "vocab": {"a": -1}}},
     ):
         path.write_text(json.dumps({**whole, **change}))
         with pytest.raises((ConfigError, DataError)) as refused:
-            hf_tokenizer.read(tmp_path)
+            foreign_tokenizer.read(tmp_path)
         assert str(path) in str(refused.value)
     path.write_text("[" * 100_000)
     with pytest.raises(DataError):
-        hf_tokenizer.read(tmp_path)
+        foreign_tokenizer.read(tmp_path)
 
 
 def test_links_as_the_hub_s_cache_has_them_are_followed(workshop: Workshop) -> None:
@@ -355,11 +382,11 @@ def test_merges_in_another_order_than_ids_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     whole["model"]["merges"] = [" ".join(pair) for pair in whole["model"]["merges"]]
     path.write_text(json.dumps(whole))
-    assert hf_tokenizer.read(tmp_path).encode("the of") == LEARNED.encode("the of")
+    assert foreign_tokenizer.read(tmp_path).encode("the of") == LEARNED.encode("the of")
     whole["model"]["merges"][:2] = whole["model"]["merges"][1::-1]
     path.write_text(json.dumps(whole))
     with pytest.raises(ConfigError, match="not in the order of its ids"):
-        hf_tokenizer.read(tmp_path)
+        foreign_tokenizer.read(tmp_path)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
@@ -383,3 +410,116 @@ def test_what_transformers_itself_saves_is_read(tmp_path: Path, family: str) -> 
     with torch.no_grad():
         assert (back.model(ids) - model(ids).logits).abs().max() <= 1e-5
     assert back.run.dropout.rates()["embedding"] == (0.1 if family == "gpt2" else 0.0)
+
+
+def test_a_silent_config_means_what_its_family_does(workshop: Workshop) -> None:
+    """Rates of 0.1 and a table of 1,024 positions, unless the file says otherwise."""
+    _, folder = exported(workshop, model={"context_length": 1024, "n_layer": 1})
+    names = ("embd_pdrop", "attn_pdrop", "resid_pdrop", "activation_function", "n_positions")
+    gone = (*names, "layer_norm_epsilon", "tie_word_embeddings", "n_inner", "gptlite", "n_ctx")
+    write_over(folder / "config.json", dict.fromkeys(gone, GONE))
+    write_over(folder / "config.json", {"n_embd": GONE, "hidden_size": 32})
+    back = load_trained(import_model(str(folder), workshop.folder / "back", None), "best")
+    assert set(back.run.dropout.rates().values()) == {0.0, 0.1}
+    ids = some_ids(back)
+    with torch.no_grad():
+        assert (theirs(folder)(ids).logits - back.model(ids)).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_bare_llama_is_read_if_it_has_a_head(workshop: Workshop, tied: bool) -> None:
+    shape = {**LLAMA, "bias": False, "tie_embeddings": tied}
+    trained, folder = exported(workshop, model=shape)
+    path = folder / "model.safetensors"
+    whole = tensor_files.read_tensors(path)
+    whole.pop("lm_head.weight", None)
+    save_file({name.removeprefix("model."): tensor for name, tensor in whole.items()}, path)
+    if not tied:
+        with pytest.raises(CheckpointError, match=r"lm_head\.weight: missing, and tie_word"):
+            import_model(str(folder), workshop.folder / "back", None)
+        return
+    back = load_trained(import_model(str(folder), workshop.folder / "back", None), "best")
+    ids = some_ids(back)
+    with torch.no_grad():
+        assert (trained.model(ids) - back.model(ids)).abs().max() <= 1e-5
+
+
+def test_weights_that_would_be_dropped_or_cut_are_said(
+    workshop: Workshop, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained, folder = exported(workshop, model={**LLAMA, "bias": False})
+    path, n = folder / "model.safetensors", trained.tokenizer.vocab_size
+    whole = tensor_files.read_tensors(path)
+    attention = "model.layers.0.self_attn"
+    k = whole[f"{attention}.k_proj.weight"]
+    for change, told in (
+        ({f"{attention}.q_proj.bias": torch.ones(32)}, "weights of no use here"),
+        (
+            {
+                f"{attention}.k_proj.weight": k[:16],
+                f"{attention}.v_proj.weight": torch.cat([k, k[:16]]),
+            },
+            "rows",
+        ),
+        ({"layers.0.input_layernorm.weight": torch.ones(32)}, "two weights of one name"),
+    ):
+        save_file({name: t.contiguous() for name, t in {**whole, **change}.items()}, path)
+        with pytest.raises(CheckpointError, match=told):
+            import_model(str(folder), workshop.folder / "back", None)
+    table = whole["model.embed_tokens.weight"]
+    save_file({**whole, "model.embed_tokens.weight": torch.cat([table, table[:5]])}, path)
+    write_over(folder / "config.json", {"vocab_size": n + 5})
+    back = load_trained(import_model(str(folder), workshop.folder / "back", None), "best")
+    assert f"5 of {n + 5} rows left out" in capsys.readouterr().err
+    ids = some_ids(back)
+    with torch.no_grad():
+        assert (theirs(folder)(ids).logits[..., :n] - back.model(ids)).abs().max() <= 1e-5
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "char": {"kind": "char"},
+    "byte": {"kind": "byte"},
+    "bpe": {"kind": "bpe", "vocab_size": 300},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_documents_begin_there_and_back_as_here(workshop: Workshop, kind: str) -> None:
+    """Each row begins with the end of the one before; batches are padded."""
+    transformers = pytest.importorskip("transformers", reason="the dev extra is not installed")
+    trained, folder = exported(workshop, data={"layout": "documents"}, tokenizer=KINDS[kind])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    prompts, greedy = ["an", "the of"], trained.run.sample.model_copy(update={"temperature": 0.0})
+
+    def texts(model: Trained) -> list[str]:
+        documents = model.run.data.layout == "documents"
+        generation = Generation(
+            model.model, model.tokenizer, prompts, greedy, seed=0, documents=documents
+        )
+        return [result["prompt"] + result["text"] for result in generation.results()]
+
+    ours = texts(trained)
+    batch = tokenizer(prompts, padding=True, return_tensors="pt")
+    assert batch["input_ids"][1].tolist()[0] == trained.tokenizer.eot
+    length = {"max_new_tokens": greedy.max_new_tokens, "do_sample": False}
+    made = theirs(folder).generate(**batch, **length)
+    assert tokenizer.batch_decode(made, skip_special_tokens=True) == ours
+    pipeline = transformers.pipeline(
+        "text-generation", model=theirs(folder), tokenizer=tokenizer, batch_size=2
+    )
+    assert [one[0]["generated_text"] for one in pipeline(prompts, **length)] == ours
+    back = load_trained(import_model(str(folder), workshop.folder / "back", None), "best")
+    assert back.run.data.layout == "documents"
+    assert texts(back) == ours
+    export(back, workshop.folder / "hf2")
+    for file in (
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ):
+        assert (workshop.folder / "hf2" / file).read_bytes() == (folder / file).read_bytes(), file
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "post_processor": None}))
+    other = load_trained(import_model(str(folder), workshop.folder / "other", None), "best")
+    assert other.run.data.layout == "stream"

@@ -99,7 +99,9 @@ def test_a_checkpoint_gives_its_logits(tmp_path: Path, bias: bool, prefix: str) 
         assert (back.model(ids) - twin(ids)).abs().max() < 1e-5
 
 
-def test_a_padded_vocabulary_of_gpt2_is_cut(tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_padded_vocabulary_of_gpt2_is_cut_and_said(
+    tmp_path: Path, monkeypatch: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     from gptlite import nanogpt
 
     monkeypatch.setattr(nanogpt, "GPT2_VOCABULARIES", (300, 320))
@@ -107,6 +109,7 @@ def test_a_padded_vocabulary_of_gpt2_is_cut(tmp_path: Path, monkeypatch: Any) ->
     monkeypatch.setattr(nanogpt, "pretrained", lambda name: bytes_)
     twin, path = saved(tmp_path, vocab_size=320, bias=False)
     back = load_trained(import_model(str(path), tmp_path / "run", None), "best")
+    assert "20 of 320 rows left out" in capsys.readouterr().err
     ids = torch.arange(16)[None]
     with torch.no_grad():
         assert (back.model(ids) - twin(ids)[..., :300]).abs().max() < 1e-5
@@ -122,6 +125,20 @@ def test_a_meta_beside_the_checkpoint_is_found_and_a_missing_one_is_asked_for(
     assert load_trained(import_model(str(path), tmp_path / "run", None), "best")
     with pytest.raises(ConfigError, match="contains a run"):
         import_model(str(path), tmp_path / "run", None)
+
+
+@pytest.mark.parametrize("vocab_size", [7, 12])
+def test_a_meta_of_other_data_is_refused(tmp_path: Path, vocab_size: int) -> None:
+    """It would cut rows of the embedding, or lack them."""
+    _, path = saved(tmp_path, vocab_size=vocab_size, bias=True)
+    meta = write_meta(tmp_path / "other.pkl")
+    with pytest.raises(
+        ConfigError, match=f"has 10 characters, but .* a vocabulary of {vocab_size}"
+    ):
+        import_model(str(path), tmp_path / "run", meta)
+    meta.write_bytes(pickle.dumps({"itos": {0: "ab", **dict.fromkeys(range(1, vocab_size), "")}}))
+    with pytest.raises(CheckpointError, match="not one character for each id"):
+        import_model(str(path), tmp_path / "run", meta)
 
 
 class Evil:

@@ -9,9 +9,10 @@ import pytest
 import torch
 import yaml
 from conftest import TINY, Workshop, merged, prose
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from gptlite import origin
+from gptlite import origin, storage, tensor_files
 from gptlite.checkpoint import model_tensors
 from gptlite.cli import app
 from gptlite.config_reader import load_run
@@ -135,6 +136,32 @@ def test_token_files_of_two_origins_are_told_apart(
         for source in (first, workshop.folder / "second")
     ]
     assert folders[0] != folders[1]
+
+
+def test_documents_are_parted_by_what_the_model_ends_with(first: Path, desk: Desk) -> None:
+    """A model for chats: three special tokens, of which the last ends a text."""
+    hugging_face = sources(first)["hf"]
+    path, weights = hugging_face / "tokenizer.json", hugging_face / "model.safetensors"
+    whole, tensors = json.loads(path.read_text()), tensor_files.read_tensors(weights)
+    (plain,), n = whole["added_tokens"], len(tensors["transformer.wte.weight"])
+    more = [
+        {**plain, "id": n + i, "content": f"<|im_{c}|>"} for i, c in enumerate(("start", "end"))
+    ]
+    storage.write_json(path, {**whole, "added_tokens": [plain, *more]})
+    table = tensors["transformer.wte.weight"]
+    save_file({**tensors, "transformer.wte.weight": torch.cat([table, table[:2] + 1])}, weights)
+    storage.write_json(hugging_face / "generation_config.json", {"eos_token_id": [n + 1]})
+    config = json.loads((hugging_face / "config.json").read_text())
+    storage.write_json(hugging_face / "config.json", {**config, "vocab_size": n + 2})
+    several = desk.folder / "several.jsonl"
+    several.write_text("".join(json.dumps({"text": prose(40, seed=i)}) + "\n" for i in range(50)))
+    run = load_run([str(desk.config(hugging_face, data={"source": str(several)}))])
+    files = prepare(run)
+    counts = {i: int((files.tokens("train") == i).sum()) for i in (n - 1, n, n + 1)}
+    assert counts[n + 1] > 40
+    assert (counts[n - 1], counts[n], files.meta["vocab_size"]) == (0, 0, n + 2)
+    train(run, desk.folder / "tuned")
+    assert load_trained(desk.folder / "tuned", "last").tokenizer.eot == n + 1
 
 
 def test_what_is_no_origin_is_refused(first: Path, desk: Desk) -> None:
