@@ -64,9 +64,14 @@ MAY_IMPORT = {
     "ledger": "errors machine storage",
     "workers": "errors machine",
     "data": "errors keys ledger storage tokenizer",
-    "encoding": "config data errors machine readers tokenizer",
+    "split": "",
+    "unknown": "config errors output readers tokenizer",
+    "encoding": "config data errors machine readers split tokenizer unknown",
     "shards": "config data encoding errors machine output run_directory storage tokenizer workers",
-    "prepare": "config data encoding errors ledger origin readers shards sources storage tokenizer",
+    "prepare": (
+        "config data encoding errors ledger origin output shards sources split storage tokenizer "
+        "unknown"
+    ),
     "loops": "",
     "devices": "config errors loops machine world",
     "masks": "dropout_config keys loops",
@@ -84,10 +89,7 @@ MAY_IMPORT = {
     "memory": "config errors loops loss machine world",
     "auto": "config devices dropout errors loops masks memory model world",
     "trained": "checkpoint config config_reader devices errors model tokenizer world",
-    "evaluate": (
-        "config data devices dropout errors keys loss masks memory model readers sources "
-        "tokenizer trained world"
-    ),
+    "evaluate": ("config data devices dropout errors keys loss masks memory model tokenizer world"),
     "intervals": "keys",
     "knockout": "config data devices dropout evaluate intervals keys loss model",
     "importance": "intervals knockout model",
@@ -139,7 +141,8 @@ MAY_IMPORT = {
 TORCH_FREE = (
     "errors machine storage interrupts world torchrun exits output keys section dropout_config "
     "config strict_yaml config_words config_reader foreign_config hf_config hf_tokenizer origin "
-    "study_config trials tokenizer readers remote sources ledger workers data encoding shards "
+    "study_config trials tokenizer readers remote sources ledger workers data split "
+    "unknown encoding shards "
     "prepare loops charts verdict network_drawing run_files figures report"
 )
 UNPICKLERS = {"pickle", "_pickle", "shelve", "marshal", "dill", "cloudpickle", "joblib", "code"}
