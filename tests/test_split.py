@@ -57,6 +57,15 @@ def test_validation_is_a_share_of_the_bytes(texts: list[str], fraction: float) -
     assert not set(found) & set(val)
 
 
+def test_what_most_documents_say_is_not_what_validation_is_made_of() -> None:
+    """However little text that is, and whatever its digest."""
+    for number in range(50):
+        texts = [f"ok {number}"] * 900 + [f"{i} " + "x" * 1000 for i in range(100)]
+        found, val = split(texts, 0.1)
+        assert len(val) < 20
+        assert is_near(share(found, val), 0.1)
+
+
 def test_one_book_and_some_notes_are_split_alike_whatever_they_say() -> None:
     """By the number of documents the book was in validation as often as its digest was small."""
     for number in range(50):
