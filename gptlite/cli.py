@@ -201,7 +201,9 @@ def generate(
 @app.command(name="eval", epilog=examples("eval"))
 def evaluate(
     run: RunOption = None,
-    split: Annotated[str, typer.Option(help="val, train or a text file.")] = "val",
+    split: Annotated[
+        str, typer.Option(help="val, train, or text: what data.source takes.")
+    ] = "val",
     suite: Annotated[
         list[str] | None,
         typer.Option(
@@ -232,7 +234,7 @@ def evaluate(
 
         directory = Path(world.shared(lambda: str(run_directory.existing_run(run))))
         from gptlite import suites
-        from gptlite.prepare import prepare
+        from gptlite.prepare import open_split
         from gptlite.trained import load_alike
 
         asked = words(",".join(suite or ["loss"]))
@@ -246,25 +248,29 @@ def evaluate(
         if world.first:
             tell_passed_over(trained)
         world.expects_life(trained.run.distributed.timeout_seconds)
+        own = trained.run, trained.tokenizer, split, trained.state.data_digest
         results = suites.evaluate(
             *(trained, split, names),
-            lambda: world.in_turn(lambda: prepare(trained.run, trained.tokenizer)),
+            lambda: world.in_turn(partial(open_split, *own)),
             effort=suites.FAST if fast else suites.FULL,
             dropout_active=dropout_active,
             world=world,
         )
         if not world.first:
             return
-        if "lm-eval" in asked:
-            found = harness.evaluate(trained, words(tasks), include_path, limit)
-            results["lm-eval"] = found
-        step = trained.state.step
-        if json_:
-            print_json({"run": str(directory), "step": step, "split": split, **results})
-        else:
-            print(f"{visible(str(directory))}, step {step}, {visible(split)}:")
-            print_results(results)
-        suites.write(directory, split, step, results, dropout_active)
+        save = partial(suites.write, directory, split, step := trained.state.step)
+        try:
+            save(results, dropout_active)
+            if "lm-eval" in asked:
+                found = harness.evaluate(trained, words(tasks), include_path, limit)
+                results["lm-eval"] = suites.written(found)
+                save({"lm-eval": results["lm-eval"]}, False)
+        finally:  # what took so long is not lost with the disk, nor with the next thing
+            if json_ and results:
+                print_json({"run": str(directory), "step": step, "split": split, **results})
+            elif results:
+                print(f"{visible(str(directory))}, step {step}, {visible(split)}:")
+                print_results(results)
 
 
 @app.command(epilog=examples("prepare"))
@@ -386,6 +392,9 @@ def main() -> None:
     leave_when_terminated()
     let_waiting_threads_sleep()
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by the caller, as in `gptlite ... >&-`
+        stream = getattr(sys, name)
+        if stream is None:  # closed by the caller, as in `gptlite ... >&-`
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - for the whole process
+        else:  # a terminal may lack a character of a path, a text or our own words
+            stream.reconfigure(errors="backslashreplace")
     app()

@@ -41,10 +41,11 @@ class DataConfig(Section):
     """stream: fixed windows over all text; documents: one document per row, padded (each line of
     a .txt or .md, each record of the other kinds)."""
     val_fraction: float = Field(0.1, gt=0, lt=1)
-    """Share of the text kept for validation."""
+    """Share of the text's bytes kept for validation."""
     split_by: Literal["auto", "tail", "document"] = "auto"
-    """tail: the last part of the text; document: whole documents chosen by their digest. auto:
-    tail for the stream layout, document for the documents layout."""
+    """tail: the last part of the text; document: whole documents chosen by their digest, copies
+    together, until they have about val_fraction of the bytes. auto: tail for the stream layout,
+    document for the documents layout."""
     train_tokens: Annotated[int, Field(ge=2, lt=2**40)] | None = None
     """Train on the first so many tokens of the training split only; null: all of it. Validation
     text and vocabulary stay the same, so what less data does can be compared."""

@@ -7,7 +7,7 @@ begin at any file: documents never go on from one file to the next.
 import hashlib
 import os
 from array import array
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -22,9 +22,11 @@ from tqdm import tqdm
 from gptlite import machine, readers, tokenizer
 from gptlite.config import RunConfig
 from gptlite.data import token_dtype
-from gptlite.errors import DataError
+from gptlite.errors import DataError, UnknownCharacter
 from gptlite.readers import Chunk
+from gptlite.split import choose_documents
 from gptlite.tokenizer import Tokenizer
+from gptlite.unknown import count_unknown, place_of
 
 WAITING_PIECES = 64
 """Pieces of text that are encoded ahead of the one that is written."""
@@ -41,8 +43,9 @@ class Scan:
     n_bytes: int = 0
     n_documents: int = 0
     characters: set[str] = field(default_factory=set)
-    digests: "array[int] | NDArray[np.uint64]" = field(default_factory=lambda: array("Q"))
-    """Eight bytes of each document's digest, kept only to split by document."""
+    documents: "array[int] | NDArray[np.uint64]" = field(default_factory=lambda: array("Q"))
+    """Eight bytes of each document's digest, and how many bytes it has, one behind the other; kept
+    only to split by document."""
 
 
 @contextmanager
@@ -77,10 +80,10 @@ def with_progress(files: list[Path], run: RunConfig, desc: str, total: int) -> I
 
 
 def first_pass(chunks: Iterator[Chunk], run: RunConfig) -> Scan:
-    digests = array("Q")
-    scan = Scan(digests=digests)
+    documents = array("Q")
+    scan = Scan(documents=documents)
     by_document, characters = run.split_by == "document", run.tokenizer.kind == "char"
-    hashed = hashlib.blake2b(digest_size=8)
+    hashed, began = hashlib.blake2b(digest_size=8), 0
     for text, ends in chunks:
         raw = text.encode("utf-8", errors="replace")
         scan.n_bytes += len(raw)
@@ -91,8 +94,9 @@ def first_pass(chunks: Iterator[Chunk], run: RunConfig) -> Scan:
         if ends:
             scan.n_documents += 1
             if by_document:
-                digests.append(int.from_bytes(hashed.digest(), "little"))
-                hashed = hashlib.blake2b(digest_size=8)
+                documents.append(int.from_bytes(hashed.digest(), "little"))
+                documents.append(scan.n_bytes - began)
+                hashed, began = hashlib.blake2b(digest_size=8), scan.n_bytes
     return scan
 
 
@@ -116,21 +120,18 @@ def cut_of(scan: Scan, run: RunConfig) -> Cut:
     """Equal documents stay on one side."""
     if not scan.n_bytes:
         raise DataError(f"data.source: {', '.join(run.sources)}: has no text (0 bytes)")
-    tail = int(scan.n_bytes * (1 - run.data.val_fraction))
-    whole_documents = run.data.layout == "documents"
+    fraction, whole_documents = run.data.val_fraction, run.data.layout == "documents"
+    tail = int(scan.n_bytes * (1 - fraction))
     if run.split_by == "tail":
         return Cut(None, tail, whole_documents)
-    n, digests = scan.n_documents, np.asarray(scan.digests, dtype=np.uint64)
+    digests, n_bytes = np.asarray(scan.documents, dtype=np.uint64).reshape(-1, 2).T
     n_distinct = len(np.unique(digests))
     if n_distinct < 2:
         raise DataError(
             f"data.source: has {n_distinct} distinct document, needs >= 2 to split by document; "
             "set data.split_by: tail"
         )
-    n_val = min(max(1, round(n * run.data.val_fraction)), n - 1)
-    last = np.partition(digests, n_val - 1)[n_val - 1]
-    chosen = digests < last if last == digests.max() else digests <= last  # leave some to train on
-    return Cut(chosen, tail, whole_documents)
+    return Cut(choose_documents(digests, n_bytes, fraction), tail, whole_documents)
 
 
 def divide(chunks: Iterator[Chunk], cut: Cut) -> Iterator[tuple[str, Chunk]]:
@@ -178,7 +179,7 @@ class TokenWriter:
         self.built, self.threads, self.separate = built, threads, separate
         self.file, self.sha256 = path.open("wb"), hashlib.sha256()
         self.dtype = token_dtype(built.vocab_size)
-        self.counts = {"tokens": 0, "documents": 0, "bytes": 0}
+        self.counts = Counter(tokens=0, documents=0, bytes=0)
         self.held = ""
         self.waiting: deque[Future[np.ndarray] | np.ndarray] = deque()
 
@@ -198,6 +199,7 @@ class TokenWriter:
 
     def add(self, text: str, ends: bool) -> None:
         self.counts["bytes"] += len(text.encode("utf-8", errors="replace"))
+        self.counts.update(count_unknown(self.built, text))
         pieces, self.held = tokenizer.cut(self.held + text, final=ends)
         encode = self.built.encode_array
         for piece in pieces:
@@ -222,15 +224,18 @@ class TokenWriter:
 
 
 def encode(
-    parts: Iterator[tuple[str, Chunk]],
+    files: list[Path],
+    run: RunConfig,
     built: Tokenizer,
     work: Path,
     *,
+    cut: Cut,
+    moved: Moved,
     separate: bool,
     leading: bool,
     n_threads: int | None = None,
 ) -> dict[str, Any]:
-    """Write both token files.
+    """Write both token files. Raises DataError with the place of an unknown character.
 
     The end-of-text token stands behind each document if there are several (`separate`); in the
     documents layout also at the beginning of all text (`leading`), so that every document has
@@ -245,6 +250,9 @@ def encode(
             stack.callback(writer.file.close)
             if leading:
                 writer.end_of_text()
-        for split, (text, ends) in parts:
-            writers[split].add(text, ends)
-        return {split: writer.close() for split, writer in writers.items()}
+        try:
+            for split, (text, ends) in divide(read(files, run, moved), cut):
+                writers[split].add(text, ends)
+            return {split: writer.close() for split, writer in writers.items()}
+        except UnknownCharacter as unknown:
+            raise place_of(unknown, files, run.data) from None

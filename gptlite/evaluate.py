@@ -5,28 +5,26 @@ depend on the batch size or on padding.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gptlite import readers, sources, tokenizer
+from gptlite import tokenizer
 from gptlite.config import RunConfig
-from gptlite.data import IGNORED, Batch, Documents, Layout, Stream
+from gptlite.data import IGNORED, Batch
 from gptlite.devices import precision
 from gptlite.dropout import evaluating
-from gptlite.errors import ConfigError, DataError
+from gptlite.errors import DataError
 from gptlite.keys import key
 from gptlite.loss import nats_of
 from gptlite.masks import sample_keys
 from gptlite.memory import GIB, memory_bytes
 from gptlite.model import GPT
 from gptlite.tokenizer import Tokenizer
-from gptlite.trained import Trained
 from gptlite.world import ALONE, World, grouped
 
 LOGIT_BYTES = 1 << 25
@@ -95,9 +93,21 @@ def eval_rows(run: RunConfig, vocab_size: int, world: World = ALONE) -> int:
     return -world.largest(-max(1, min(512, rows)))
 
 
-def byte_lengths(text: Tokenizer) -> Tensor:
-    """UTF-8 bytes of every id; 0 for end-of-text."""
-    return torch.tensor(tokenizer.token_lengths(text))
+def byte_lengths(text: Tokenizer, counts: Mapping[str, int] | None = None) -> Tensor:
+    """UTF-8 bytes of the text that every id stands for; 0 for end-of-text.
+
+    `counts` are those of a split, whose text may have characters that the tokenizer does not know.
+    One id stands for them, with their mean length; or, where they are skipped, all others do.
+    """
+    lengths = torch.tensor(tokenizer.token_lengths(text), dtype=torch.float64)
+    lost = counts.get("unknown_bytes", 0) if counts else 0
+    if not counts or not lost:
+        return lengths
+    replacement = getattr(text, "replacement", None)
+    if replacement is None:
+        return lengths * (counts["bytes"] / max(1, counts["bytes"] - lost))
+    lengths[replacement] = lost / counts["unknown"]
+    return lengths
 
 
 def tensors(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -125,7 +135,7 @@ def measure(
     """
     parts: dict[str, list[Tensor]] = {"nats": [], "text_nats": [], "targets": []}
     place_nats, place_targets = torch.zeros(2, run.model.context_length, dtype=torch.float64)
-    correct, text_bytes = torch.zeros((), dtype=torch.int64), 0
+    correct, text_bytes = torch.zeros((), dtype=torch.int64), 0.0
     with evaluating(model, dropout_active=dropout_active), precision(run):
         passes = dealt(model, batches, run, world, dropout_active)
         for batch, logits in passes:
@@ -142,7 +152,7 @@ def measure(
             parts["targets"].append(scored.sum(1))
             place_nats[: nats.shape[1]] += nats.sum(0)
             place_targets[: nats.shape[1]] += scored.sum(0)
-            text_bytes += int((n_bytes * scored).sum())
+            text_bytes += float((n_bytes * scored).sum())
     if not parts["nats"] or not int(sum(t.sum() for t in parts["targets"])):
         raise DataError("nothing to evaluate: the text has no target")
     counts = torch.cat(parts["targets"])
@@ -152,7 +162,7 @@ def measure(
     by_place = (world.sum(place_nats) / place_targets).tolist()
     places = [None if math.isnan(loss) else loss for loss in by_place]
     right, in_text = int(world.sum(correct)), float(text_nats.sum())
-    return Measured(total, variance, n, right, in_text, text_bytes, places)
+    return Measured(total, variance, n, right, in_text, round(text_bytes), places)
 
 
 def dealt(
@@ -178,26 +188,3 @@ def dealt(
             if number == 0 and not dropout_active:
                 assert torch.equal(logits, model(inputs, real)), "evaluation is not repeatable"
             yield batch, logits if own == world.rank else None
-
-
-def rows_of_file(trained: Trained, file: str) -> Layout:
-    """The rows of a text file that was not part of the training data."""
-    path, text, run = Path(file), trained.tokenizer, trained.run
-    eot = text.eot if run.data.layout == "documents" else None
-    ids: list[int] = [] if eot is None else [eot]
-    held = ""
-    try:
-        sources.check_regular(path)
-        for chunk, ends in readers.read_file(path, run.data):
-            pieces, held = tokenizer.cut(held + chunk, final=ends)
-            for piece in pieces:
-                ids += text.encode(piece)
-            if ends and eot is not None:
-                ids.append(eot)
-    except (DataError, ConfigError) as error:
-        why = str(error).removeprefix(f"data.source: {path}: ")
-        raise DataError(f"--split {file}: {why}") from None
-    if len(ids) < 2:
-        raise DataError(f"--split {file}: has {len(ids)} tokens, needs >= 2")
-    tokens, context_length = np.array(ids), run.model.context_length
-    return Stream(tokens, context_length) if eot is None else Documents(tokens, context_length, eot)

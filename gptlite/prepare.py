@@ -14,7 +14,6 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -32,11 +31,15 @@ from gptlite.encoding import (
     first_pass,
     is_separate,
     learned,
+    progress,
     with_progress,
 )
 from gptlite.errors import ConfigError, DataError, StorageError
-from gptlite.readers import Chunk
+from gptlite.output import tell
+from gptlite.shards import SPLITS
+from gptlite.split import is_near
 from gptlite.tokenizer import Tokenizer
+from gptlite.unknown import tell_lost
 
 FORMAT = 2
 FOREIGN_MAGIC = {
@@ -46,10 +49,11 @@ FOREIGN_MAGIC = {
 }
 
 
-def prepare(run: RunConfig, own: Tokenizer | None = None) -> TokenFiles:
+def prepare(run: RunConfig, own: Tokenizer | None = None, trained_on: str = "") -> TokenFiles:
     """The token files of a run: from the cache, from a folder of .bin files, or made now.
 
     A run that begins from another has its tokenizer; `own` is that one, if it is at hand.
+    `trained_on` is the digest of the token files that a run was trained on.
     """
     if not run.sources[0]:
         raise ConfigError("data.source: this model was imported, without data; give --split FILE")
@@ -62,16 +66,48 @@ def prepare(run: RunConfig, own: Tokenizer | None = None) -> TokenFiles:
             )
     else:
         own = None
-    return replace(found_or_made(run, own), train_tokens=run.data.train_tokens)
+    return replace(found_or_made(run, own, trained_on), train_tokens=run.data.train_tokens)
 
 
-def found_or_made(run: RunConfig, own: Tokenizer | None) -> TokenFiles:
+def open_split(run: RunConfig, built: Tokenizer, split: str, trained_on: str = "") -> TokenFiles:
+    """What `gptlite eval --split` measures a model with this tokenizer on.
+
+    `val` and `train` are of the run's own data. Whatever else data.source may name becomes token
+    files in the same way, with all of it in the validation split.
+    """
+    if split in SPLITS:
+        files = prepare(run, built, trained_on)
+        if trained_on and files.digest != trained_on:
+            tell("data.source: not the text this run was trained on: val may have been seen")
+        return files
+    if not split or split.startswith("https://"):
+        raise ConfigError(f"--split {split}: expected val, train, a file, a folder or a glob")
+    all_of_it = {"val_fraction": 1.0, "split_by": "tail", "train_tokens": None}
+    data = run.data.model_copy(update={"source": split, "sha256": None, **all_of_it})
+    try:
+        files = found_or_made(run.model_copy(update={"data": data}), built)
+        if (n := files.n_tokens("val")) < 2:
+            raise DataError(f"{split}: has {n} tokens, needs >= 2")
+        return files
+    except (ConfigError, DataError) as error:
+        lines = [problem.removeprefix("data.source: ") for problem in error.problems]
+        lines = [line if line.startswith(split) else f"{split}: {line}" for line in lines]
+        raise DataError(*(f"--split {line}" for line in lines)) from None
+
+
+def found_or_made(run: RunConfig, own: Tokenizer | None, trained_on: str = "") -> TokenFiles:
     folder = Path(os.path.expanduser(run.sources[0]))
     if len(run.sources) == 1 and os.path.isfile(folder / "train.bin"):
         return adopt(folder, run, own)
     files = sources.locate(run)
     listing = described(files, run)
-    target = Path(run.data.cache_dir) / "tokens" / cache_key(run, listing, own)
+    cache = Path(run.data.cache_dir) / "tokens"
+    before = cache / cache_key(run, listing, own, by_count=True)
+    if trained_on and (before / "meta.json").is_file():
+        found = open_token_files(before)
+        if replace(found, train_tokens=run.data.train_tokens).digest == trained_on:
+            return found
+    target = cache / cache_key(run, listing, own)
     if not (target / "meta.json").is_file():
         try:
             way = make_of_parts if shards.worth_it(listing) else make
@@ -96,7 +132,10 @@ def source_digest(file: Path) -> str:
     return storage.file_digest(file, links=True)
 
 
-def cache_key(run: RunConfig, listing: list[dict[str, Any]], own: Tokenizer | None) -> str:
+def cache_key(
+    run: RunConfig, listing: list[dict[str, Any]], own: Tokenizer | None, *, by_count: bool = False
+) -> str:
+    """Names token files. `by_count`: those whose validation was a share of the documents."""
     kind = run.tokenizer.kind
     decides = {"char": ["unknown"], "bpe": ["vocab_size"], "tiktoken": ["name"]}.get(kind, [])
     names: dict[str, Any] = {"format": FORMAT, "sources": listing, "kind": kind}
@@ -104,6 +143,10 @@ def cache_key(run: RunConfig, listing: list[dict[str, Any]], own: Tokenizer | No
         names |= {name: getattr(run.tokenizer, name) for name in decides}
     else:
         names["tokenizer"] = tokenizer.digest(own)
+    if own is not None and own.kind == "char" and not by_count:
+        names["counts"] = "of the text"
+    if run.split_by == "document" and not by_count:
+        names["validation"] = "bytes"
     names |= {"layout": run.data.layout, "split_by": run.split_by}
     names |= {"val_fraction": run.data.val_fraction, "text_field": run.data.text_field}
     return hashlib.sha256(json.dumps(names, sort_keys=True).encode()).hexdigest()[:16]
@@ -117,9 +160,7 @@ def adopt(folder: Path, run: RunConfig, own: Tokenizer | None) -> TokenFiles:
     if (folder / "meta.json").is_file():
         found = open_token_files(folder, way_out="make it again, or give the text itself")
         if own is not None and found.meta["tokenizer_sha256"] != tokenizer.digest(own):
-            raise DataError(
-                f"data.source: {folder}: of another tokenizer than init_from {run.init_from}"
-            )
+            raise DataError(f"data.source: {folder}: of another tokenizer than the model's")
         return found
     kind = run.tokenizer.kind
     if own is None and kind not in ("byte", "tiktoken"):
@@ -194,13 +235,22 @@ def make(
     try:
         scan = first_pass(with_progress(files, run, "read", 0), run)
         cut = cut_of(scan, run)
-
-        def split_text(desc: str) -> Iterator[tuple[str, Chunk]]:
-            return divide(with_progress(files, run, desc, scan.n_bytes), cut)
-
-        built = own or learned(run, scan, split_text("learn"))
-        separate, leading = is_separate(scan, run), run.data.layout == "documents"
-        splits = encode(split_text("encode"), built, work, separate=separate, leading=leading)
+        built = own
+        if built is None:
+            learning = with_progress(files, run, "learn", scan.n_bytes)
+            built = learned(run, scan, divide(learning, cut))
+        with progress("encode", scan.n_bytes) as moved:
+            splits = encode(
+                files,
+                run,
+                built,
+                work,
+                cut=cut,
+                moved=moved,
+                separate=is_separate(scan, run),
+                leading=run.data.layout == "documents",
+            )
+        check_splits(splits, run)
         finish(work, describe(run, built, splits, listing), built)
         with suppress(OSError):  # another process may have made the same folder meanwhile
             os.rename(work, target)
@@ -221,9 +271,22 @@ def make_of_parts(
             return
         built, parts = shards.tokenize(files, listing, run, own, work)
         splits = shards.joined(work, parts)
+        check_splits(splits, run)
         finish(work, {**describe(run, built, splits, listing), "parts": parts}, built)
         storage.discard(target)  # one that has lost its meta.json
         os.rename(work, target)
+
+
+def check_splits(splits: dict[str, Any], run: RunConfig) -> None:
+    """Say what is lost, and where validation is not what was asked for. Raises DataError."""
+    tell_lost(splits, ", ".join(run.sources))
+    share = splits["val"]["bytes"] / sum(splits[split]["bytes"] for split in SPLITS)
+    fraction, whole = run.data.val_fraction, run.data.layout == "documents"
+    if (whole or run.split_by == "document") and not is_near(share, fraction):
+        tell(
+            f"data.val_fraction: validation has {share:.1%} of the bytes instead of "
+            f"{fraction:.1%}: documents are not cut, copies stay together, and some are too large"
+        )
 
 
 def finish(work: Path, meta: dict[str, Any], built: Tokenizer) -> None:

@@ -73,7 +73,7 @@ class Session:
             place = Place(run, directory, self.run_id, known)
             self.records = Records(place, trainer.max_steps, trainer.step)
         self.val_rows = trainer.files.rows("val", run.model.context_length)
-        self.lengths = byte_lengths(trainer.files.tokenizer)
+        self.lengths = byte_lengths(trainer.files.tokenizer, trainer.files.meta["splits"]["val"])
         self.verified = False
 
     def row(self, update: Update) -> dict[str, Any]:

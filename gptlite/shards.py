@@ -11,6 +11,7 @@ other, are the tokens that one process would write.
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -209,7 +210,7 @@ def keep(part: Part, fill: Callable[[Path], About]) -> About:
 def scan_part(run: RunConfig, part: Part, moved: Moved) -> About:
     def fill(folder: Path) -> About:
         scan = first_pass(read(part.files, run, moved), run)
-        np.asarray(scan.digests, dtype="<u8").tofile(folder / "digests.bin")
+        np.asarray(scan.documents, dtype="<u8").tofile(folder / "digests.bin")
         storage.disk.sync(folder / "digests.bin")
         return {
             "bytes": scan.n_bytes,
@@ -225,8 +226,8 @@ def merged(folders: list[Path], scans: list[About]) -> Scan:
     """What one pass over all parts finds."""
     n_bytes, n_documents = (sum(scan[name] for scan in scans) for name in ("bytes", "documents"))
     characters = set().union(*(scan["characters"] for scan in scans))
-    digests = [np.fromfile(folder / "digests.bin", "<u8") for folder in folders]
-    return Scan(n_bytes, n_documents, characters, np.concatenate(digests))
+    documents = [np.fromfile(folder / "digests.bin", "<u8") for folder in folders]
+    return Scan(n_bytes, n_documents, characters, np.concatenate(documents))
 
 
 @lru_cache(1)
@@ -239,9 +240,12 @@ def encode_part(run: RunConfig, part: Part, moved: Moved) -> About:
     def fill(folder: Path) -> About:
         assert part.cut is not None, "scanned, not yet cut"
         splits = encode(
-            divide(read(part.files, run, moved), part.cut),
+            part.files,
+            run,
             tokenizer_in(part.work, part.tokenizer_sha256),
             folder,
+            cut=part.cut,
+            moved=moved,
             separate=part.separate,
             leading=part.number == 0 and run.data.layout == "documents",
             n_threads=part.n_threads,
@@ -262,8 +266,9 @@ def joined(work: Path, parts: list[About]) -> dict[str, Any]:
             with (work / part_name(number) / f"{split}.bin").open("rb") as file:
                 while block := file.read(1 << 20):
                     sha256.update(block)
-        names = ("tokens", "documents", "bytes")
-        totals = {name: sum(part[split][name] for part in parts) for name in names}
+        totals: Counter[str] = Counter()
+        for part in parts:
+            totals.update({name: n for name, n in part[split].items() if name != "sha256"})
         return {**totals, "sha256": sha256.hexdigest()}
 
     with ThreadPoolExecutor(len(SPLITS)) as threads:

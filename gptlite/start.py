@@ -14,7 +14,7 @@ from gptlite.checkpoint import Found, State
 from gptlite.config import RunConfig
 from gptlite.config_reader import dump, load_run
 from gptlite.data import TokenFiles
-from gptlite.errors import ConfigError, DataError
+from gptlite.errors import CheckpointError, ConfigError, DataError
 from gptlite.generate import encode_prompt
 from gptlite.interrupts import Interrupts
 from gptlite.memory import keep_freed
@@ -80,7 +80,10 @@ def opened(run: RunConfig, directory: Path, resume: bool, world: World) -> Token
     own = None  # that of init_from, which all ranks see, as the run directory perhaps is not
     if resume and run.init_from and (world.first or run_directory.has_run(directory)):
         own = load_tokenizer(directory)
-    files = world.in_turn(lambda: prepare(run, own))
+    before = ""
+    if resume and run.split_by == "document":  # by which rule, only the digest says
+        before = world.shared(lambda: trained_on(directory))
+    files = world.in_turn(lambda: prepare(run, own, before))
     files.rows("train", run.model.context_length)
     files.tokens("val")  # too little text for validation is better known before training
     for prompt in run.sample.prompts:
@@ -89,6 +92,14 @@ def opened(run: RunConfig, directory: Path, resume: bool, world: World) -> Token
     if ranks := unlike_first(world, files.digest):
         raise DataError(f"data.source: rank {ranks} has other text or tokens than rank 0")
     return files
+
+
+def trained_on(directory: Path) -> str:
+    """The digest of the token files that a run was trained on; none before its first checkpoint."""
+    try:
+        return checkpoint.chosen(directory, "last").state.data_digest
+    except CheckpointError:
+        return ""
 
 
 def resolved_alike(

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import redirect_stderr
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -192,16 +193,18 @@ def measured(study: Study, directory: Path) -> dict[str, Any]:
     if not study.config.evaluate:
         return {}
     from gptlite import suites
-    from gptlite.prepare import prepare
+    from gptlite.prepare import open_split
     from gptlite.trained import load_trained
 
-    effort = suites.FAST if study.config.fast else suites.FULL
+    # What training says of the whole split can be compared with it.
+    effort = suites.FAST._replace(loss_rows=None) if study.config.fast else suites.FULL
     first, *others = study.config.checkpoints
     found: dict[str, Any] = {}
     for which in (first, *others):
         trained = load_trained(directory, which)
-        names, files = study.config.evaluate, lambda run=trained.run: prepare(run)
-        results = suites.evaluate(trained, "val", names, files, effort=effort)
+        before = trained.state.data_digest
+        files = partial(open_split, trained.run, trained.tokenizer, "val", before)
+        results = suites.evaluate(trained, "val", study.config.evaluate, files, effort=effort)
         suites.write(directory, "val", trained.state.step, results, False)
         found |= results if which == first else {which: results}
     return found

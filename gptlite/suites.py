@@ -4,7 +4,10 @@ Suites that remove units or average passes work on some rows, spread over the sp
 on how many. A number with its 95 % interval is {"value", "low", "high"}.
 """
 
+import hashlib
 import math
+import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache, cached_property
@@ -25,7 +28,6 @@ from gptlite.evaluate import (
     byte_lengths,
     eval_rows,
     measure,
-    rows_of_file,
 )
 from gptlite.intervals import Floats
 from gptlite.knockout import ABLATIONS, KINDS, Subject
@@ -35,6 +37,8 @@ from gptlite.world import ALONE, World, unlike_first
 
 MOST_ROWS = 4096
 """Rows of the calibration suite."""
+MOST_NAME = 40
+"""Characters of a source's name in the name of a file; most systems allow 255 bytes."""
 T = TypeVar("T")
 
 
@@ -50,14 +54,18 @@ class Effort(NamedTuple):
     """Random masks per fraction, and sets of units for the backup ratio."""
     passes: tuple[int, ...]
     """With dropout on, averaged."""
+    loss_rows: int | None = None
+    """On which the loss is measured, spread over the split; None: all."""
 
 
 FULL = Effort(4096, 2048, (0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1), 20, (1, 2, 5, 10, 20, 50))
-FAST = Effort(2048, 384, (0, 0.1, 0.3, 0.5, 1), 8, (1, 2, 5, 10, 20))
+FAST = Effort(2048, 384, (0, 0.1, 0.3, 0.5, 1), 8, (1, 2, 5, 10, 20), MOST_ROWS)
 
 
 class Measurement:
-    """A trained model and the text it is measured on; what several suites need is made once."""
+    """A trained model and the text it is measured on; what several suites need is made once.
+
+    A source of its own has all its text in `val`."""
 
     def __init__(
         self,
@@ -75,15 +83,14 @@ class Measurement:
 
     @cached_property
     def rows(self) -> Layout:
-        if self.split in ("val", "train"):
-            files = self.files()
-            digest, rows = files.digest, files.rows(self.split, self.run.model.context_length)
-        else:
-            rows = rows_of_file(self.trained, self.split)
-            digest = storage.file_digest(Path(self.split), links=True)
-        if ranks := unlike_first(self.world, digest):
+        files = self.files()
+        if ranks := unlike_first(self.world, files.digest):
             raise DataError(f"--split {self.split}: rank {ranks} has other text than rank 0")
-        return rows
+        return files.rows(self.part, self.run.model.context_length)
+
+    @property
+    def part(self) -> str:
+        return "train" if self.split == "train" else "val"
 
     @cached_property
     def rows_at_once(self) -> int:
@@ -130,15 +137,21 @@ class Measurement:
 
 
 def loss(of: Measurement) -> dict[str, Any]:
-    """Loss over the whole split, and the generalisation gap: dropout off on both sides."""
-
-    lengths = byte_lengths(of.trained.tokenizer)
+    """Loss over the split, and the generalisation gap: dropout off on both sides."""
+    rows, counts = of.rows, of.files().meta["splits"][of.part]
+    lengths = byte_lengths(of.trained.tokenizer, counts)
 
     def measured(rows: Layout, active: bool, limit: int | None = None) -> Measured:
         batches = of.sweep(rows, "loss", limit)
         return measure(of.model, batches, of.run, lengths, dropout_active=active, world=of.world)
 
-    found, gap = measured(of.rows, of.dropout_active), {}
+    limit = of.effort.loss_rows
+    found, gap = measured(rows, of.dropout_active, limit), {}
+    more: dict[str, int] = {}
+    if limit is not None and limit < rows.n_swept:
+        more |= {"rows": limit, "rows_of_split": rows.n_swept}
+    if "unknown_bytes" in counts:
+        more["unknown_bytes"] = counts["unknown_bytes"]
     if of.split == "val" and not of.dropout_active:
         train = of.files().rows("train", of.run.model.context_length)
         seen, dropped = (
@@ -149,7 +162,7 @@ def loss(of: Measurement) -> dict[str, Any]:
             "generalisation_gap": found.loss - seen,
             "dropout_penalty": dropped - seen,
         }
-    return {**found.report(), **gap, "dropout_active": of.dropout_active}
+    return {**found.report(), **more, **gap, "dropout_active": of.dropout_active}
 
 
 def calibrate(of: Measurement) -> dict[str, Any]:
@@ -251,7 +264,7 @@ def evaluate(
     dropout_active: bool = False,
     world: World = ALONE,
 ) -> dict[str, Any]:
-    """Results by suite; `split` is val, train or a text file, `files` opens the run's data."""
+    """Results by suite; `split` is val, train or a source, `files` opens what has it."""
     names = named(suites)
     if dropout_active and names != ["loss"]:
         raise ConfigError("--dropout-active: only the suite loss can be measured with dropout on")
@@ -270,10 +283,20 @@ def written(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def label(split: str) -> str:
+    """A split in the name of a file: a source's own name is cut, and its path told by a digest."""
+    if split in ("val", "train"):
+        return split
+    path = split if "://" in split else os.path.realpath(os.path.expanduser(split))
+    digest = hashlib.sha256(path.encode(errors="surrogatepass")).hexdigest()[:8]
+    name = re.sub(r"[^\w.-]+", "_", Path(split).name)[:MOST_NAME]
+    return f"{name}-{digest}"
+
+
 def write(run_dir: Path, split: str, step: int, results: dict[str, Any], active: bool) -> None:
     """eval/SUITE-SPLIT-step-N.json in the run directory."""
     storage.make_folders(run_dir / "eval")
     for name, result in results.items():
-        stem = f"{name}-{Path(split).name}-step-{step:08d}" + "-dropout-active" * active
+        stem = f"{name}-{label(split)}-step-{step:08d}" + "-dropout-active" * active
         about = {"run": str(run_dir), "step": step, "split": split}
         storage.write_json(run_dir / "eval" / f"{stem}.json", {**about, **result})

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from gptlite import storage
 from gptlite.config import TokenizerConfig
-from gptlite.errors import ConfigError, DataError
+from gptlite.errors import ConfigError, DataError, UnknownCharacter
 from gptlite.marks import NO_MARKS, Marks
 
 UNKNOWN = get_args(TokenizerConfig.model_fields["unknown"].annotation)
@@ -172,11 +172,7 @@ class CharTokenizer:
             if character in self.ids:
                 yield self.ids[character]
             elif self.unknown == "error":
-                raise ConfigError(
-                    f"character {character!r} at position {at + 1} is not in the vocabulary of "
-                    f"{len(self.ids)} characters; leave it out, or train with "
-                    "tokenizer.unknown: replace (or kind: byte)"
-                )
+                raise UnknownCharacter(character, at + 1, self.ids.keys())
             elif self.replacement is not None:
                 yield self.replacement
 

@@ -35,8 +35,8 @@ MAY_IMPORT = {
     "trials": "database errors keys run_directory storage study_config",
     "comparison": "errors intervals",
     "study": (
-        "auto comparison config config_reader devices errors exits machine metrics output prepare "
-        "run_directory session start storage study_config suites trained trials"
+        "auto comparison config config_reader devices errors exits machine metrics output "
+        "prepare run_directory session start storage study_config suites trained trials"
     ),
     "keys": "",
     "section": "",
@@ -58,8 +58,8 @@ MAY_IMPORT = {
         "trained"
     ),
     "importing": (
-        "checkpoint config config_reader devices errors foreign_tokenizer hf hf_config keys model "
-        "nanogpt origin output run_directory storage strict_yaml tokenizer"
+        "checkpoint config config_reader devices errors foreign_tokenizer hf hf_config keys "
+        "model nanogpt origin output run_directory storage strict_yaml tokenizer"
     ),
     "tokenizer": "config errors marks storage",
     "marks": "",
@@ -69,9 +69,14 @@ MAY_IMPORT = {
     "ledger": "errors machine storage",
     "workers": "errors machine",
     "data": "errors keys ledger storage tokenizer",
-    "encoding": "config data errors machine readers tokenizer",
+    "split": "",
+    "unknown": "config errors output readers tokenizer",
+    "encoding": "config data errors machine readers split tokenizer unknown",
     "shards": "config data encoding errors machine output run_directory storage tokenizer workers",
-    "prepare": "config data encoding errors ledger origin readers shards sources storage tokenizer",
+    "prepare": (
+        "config data encoding errors ledger origin output shards sources split storage "
+        "tokenizer unknown"
+    ),
     "loops": "",
     "devices": "config errors loops machine world",
     "masks": "dropout_config keys loops",
@@ -89,10 +94,7 @@ MAY_IMPORT = {
     "memory": "config errors loops loss machine world",
     "auto": "config devices dropout errors loops masks memory model world",
     "trained": "checkpoint config config_reader devices errors model tokenizer world",
-    "evaluate": (
-        "config data devices dropout errors keys loss masks memory model readers sources "
-        "tokenizer trained world"
-    ),
+    "evaluate": "config data devices dropout errors keys loss masks memory model tokenizer world",
     "intervals": "keys",
     "knockout": "config data devices dropout evaluate intervals keys loss model",
     "importance": "intervals knockout model",
@@ -116,8 +118,8 @@ MAY_IMPORT = {
         "records resume sinks tokenizer train"
     ),
     "start": (
-        "auto checkpoint config config_reader data devices errors generate interrupts memory plan "
-        "prepare resume run_directory session sinks storage train trained world"
+        "auto checkpoint config config_reader data devices errors generate interrupts memory "
+        "plan prepare resume run_directory session sinks storage train trained world"
     ),
     "foreign_config": "config_reader errors storage strict_yaml",
     "options": "config_reader config_words",
@@ -132,9 +134,9 @@ MAY_IMPORT = {
     "launch": "config config_reader errors recipe resume run_directory world",
     "interchange_cli": "errors exits export importing options output run_directory trained",
     "cli": (
-        "audit config_cli config_reader errors exits generate harness interactive interchange_cli "
-        "launch loops machine options output plan prepare recipe report run_directory sources "
-        "start study suites torchrun trained"
+        "audit config_cli config_reader errors exits generate harness interactive "
+        "interchange_cli launch loops machine options output plan prepare recipe report "
+        "run_directory sources start study suites torchrun trained"
     ),
     "__main__": "cli",
     "__init__": "",
@@ -144,8 +146,8 @@ MAY_IMPORT = {
 TORCH_FREE = (
     "errors machine storage interrupts world torchrun exits output keys section dropout_config "
     "config strict_yaml config_words config_reader foreign_config hf_config hf_tokenizer origin "
-    "marks foreign_tokenizer "
-    "study_config trials tokenizer readers remote sources ledger workers data encoding shards "
+    "marks foreign_tokenizer study_config trials tokenizer readers remote sources ledger workers "
+    "data split unknown encoding shards "
     "prepare loops charts verdict network_drawing run_files figures report"
 )
 UNPICKLERS = {"pickle", "_pickle", "shelve", "marshal", "dill", "cloudpickle", "joblib", "code"}

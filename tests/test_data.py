@@ -25,6 +25,7 @@ from gptlite.data import (
 )
 from gptlite.errors import DataError
 from gptlite.keys import key, permuted, uniform
+from gptlite.prepare import open_split, prepare
 
 EOT = 1000
 examples = settings(max_examples=100, deadline=None, derandomize=True)
@@ -697,21 +698,28 @@ def test_token_files_that_are_none_are_one_line(workshop, nanogpt):
         adopted(workshop, nanogpt)
 
 
-def peak_bytes(workshop, n_bytes: int) -> int:
+def peak_bytes(workshop, n_bytes: int, *, to_evaluate: bool) -> int:
     line = "The memory this takes must not depend on how much of it there is.\n"
     workshop.text.write_text(line * (n_bytes // len(line)))
+    run = workshop.run(tokenizer=BYTE)
     tracemalloc.start()
     try:
-        workshop.files(tokenizer=BYTE)
+        if to_evaluate:
+            open_split(run, tokenizer.ByteTokenizer(eot=False), str(workshop.text))
+        else:
+            prepare(run)
         return tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
 
 
-def test_memory_does_not_grow_with_the_text(workshop, monkeypatch):
+@pytest.mark.parametrize("to_evaluate", [False, True])
+def test_memory_does_not_grow_with_the_text(workshop, monkeypatch, to_evaluate):
     monkeypatch.setattr(readers, "CHUNK", 1 << 18)
     monkeypatch.setattr(encoding, "WAITING_PIECES", 4)
-    small, large = peak_bytes(workshop, 2_000_000), peak_bytes(workshop, 12_000_000)
+    small, large = (
+        peak_bytes(workshop, n, to_evaluate=to_evaluate) for n in (2_000_000, 12_000_000)
+    )
     assert large < 2 * small  # six times the text; how many pieces wait depends on the threads
 
 

@@ -117,7 +117,7 @@ def test_data_that_the_tokenizer_cannot_have_made_are_refused(
 ) -> None:
     files = workshop.files(tokenizer={"kind": "byte"})
     path = desk.config(first, data={"source": str(files.folder)})
-    with pytest.raises(DataError, match="of another tokenizer than init_from"):
+    with pytest.raises(DataError, match="of another tokenizer than the model"):
         prepare(load_run([str(path)]))
     train(workshop.run(tokenizer={"kind": "byte"}), workshop.folder / "bytes")
     path = desk.config(workshop.folder / "bytes", data={"layout": "documents"})

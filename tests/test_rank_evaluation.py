@@ -16,7 +16,7 @@ from gptlite import cli, suites
 from gptlite.config import RunConfig
 from gptlite.evaluate import byte_lengths, measure
 from gptlite.model import GPT
-from gptlite.prepare import prepare
+from gptlite.prepare import open_split
 from gptlite.start import train
 from gptlite.trained import load_alike
 from gptlite.world import ALONE, World
@@ -55,7 +55,7 @@ def evaluated(directories: list[Path], split: str, active: bool, world: World) -
     """As the command does; each rank sees a directory and perhaps a text of its own."""
     of = load_alike(directories[world.rank % len(directories)], "best", world)
     own = split.replace("RANK", str(world.rank))
-    files = partial(prepare, of.run, of.tokenizer)
+    files = partial(world.in_turn, partial(open_split, of.run, of.tokenizer, own))
     found = suites.evaluate(of, own, ["loss"], files, dropout_active=active, world=world)
     return json.loads(json.dumps(found["loss"]))
 

@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,11 +13,13 @@ import pytest
 from conftest import EVERYWHERE, Workshop
 from typer.testing import CliRunner
 
-from gptlite import suites
+from gptlite import cli, suites
 from gptlite.cli import app
 from gptlite.errors import ConfigError
+from gptlite.prepare import open_split, prepare
+from gptlite.run_files import read_evals
 from gptlite.start import train
-from gptlite.suites import SUITES, Effort, Measurement
+from gptlite.suites import SUITES, Effort, Measurement, label
 from gptlite.trained import load_trained
 
 SMALL = Effort(64, 32, (0, 0.5, 1), 2, (1, 3))
@@ -72,7 +77,6 @@ def test_all_suites_are_measured_and_written_down(
 
 def test_measuring_again_gives_the_same_numbers(run_dir: Path) -> None:
     trained = load_trained(run_dir, "best")
-    from gptlite.prepare import prepare
 
     def once() -> Any:
         arguments = (trained, "val", ["all"], lambda: prepare(trained.run))
@@ -81,20 +85,117 @@ def test_measuring_again_gives_the_same_numbers(run_dir: Path) -> None:
     assert once() == once()
 
 
-def test_a_text_file_of_one_row_can_be_measured(run_dir: Path, tmp_path: Path) -> None:
-    (tmp_path / "one.txt").write_text("the of and")
+def opened(run_dir: Path, split: str) -> Any:
+    """The token files that a source is measured on."""
     trained = load_trained(run_dir, "best")
-    found = suites.evaluate(
-        *(trained, str(tmp_path / "one.txt"), ["knockout", "importance", "mc-dropout"]),
-        *(lambda: None,),
-        effort=SMALL,
-    )
+    return open_split(trained.run, trained.tokenizer, split)
+
+
+def test_a_text_file_of_one_row_can_be_measured(run_dir: Path, tmp_path: Path) -> None:
+    path = str(tmp_path / "one.txt")
+    Path(path).write_text("the of and")
+    trained, files = load_trained(run_dir, "best"), opened(run_dir, path)
+    names = ["knockout", "importance", "mc-dropout"]
+    found = suites.evaluate(trained, path, names, lambda: files, effort=SMALL)
     assert found["knockout"]["targets"] == 9
 
 
-def test_the_rows_that_rank_units_are_not_those_they_are_measured_on(run_dir: Path) -> None:
-    from gptlite.prepare import prepare
+def write_as(kind: str, folder: Path, texts: list[str]) -> Path:
+    """These documents as one source."""
+    path = folder / f"texts{kind}"
+    if kind == ".jsonl":
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    elif kind == ".csv":
+        path.write_text("text\n" + "".join(f'"{text}"\n' for text in texts))
+    elif kind == ".parquet":
+        pyarrow = pytest.importorskip("pyarrow.parquet", reason="the extra `data`")
+        from pyarrow import table
 
+        pyarrow.write_table(table({"text": texts}), path)
+    else:
+        path.mkdir()
+        for number, text in enumerate(texts):
+            (path / f"{number}.txt").write_text(text)
+    return path / "*.txt" if kind == " glob" else path
+
+
+@pytest.mark.parametrize("layout", ["stream", "documents"])
+@pytest.mark.parametrize("kind", [".jsonl", ".csv", ".parquet", " folder", " glob"])
+def test_a_source_is_measured_on_the_tokens_that_validation_has(
+    workshop: Workshop, kind: str, layout: str
+) -> None:
+    """With the same separators between its documents, whatever file they are in."""
+    texts = [f"document {i} of ten." for i in range(10)]
+    data = {"source": str(write_as(".jsonl", workshop.folder, texts)), "layout": layout}
+    run = workshop.run(data={**data, "split_by": "tail", "val_fraction": 0.5})
+    own = prepare(run)
+    (workshop.folder / "other").mkdir()
+    source = write_as(kind, workshop.folder / "other", texts[5:])
+    files = open_split(run, own.tokenizer, str(source))
+    assert files.tokens("val").tolist() == own.tokens("val").tolist()
+    assert files.tokens("val").tolist().count(own.tokenizer.eot) == 5 + (layout == "documents")
+    assert open_split(run, own.tokenizer, str(source)).folder == files.folder
+
+
+def test_fast_measures_the_loss_on_some_rows_and_says_so(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(suites, "FAST", SMALL._replace(loss_rows=5))
+    whole = json.loads(call("--run", str(run_dir), "--json").stdout)["loss"]
+    fast = json.loads(call("--run", str(run_dir), "--fast", "--json").stdout)["loss"]
+    assert (fast["rows"], fast["targets"]) == (5, 5 * 16)
+    assert "rows" not in whole
+    assert fast["rows_of_split"] == -(-whole["targets"] // 16)
+
+
+def test_results_of_every_source_have_a_file_of_their_own(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two files of one name, files called val and val.txt, names as long as a system allows."""
+    monkeypatch.chdir(tmp_path)
+    names = ["a/text.txt", "b/text.txt", "b/val", "./val", "train.txt", f"{'é' * 125}.txt"]
+    names += ["loss-val-step-00000008.json", "*.md", "new\nline\udcff.txt"]
+    before = json.loads(call("--run", str(run_dir), "--json").stdout)
+    written = {label(name) for name in names}
+    assert len(written) == len(names)
+    for number, name in enumerate(names):
+        suites.write(run_dir, name, 8, {"loss": {"bytes": number}}, active=False)
+    found = [json.loads(path.read_text()) for path in (run_dir / "eval").glob("loss-*-step-*")]
+    assert set(range(len(names))) <= {each["bytes"] for each in found}
+    assert read_evals(run_dir / "eval", [])["loss"]["loss"] == before["loss"]["loss"]
+    assert label("b/../a/text.txt") == label(str(tmp_path / "a/text.txt"))
+
+
+def test_results_are_saved_though_they_cannot_be_printed(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = run_dir / "eval" / "loss-train-step-00000008.json"
+
+    def refuse(*_: object) -> None:
+        assert saved.is_file()
+        raise RuntimeError
+
+    monkeypatch.setattr(cli, "print_results", refuse)
+    CliRunner().invoke(app, ["eval", "--run", str(run_dir), "--split", "train"])
+    assert saved.is_file()
+
+
+def test_a_terminal_that_lacks_a_character_is_no_failure(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("some words. " * 20)
+    (tmp_path / "run.yaml").write_text("data: {source: text.txt}\ntrain: {max_steps: 500}\n")
+    cache = ["--set", "data.cache_dir=漢é", "--set", "tokenizer.kind=byte"]
+    for encoding, shown in (("ascii", r"\u6f22\xe9"), ("latin-1", "\\u6f22\xe9")):
+        done = subprocess.run(
+            [sys.executable, "-m", "gptlite", "prepare", "-c", "run.yaml", *cache],
+            env={**os.environ, "PYTHONIOENCODING": encoding},
+            capture_output=True,
+            cwd=tmp_path,
+        )
+        assert done.returncode == 0, done.stderr
+        assert shown in done.stdout.decode(encoding)
+
+
+def test_the_rows_that_rank_units_are_not_those_they_are_measured_on(run_dir: Path) -> None:
     trained = load_trained(run_dir, "best")
     of = Measurement(trained, "val", lambda: prepare(trained.run))
     ranked = {tuple(row) for row in of.spread(64, 1).inputs.tolist()}
@@ -105,8 +206,6 @@ def test_the_rows_that_rank_units_are_not_those_they_are_measured_on(run_dir: Pa
 
 def test_single_units_are_measured_in_float32_whatever_the_run(run_dir: Path) -> None:
     """What one neuron does to the loss is less than bfloat16 rounds away."""
-    from gptlite.prepare import prepare
-
     trained = load_trained(run_dir, "best")
     half = replace(trained, run=trained.run.model_copy(update={"dtype": "bfloat16"}))
     of = Measurement(half, "val", lambda: prepare(half.run), effort=SMALL)
