@@ -15,30 +15,37 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gptlite import ledger, origin, shards, sources, storage, tokenizer
+from gptlite import ledger, origin, run_directory, shards, sources, storage, tokenizer
 from gptlite.config import RunConfig
 from gptlite.data import TokenFiles, check_ids, open_token_files, token_dtype
 from gptlite.encoding import (
+    Scan,
     cut_of,
     divide,
     encode,
     first_pass,
     is_separate,
     learned,
+    progress,
+    read,
     with_progress,
 )
 from gptlite.errors import ConfigError, DataError, StorageError
+from gptlite.ledger import Looks, looks, unchanged
+from gptlite.output import tell
 from gptlite.readers import Chunk
 from gptlite.tokenizer import Tokenizer
 
-FORMAT = 2
+FORMAT = 3
+MOST_LISTED = 1000
+"""Sources that meta.json names one by one; of more, their number and a digest of them all."""
 FOREIGN_MAGIC = {
     b"\x93NUMPY": "a .npy array",
     (20240520).to_bytes(4, "little"): "llm.c's format (GPT-2)",
@@ -69,13 +76,18 @@ def found_or_made(run: RunConfig, own: Tokenizer | None) -> TokenFiles:
     folder = Path(os.path.expanduser(run.sources[0]))
     if len(run.sources) == 1 and os.path.isfile(folder / "train.bin"):
         return adopt(folder, run, own)
-    files = sources.locate(run)
+    files, to_validate = sources.locate(run), sources.locate_val(run)
+    before = looks(files := [*files, *to_validate])
     listing = described(files, run)
+    for about in listing[len(files) - len(to_validate) :]:
+        about["split"] = "val"
     target = Path(run.data.cache_dir) / "tokens" / cache_key(run, listing, own)
     if not (target / "meta.json").is_file():
+        for remark in sources.remarks(run, files, listing):
+            tell(remark)
         try:
             way = make_of_parts if shards.worth_it(listing) else make
-            way(target, files, listing, run, own)
+            way(target, files, listing, run, own, before)
         except OSError as error:
             raise StorageError(f"{error.filename or target}: {error.strerror}") from None
     return open_token_files(target)
@@ -106,6 +118,9 @@ def cache_key(run: RunConfig, listing: list[dict[str, Any]], own: Tokenizer | No
         names["tokenizer"] = tokenizer.digest(own)
     names |= {"layout": run.data.layout, "split_by": run.split_by}
     names |= {"val_fraction": run.data.val_fraction, "text_field": run.data.text_field}
+    for name in ("delimiter", "separator"):
+        if (value := getattr(run.data, name)) is not None:
+            names[name] = value
     return hashlib.sha256(json.dumps(names, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -114,6 +129,8 @@ def adopt(folder: Path, run: RunConfig, own: Tokenizer | None) -> TokenFiles:
 
     nanoGPT's meta.pkl is a pickle and is never read.
     """
+    if run.val_sources:
+        raise DataError(f"data.val_source: {folder} holds train.bin and val.bin; leave it out")
     if (folder / "meta.json").is_file():
         found = open_token_files(folder, way_out="make it again, or give the text itself")
         if own is not None and found.meta["tokenizer_sha256"] != tokenizer.digest(own):
@@ -177,8 +194,17 @@ def describe(
         "eot": built.eot,
         "bytes_per_token": n_bytes / max(1, n_tokens),
         "splits": splits,
-        "sources": listing,
+        "sources": named(listing),
     }
+
+
+def named(listing: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The sources as meta.json has them, which must stay small enough to be read again."""
+    if len(listing) <= MOST_LISTED:
+        return listing
+    n_bytes = sum(about["bytes"] for about in listing)
+    sha256 = hashlib.sha256(json.dumps(listing).encode()).hexdigest()
+    return [{"files": len(listing), "bytes": n_bytes, "sha256": sha256}]
 
 
 def make(
@@ -187,24 +213,50 @@ def make(
     listing: list[dict[str, Any]],
     run: RunConfig,
     own: Tokenizer | None,
+    before: Looks,
 ) -> None:
     """Tokenize into a temporary folder and rename it: a cache folder is whole or absent."""
-    work = storage.temporary(target)
-    work.mkdir(parents=True, exist_ok=True)
-    try:
-        scan = first_pass(with_progress(files, run, "read", 0), run)
-        cut = cut_of(scan, run)
+    with workbench(target) as work:
+        with unchanged(before):
+            scan = scanned(files, listing, run)
+            cut = cut_of(scan, run)
 
-        def split_text(desc: str) -> Iterator[tuple[str, Chunk]]:
-            return divide(with_progress(files, run, desc, scan.n_bytes), cut)
+            def split_text(desc: str) -> Iterator[tuple[str, Chunk]]:
+                return divide(with_progress(files, run, desc, scan.n_bytes), cut)
 
-        built = own or learned(run, scan, split_text("learn"))
-        separate, leading = is_separate(scan, run), run.data.layout == "documents"
-        splits = encode(split_text("encode"), built, work, separate=separate, leading=leading)
+            built = own or learned(run, scan, split_text("learn"))
+            separate, leading = is_separate(scan, run), run.data.layout == "documents"
+            splits = encode(split_text("encode"), built, work, separate=separate, leading=leading)
         finish(work, describe(run, built, splits, listing), built)
+        (work / run_directory.LOCK).unlink()
         with suppress(OSError):  # another process may have made the same folder meanwhile
             os.rename(work, target)
+
+
+def scanned(files: list[Path], listing: list[dict[str, Any]], run: RunConfig) -> Scan:
+    """What the first pass finds: in what is trained on, and then in what is validated on."""
+    n_train = sum("split" not in about for about in listing)
+    with progress("read", 0) as moved:
+        scan = first_pass(read(files[:n_train], run, moved), run)
+        if files[n_train:]:
+            scan = scan.before(first_pass(read(files[n_train:], run, moved), run))
+    return scan
+
+
+@contextmanager
+def workbench(target: Path) -> Iterator[Path]:
+    """A folder beside the target that goes when it is left, and with it what killed ones left."""
+    for left in target.parent.glob(".tmp-*"):
+        run_directory.discard_abandoned(left)
+    lock = None
+    while lock is None:  # else another process took the new folder for one that was left
+        work = storage.temporary(target)
+        work.mkdir(parents=True)
+        lock = run_directory.marked(work)
+    try:
+        yield work
     finally:
+        lock.close()
         shutil.rmtree(work, ignore_errors=True)
 
 
@@ -214,12 +266,14 @@ def make_of_parts(
     listing: list[dict[str, Any]],
     run: RunConfig,
     own: Tokenizer | None,
+    before: Looks,
 ) -> None:
     """The same in parts, by several processes; parts that a killed attempt left are taken up."""
     with shards.workplace(target) as work:
         if (target / "meta.json").is_file():  # made by another process, for which we waited
             return
-        built, parts = shards.tokenize(files, listing, run, own, work)
+        with unchanged(before):
+            built, parts = shards.tokenize(files, listing, run, own, work)
         splits = shards.joined(work, parts)
         finish(work, {**describe(run, built, splits, listing), "parts": parts}, built)
         storage.discard(target)  # one that has lost its meta.json

@@ -57,16 +57,20 @@ MAY_IMPORT = {
         "checkpoint config config_reader devices errors hf hf_config hf_tokenizer keys model "
         "nanogpt origin run_directory storage strict_yaml tokenizer"
     ),
-    "tokenizer": "config errors storage",
+    "tokenizer": "bpe config errors storage",
     "readers": "config errors",
-    "remote": "config errors readers storage",
+    "remote": "config errors readers run_directory storage",
     "sources": "config errors readers remote storage",
     "ledger": "errors machine storage",
     "workers": "errors machine",
+    "bpe": "workers",
     "data": "errors keys ledger storage tokenizer",
-    "encoding": "config data errors machine readers tokenizer",
+    "encoding": "config data errors machine output readers tokenizer",
     "shards": "config data encoding errors machine output run_directory storage tokenizer workers",
-    "prepare": "config data encoding errors ledger origin readers shards sources storage tokenizer",
+    "prepare": (
+        "config data encoding errors ledger origin output readers run_directory shards sources "
+        "storage tokenizer"
+    ),
     "loops": "",
     "devices": "config errors loops machine world",
     "masks": "dropout_config keys loops",
@@ -139,7 +143,7 @@ MAY_IMPORT = {
 TORCH_FREE = (
     "errors machine storage interrupts world torchrun exits output keys section dropout_config "
     "config strict_yaml config_words config_reader foreign_config hf_config hf_tokenizer origin "
-    "study_config trials tokenizer readers remote sources ledger workers data encoding shards "
+    "study_config trials tokenizer bpe readers remote sources ledger workers data encoding shards "
     "prepare loops charts verdict network_drawing run_files figures report"
 )
 UNPICKLERS = {"pickle", "_pickle", "shelve", "marshal", "dill", "cloudpickle", "joblib", "code"}

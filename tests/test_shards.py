@@ -6,6 +6,7 @@ The parts are made small, so that a few kilobytes are a large corpus.
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -121,6 +122,18 @@ def test_the_tail_may_begin_at_a_part_or_inside_one(corpus):
             file.unlink()
         corpus.write(*("é" * (n // 2) + "e" * (n % 2) for n in sizes))
         assert_equal(corpus.prepared(), corpus.one_pass())
+
+
+@pytest.mark.parametrize("layout", ["stream", "documents"])
+@pytest.mark.parametrize("n_train", [1, 3])
+def test_parts_of_two_sources_are_the_tokens_of_one_pass(corpus, layout, n_train):
+    """Small files that share a part never stand on both sides."""
+    files = [str(file) for file in corpus.write(*PROSE)]
+    data = {"source": files[:n_train], "val_source": files[n_train:], "layout": layout}
+    for size in (0, 20_000):
+        parts = corpus.prepared({**EVERY_FILE, "PART_BYTES": size}, data=data)
+        assert_equal(parts, corpus.one_pass(data=data))
+        shutil.rmtree(corpus.tokens)
 
 
 @pytest.mark.parametrize("layout", ["stream", "documents"])
