@@ -6,6 +6,7 @@ its own, which Ctrl-C ends, and which takes its memory along.
 """
 
 import json
+import math
 import os
 import re
 import threading
@@ -21,6 +22,10 @@ from gptlite.workers import Moved
 
 WORTH_A_PROCESS = 1 << 20
 """Characters of text; less is learned from here, in a second or two."""
+WHOLE = 100 * workers.WORTH_TELLING
+"""What is told, all together: every percent of it."""
+STAGES = {"Tokenize words": (0, 0.1), "Count pairs": (0.1, 0.2), "Compute merges": (0.2, 1)}
+BAR = "{l_bar}{bar}| [{elapsed}<{remaining}]"
 LONG_RUN = re.compile(r"\s{1024}|\S{1024}")
 AT = Path("tokenizer")
 """Stands for the file that a worker is at."""
@@ -35,10 +40,9 @@ class Lesson(NamedTuple):
 def train(texts: Iterable[str], vocab_size: int) -> dict[str, int]:
     """The tokens, spelled in GPT-2's visible bytes, with their ids in the order of learning."""
     lesson = Lesson(list(short_runs(texts)), vocab_size)
-    size = sum(map(len, lesson.texts))
-    if size < WORTH_A_PROCESS:
+    if sum(map(len, lesson.texts)) < WORTH_A_PROCESS:
         return learn(lesson)
-    with tqdm(total=size, unit="B", unit_scale=True, desc="merge", disable=None, delay=2) as bar:
+    with tqdm(total=WHOLE, bar_format=BAR, desc="merge", disable=None, delay=2) as bar:
 
         def moved(_: Path, n: int) -> None:
             bar.update(n)
@@ -67,14 +71,20 @@ def learn(lesson: Lesson, *, tells: bool = False) -> dict[str, int]:
 
 
 def learn_apart(lesson: Lesson, moved: Moved) -> dict[str, int]:
-    """The same in a process that has nothing else to do; merging is what takes long."""
-    size, told = sum(map(len, lesson.texts)), 0
+    """The same in a process that has nothing else to do.
+
+    A merge takes as long as its pair is frequent, so the time grows with the logarithm of their
+    number.
+    """
+    told = 0
 
     def hear(line: str) -> None:
         nonlocal told
         heard = json.loads(line) if line.startswith("{") else {}
-        if heard.get("stage") == "Compute merges":
-            done = size * heard["current"] // max(1, heard["total"])
+        if heard.get("stage") in STAGES:
+            begin, end = STAGES[heard["stage"]]
+            share = math.log1p(heard["current"]) / math.log1p(max(1, heard["total"]))
+            done = int(WHOLE * (begin + (end - begin) * share))
             moved(AT, done - told)
             told = done
 

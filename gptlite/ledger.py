@@ -80,6 +80,8 @@ def unchanged(before: Looks) -> Iterator[None]:
     """DataError if one of them changes meanwhile; what fails inside may come from that alone."""
     try:
         yield
+    except OSError:  # says itself which file it is about
+        raise
     except Exception:
         check_unchanged(before)
         raise

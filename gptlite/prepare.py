@@ -83,9 +83,9 @@ def found_or_made(run: RunConfig, own: Tokenizer | None) -> TokenFiles:
         about["split"] = "val"
     target = Path(run.data.cache_dir) / "tokens" / cache_key(run, listing, own)
     if not (target / "meta.json").is_file():
-        for remark in sources.remarks(run, files, listing):
-            tell(remark)
         try:
+            for remark in sources.remarks(run, files, listing):
+                tell(remark)
             way = make_of_parts if shards.worth_it(listing) else make
             way(target, files, listing, run, own, before)
         except OSError as error:

@@ -36,8 +36,8 @@ UNNAMED = re.compile(
 """What names do not have: punctuation, and the signs of code."""
 UNSPACED = re.compile(r"[\u0e00-\u0eff\u0f00-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]")
 """Thai, Lao, Tibetan, Burmese, Khmer, Japanese and Chinese: no spaces between words."""
-BPE_FROM = 1 << 13
-"""Bytes of text from which a BPE beats characters."""
+BPE_FROM = 1 << 11
+"""Bytes of text from which a BPE is at least as good as characters: docs/own-text.md."""
 SMALLEST_VOCABULARY, LARGEST_VOCABULARY = 300, 1 << 14
 LADDER = (
     *((2, 64, 64), (4, 96, 64), (4, 128, 128), (6, 192, 128), (6, 256, 256), (8, 384, 256)),

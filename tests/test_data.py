@@ -640,13 +640,14 @@ def test_a_text_that_changes_while_it_is_read_is_one_line_and_not_kept(
 
 
 def test_a_text_that_vanishes_while_it_is_read_is_one_line(workshop, monkeypatch):
-    original = prepare.first_pass
+    original = prepare.encode
 
-    def while_it_goes(*args):
+    def then_it_goes(*args, **options):
+        splits = original(*args, **options)
         workshop.text.unlink()
-        return original(*args)
+        return splits
 
-    monkeypatch.setattr(prepare, "first_pass", while_it_goes)
+    monkeypatch.setattr(prepare, "encode", then_it_goes)
     with pytest.raises(DataError, match="text.txt: changed while .*it is gone"):
         workshop.files()
 

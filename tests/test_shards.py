@@ -349,7 +349,7 @@ def test_who_waited_for_another_process_makes_nothing(corpus, monkeypatch):
     files = corpus.prepared()
     made = noted(monkeypatch)
     listing = files.meta["sources"]
-    args = (files.folder, [], listing, corpus.run(), None)
+    args = (files.folder, [], listing, corpus.run(), None, [])
     prepare.make_of_parts(*args)
     assert not made
     assert not list(corpus.tokens.glob("*.unfinished"))
@@ -449,6 +449,7 @@ def test_an_error_of_the_disk_in_a_process_is_one_of_storage(pool, monkeypatch):
         return listing
 
     monkeypatch.setattr(prepare, "described", then_gone)
+    monkeypatch.setattr(prepare.sources, "remarks", lambda *_: [])
     with pytest.raises(StorageError, match=f"^{files[3]}: No such file"):
         pool.prepared()
 

@@ -14,8 +14,9 @@ import pytest
 import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import trainers
 
-from gptlite import bpe, encoding, tokenizer
+from gptlite import bpe, encoding, tokenizer, workers
 from gptlite.config import TokenizerConfig
 from gptlite.errors import ConfigError, DataError
 from gptlite.prepare import prepare
@@ -404,9 +405,18 @@ def test_a_bpe_is_learned_from_a_sample_of_a_long_text(workshop, monkeypatch, ca
 def test_a_process_learns_the_same_bpe(monkeypatch, capsys):
     here = tokenizer.train_bpe([PROSE[:60_000], UNSPACED], 600)
     monkeypatch.setattr(bpe, "WORTH_A_PROCESS", 1)
+    told, work = [], workers.work
+
+    def watched(do, jobs, firsts, moved):
+        return work(do, jobs, firsts, lambda _, n: told.append(n))
+
+    monkeypatch.setattr(workers, "work", watched)
     apart = tokenizer.train_bpe([PROSE[:60_000], UNSPACED], 600)
     assert apart.to_json() == here.to_json()
     assert capsys.readouterr().err == ""
+    if hasattr(trainers.BpeTrainer, "progress_format"):
+        assert sum(told) == bpe.WHOLE
+        assert len(told) > 20
 
 
 INTERRUPTED = """
