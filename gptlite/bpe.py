@@ -20,8 +20,8 @@ from tqdm import tqdm
 from gptlite import workers
 from gptlite.workers import Moved
 
-WORTH_A_PROCESS = 1 << 20
-"""Characters of text; less is learned from here, in a second or two."""
+WORTH_A_PROCESS = 1 << 18
+"""Bytes of different words; fewer are learned from here, in a second or two."""
 WHOLE = 100 * workers.WORTH_TELLING
 """What is told, all together: every percent of it."""
 STAGES = {"Tokenize words": (0, 0.1), "Count pairs": (0.1, 0.2), "Compute merges": (0.2, 1)}
@@ -40,7 +40,7 @@ class Lesson(NamedTuple):
 def train(texts: Iterable[str], vocab_size: int) -> dict[str, int]:
     """The tokens, spelled in GPT-2's visible bytes, with their ids in the order of learning."""
     lesson = Lesson(list(short_runs(texts)), vocab_size)
-    if sum(map(len, lesson.texts)) < WORTH_A_PROCESS:
+    if bytes_of_words(lesson.texts) < WORTH_A_PROCESS:
         return learn(lesson)
     with tqdm(total=WHOLE, bar_format=BAR, desc="merge", disable=None, delay=2) as bar:
 
@@ -50,6 +50,12 @@ def train(texts: Iterable[str], vocab_size: int) -> dict[str, int]:
         vocabulary: dict[str, int]
         (vocabulary,) = workers.work(learn_apart, [lesson], [AT], moved)
     return vocabulary
+
+
+def bytes_of_words(texts: list[str]) -> int:
+    """Of the different ones: what it takes time and memory to learn from."""
+    words = {word for text in texts for word in text.split()}
+    return sum(len(word.encode(errors="replace")) for word in words)
 
 
 def learn(lesson: Lesson, *, tells: bool = False) -> dict[str, int]:
