@@ -38,8 +38,8 @@ class DataConfig(Section):
     sha256: Digest | None = None
     """Digest that a single file or download must have; required for a URL."""
     include: Annotated[tuple[Ending, ...], Field(strict=False)] = ()
-    """Further endings that a folder is searched for, as in [.html, .tex]; what is in such files is
-    read as plain text."""
+    """Further endings that a folder is searched for, as in [.html, .tex]: plain text as it stands,
+    but for .json, .ndjson and .tsv."""
     val_source: str | Texts | None = None
     """Text to validate on, named as in `source`, where it is not a part of that: all of `source` is
     then trained on, and `val_fraction` and `split_by` do not apply."""
