@@ -21,6 +21,8 @@ Device = Annotated[
     str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d{1,3})?)$", title="auto, cpu, cuda, cuda:N or mps")
 ]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$", title="64 hexadecimal digits")]
+Delimiter = Annotated[str, Field(pattern=r"^[^\r\n\"]$", title="one character")]
+Ending = Annotated[str, Field(pattern=r"^\.[^\sA-Z./]+$", title="an ending, as in .html")]
 Texts = Annotated[tuple[Annotated[str, Field(strict=True)], ...], Field(strict=False)]
 
 BYTES_PER_PARAMETER = 4
@@ -35,8 +37,20 @@ class DataConfig(Section):
     holds train.bin and val.bin is taken as it is."""
     sha256: Digest | None = None
     """Digest that a single file or download must have; required for a URL."""
+    include: Annotated[tuple[Ending, ...], Field(strict=False)] = ()
+    """Further endings that a folder is searched for, as in [.html, .tex]: plain text as it stands,
+    but for .json, .ndjson and .tsv."""
+    val_source: str | Texts | None = None
+    """Text to validate on, named as in `source`, where it is not a part of that: all of `source` is
+    then trained on, and `val_fraction` and `split_by` do not apply."""
     text_field: str = "text"
-    """Field of a .jsonl record, or column of a .csv, .parquet or dataset, that holds the text."""
+    """Field of a .jsonl or .json record, or column of a .csv, .parquet or dataset, that holds the
+    text. Where there is none, or null, there is no document."""
+    delimiter: Delimiter | None = None
+    """What parts the columns of a .csv, as in ";"; null: a comma, or a tab in a .tsv."""
+    separator: Annotated[str, Field(min_length=1)] | None = None
+    """Text that parts the documents of a plain text and is left out, as in "<|endoftext|>"; null: a
+    file is one document, or each line in the documents layout."""
     layout: Literal["stream", "documents"] = "stream"
     """stream: fixed windows over all text; documents: one document per row, padded (each line of
     a .txt or .md, each record of the other kinds)."""
@@ -242,7 +256,14 @@ class RunConfig(Section):
         return (self.data.source,) if isinstance(self.data.source, str) else self.data.source
 
     @property
+    def val_sources(self) -> tuple[str, ...]:
+        named = () if self.data.val_source is None else self.data.val_source
+        return (named,) if isinstance(named, str) else named
+
+    @property
     def split_by(self) -> str:
+        if self.val_sources:
+            return "tail"  # where the text to validate on begins
         if self.data.split_by != "auto":
             return self.data.split_by
         return "tail" if self.data.layout == "stream" else "document"
@@ -264,13 +285,7 @@ def training_needs(run: RunConfig) -> Iterator[tuple[str, str]]:
 def contradictions(run: RunConfig) -> Iterator[tuple[str, str]]:
     """(key, problem) for all that single fields cannot know; nothing is allocated to find out."""
     model, train, optim = run.model, run.train, run.optim
-    for source in run.sources:
-        if source.startswith("https://") and run.data.sha256 is None:
-            yield "data.sha256", f"required for a download ({source})"
-        elif source.startswith(("http://", "ftp://")):
-            yield "data.source", f"is not encrypted on its way; give https:// (got {source!r})"
-    if run.data.sha256 is not None and len(run.sources) > 1:
-        yield "data.sha256", "names one file, but data.source lists several"
+    yield from bad_sources(run)
     if model.n_embd % model.n_head:
         why = f"{model.n_embd} is not divisible by model.n_head {model.n_head}"
         yield "model.n_embd", why
@@ -293,6 +308,27 @@ def contradictions(run: RunConfig) -> Iterator[tuple[str, str]]:
     yield from fused_cannot_drop(run)
     yield from bad_paths(run)
     yield from too_large(run)
+
+
+def bad_sources(run: RunConfig) -> Iterator[tuple[str, str]]:
+    named = [("source", source) for source in run.sources]
+    named += [("val_source", source) for source in run.val_sources]
+    for key, source in named:
+        if source.startswith(("http://", "ftp://")):
+            yield f"data.{key}", f"is not encrypted on its way; give https:// (got {source!r})"
+        elif source.startswith("https://") and key == "val_source":
+            yield (
+                "data.val_source",
+                f"a download needs a digest; fetch it, give the file ({source})",
+            )
+        elif source.startswith("https://") and run.data.sha256 is None:
+            yield "data.sha256", f"required for a download ({source})"
+    if run.data.sha256 is not None and len(run.sources) > 1:
+        yield "data.sha256", "names one file, but data.source lists several"
+    if run.val_sources and run.data.split_by != "auto":
+        yield "data.split_by", "nothing is split beside data.val_source; leave it out"
+    if run.val_sources and not all(run.val_sources):
+        yield "data.val_source", "is empty; give a file, glob or folder, or leave it out"
 
 
 def fused_cannot_drop(run: RunConfig) -> Iterator[tuple[str, str]]:

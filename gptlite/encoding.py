@@ -23,6 +23,7 @@ from gptlite import machine, readers, tokenizer
 from gptlite.config import RunConfig
 from gptlite.data import token_dtype
 from gptlite.errors import DataError, UnknownCharacter
+from gptlite.output import tell
 from gptlite.readers import Chunk
 from gptlite.split import choose_documents
 from gptlite.tokenizer import Tokenizer
@@ -30,10 +31,14 @@ from gptlite.unknown import count_unknown, place_of
 
 WAITING_PIECES = 64
 """Pieces of text that are encoded ahead of the one that is written."""
+MOST_LEARNED = 1 << 24
+"""Bytes of text that a BPE is learned from. Learning takes up to a hundred times as much memory."""
+LEARNED_PIECE = 1 << 14
+"""Characters of a longer text that are taken, or left out, together."""
 WORTH_A_THREAD = 4096
 """Characters; less is encoded at once where it is."""
 Moved = Callable[[Path, int], None]
-"""Told of each piece of text that was read: its file, its characters."""
+"""Told of each piece of text that was read: its file, its bytes in UTF-8."""
 
 
 @dataclass
@@ -46,6 +51,14 @@ class Scan:
     documents: "array[int] | NDArray[np.uint64]" = field(default_factory=lambda: array("Q"))
     """Eight bytes of each document's digest, and how many bytes it has, one behind the other; kept
     only to split by document."""
+    n_train_bytes: int | None = None
+    """Where the text of data.val_source begins; None: there is none."""
+
+    def before(self, val: "Scan") -> "Scan":
+        """What is in this text and then in one to validate on."""
+        n_bytes, n_documents = self.n_bytes + val.n_bytes, self.n_documents + val.n_documents
+        characters = self.characters | val.characters
+        return Scan(n_bytes, n_documents, characters, self.documents, n_train_bytes=self.n_bytes)
 
 
 @contextmanager
@@ -70,7 +83,7 @@ def progress(desc: str, total: int, done: int = 0) -> Iterator[Moved]:
 def read(files: list[Path], run: RunConfig, moved: Moved) -> Iterator[Chunk]:
     for file in files:
         for text, ends in readers.read_file(file, run.data):
-            moved(file, len(text))
+            moved(file, len(text.encode("utf-8", errors="replace")))
             yield text, ends
 
 
@@ -118,6 +131,9 @@ class Cut:
 
 def cut_of(scan: Scan, run: RunConfig) -> Cut:
     """Equal documents stay on one side."""
+    if scan.n_train_bytes is not None:
+        check_both(scan, run)
+        return Cut(None, scan.n_train_bytes, whole_documents=True)
     if not scan.n_bytes:
         raise DataError(f"data.source: {', '.join(run.sources)}: has no text (0 bytes)")
     fraction, whole_documents = run.data.val_fraction, run.data.layout == "documents"
@@ -132,6 +148,15 @@ def cut_of(scan: Scan, run: RunConfig) -> Cut:
             "set data.split_by: tail"
         )
     return Cut(choose_documents(digests, n_bytes, fraction), tail, whole_documents)
+
+
+def check_both(scan: Scan, run: RunConfig) -> None:
+    """DataError unless there is text to train on and text to validate on."""
+    found = {"source": (run.sources, scan.n_train_bytes)}
+    found["val_source"] = (run.val_sources, scan.n_bytes - (scan.n_train_bytes or 0))
+    for key, (named, n_bytes) in found.items():
+        if not n_bytes:
+            raise DataError(f"data.{key}: {', '.join(named)}: has no text (0 bytes)")
 
 
 def divide(chunks: Iterator[Chunk], cut: Cut) -> Iterator[tuple[str, Chunk]]:
@@ -162,12 +187,26 @@ def is_separate(scan: Scan, run: RunConfig) -> bool:
 
 def learned(run: RunConfig, scan: Scan, texts: Iterator[tuple[str, Chunk]]) -> Tokenizer:
     """The tokenizer that the config asks for; one that is trained sees the training text only."""
+    to_learn: Iterator[str] = (text for split, (text, _) in texts if split == "train")
+    if run.tokenizer.kind == "bpe" and scan.n_bytes > MOST_LEARNED:
+        how = f"learned from {MOST_LEARNED >> 20} MiB, spread evenly over the training text"
+        tell(f"tokenizer: {how}")
+        to_learn = spread(to_learn, MOST_LEARNED / scan.n_bytes)
     return tokenizer.build(
-        run.tokenizer,
-        eot=is_separate(scan, run),
-        characters=scan.characters,
-        texts=(text for split, (text, _) in texts if split == "train"),
+        run.tokenizer, eot=is_separate(scan, run), characters=scan.characters, texts=to_learn
     )
+
+
+def spread(texts: Iterator[str], share: float) -> Iterator[str]:
+    """A share of the texts, in pieces from all of them."""
+    seen = taken = 0
+    for text in texts:
+        for start in range(0, len(text), LEARNED_PIECE):
+            piece = text[start : start + LEARNED_PIECE]
+            seen += len(piece)
+            if taken + len(piece) <= share * seen + LEARNED_PIECE:
+                taken += len(piece)
+                yield piece
 
 
 class TokenWriter:

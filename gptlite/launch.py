@@ -1,6 +1,7 @@
 """What `gptlite train` is asked for: which run, in which directory, new or going on. No torch."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -109,5 +110,6 @@ def as_this_machine_can(values: list[str]) -> list[str]:
 
 
 def as_value(value: str | list[str]) -> str:
-    """A text or a list of them as `--set` reads it."""
-    return json.dumps(value, ensure_ascii=False)
+    """A text or a list of them as `--set` reads it; bytes that are no UTF-8 as escapes."""
+    text = json.dumps(value, ensure_ascii=False)
+    return re.sub("[\ud800-\udfff]", lambda half: f"\\u{ord(half[0]):04x}", text)

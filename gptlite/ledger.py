@@ -8,18 +8,18 @@ file by itself is found only then. Files that are small together are hashed ever
 import os
 import stat
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from gptlite import machine, storage
-from gptlite.errors import StorageError
+from gptlite.errors import DataError, StorageError
 
 LARGE_BYTES = 1 << 26
-MOST_BYTES = 1 << 26
-"""Of a ledger."""
+MOST_BYTES = 1 << 28
+"""Of a ledger: about 600,000 files."""
 SETTLED_NS = 2_000_000_000
 """A file that was changed later than this before it was hashed may change again unseen: file
 systems count time in steps of up to two seconds."""
@@ -65,3 +65,36 @@ def read(ledger: Path) -> dict[str, Any]:
         return {name: {"seen": e["seen"], "sha256": str(e["sha256"])} for name, e in files.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
+
+
+Looks = list[tuple[Path, list[int]]]
+"""Files with what was seen of each before it was read."""
+
+
+def looks(files: list[Path]) -> Looks:
+    return [(file, seen(file)) for file in files]
+
+
+@contextmanager
+def unchanged(before: Looks) -> Iterator[None]:
+    """DataError if one of them changes meanwhile; what fails inside may come from that alone."""
+    try:
+        yield
+    except OSError:  # says itself which file it is about
+        raise
+    except Exception:
+        check_unchanged(before)
+        raise
+    check_unchanged(before)
+
+
+def check_unchanged(before: Looks) -> None:
+    for file, was in before:
+        try:
+            now = seen(file)
+        except OSError:
+            now = []
+        if now[:4] != was[:4]:  # device, inode, size, time; what only names it anew changes ctime
+            change = f"{was[2]} bytes, then {now[2]}" if now else "it is gone"
+            why = "changed while it was read, so nothing of it is kept; give a copy that rests"
+            raise DataError(f"data.source: {file}: {why} ({change})")

@@ -14,17 +14,19 @@ import hashlib
 import json
 import os
 import shutil
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gptlite import ledger, origin, shards, sources, storage, tokenizer
+from gptlite import ledger, origin, run_directory, shards, sources, storage, tokenizer
 from gptlite.config import RunConfig
 from gptlite.data import TokenFiles, check_ids, open_token_files, token_dtype
 from gptlite.encoding import (
+    Scan,
     cut_of,
     divide,
     encode,
@@ -32,16 +34,22 @@ from gptlite.encoding import (
     is_separate,
     learned,
     progress,
+    read,
     with_progress,
 )
 from gptlite.errors import ConfigError, DataError, StorageError
+from gptlite.ledger import Looks, looks, unchanged
 from gptlite.output import tell
 from gptlite.shards import SPLITS
 from gptlite.split import is_near
 from gptlite.tokenizer import Tokenizer
 from gptlite.unknown import tell_lost
 
-FORMAT = 2
+FORMAT, EARLIER_FORMAT = 3, 2
+"""Of the earlier one are token files whose validation was a share of the documents, not of the
+bytes."""
+MOST_LISTED = 1000
+"""Sources that meta.json names one by one; of more, their number and a digest of them all."""
 FOREIGN_MAGIC = {
     b"\x93NUMPY": "a .npy array",
     (20240520).to_bytes(4, "little"): "llm.c's format (GPT-2)",
@@ -82,7 +90,7 @@ def open_split(run: RunConfig, built: Tokenizer, split: str, trained_on: str = "
         return files
     if not split or split.startswith("https://"):
         raise ConfigError(f"--split {split}: expected val, train, a file, a folder or a glob")
-    all_of_it = {"val_fraction": 1.0, "split_by": "tail", "train_tokens": None}
+    all_of_it = {"val_source": None, "val_fraction": 1.0, "split_by": "tail", "train_tokens": None}
     data = run.data.model_copy(update={"source": split, "sha256": None, **all_of_it})
     try:
         files = found_or_made(run.model_copy(update={"data": data}), built)
@@ -99,19 +107,24 @@ def found_or_made(run: RunConfig, own: Tokenizer | None, trained_on: str = "") -
     folder = Path(os.path.expanduser(run.sources[0]))
     if len(run.sources) == 1 and os.path.isfile(folder / "train.bin"):
         return adopt(folder, run, own)
-    files = sources.locate(run)
+    files, to_validate = sources.locate(run), sources.locate_val(run)
+    before = looks(files := [*files, *to_validate])
     listing = described(files, run)
     cache = Path(run.data.cache_dir) / "tokens"
-    before = cache / cache_key(run, listing, own, by_count=True)
-    if trained_on and (before / "meta.json").is_file():
-        found = open_token_files(before)
+    earlier = cache / cache_key(run, listing, own, EARLIER_FORMAT)
+    if trained_on and (earlier / "meta.json").is_file():
+        found = open_token_files(earlier)
         if replace(found, train_tokens=run.data.train_tokens).digest == trained_on:
             return found
+    for about in listing[len(files) - len(to_validate) :]:
+        about["split"] = "val"
     target = cache / cache_key(run, listing, own)
     if not (target / "meta.json").is_file():
         try:
+            for remark in sources.remarks(run, files, listing):
+                tell(remark)
             way = make_of_parts if shards.worth_it(listing) else make
-            way(target, files, listing, run, own)
+            way(target, files, listing, run, own, before)
         except OSError as error:
             raise StorageError(f"{error.filename or target}: {error.strerror}") from None
     return open_token_files(target)
@@ -133,22 +146,21 @@ def source_digest(file: Path) -> str:
 
 
 def cache_key(
-    run: RunConfig, listing: list[dict[str, Any]], own: Tokenizer | None, *, by_count: bool = False
+    run: RunConfig, listing: list[dict[str, Any]], own: Tokenizer | None, format: int = FORMAT
 ) -> str:
-    """Names token files. `by_count`: those whose validation was a share of the documents."""
+    """Names token files."""
     kind = run.tokenizer.kind
     decides = {"char": ["unknown"], "bpe": ["vocab_size"], "tiktoken": ["name"]}.get(kind, [])
-    names: dict[str, Any] = {"format": FORMAT, "sources": listing, "kind": kind}
+    names: dict[str, Any] = {"format": format, "sources": listing, "kind": kind}
     if own is None:
         names |= {name: getattr(run.tokenizer, name) for name in decides}
     else:
         names["tokenizer"] = tokenizer.digest(own)
-    if own is not None and own.kind == "char" and not by_count:
-        names["counts"] = "of the text"
-    if run.split_by == "document" and not by_count:
-        names["validation"] = "bytes"
     names |= {"layout": run.data.layout, "split_by": run.split_by}
     names |= {"val_fraction": run.data.val_fraction, "text_field": run.data.text_field}
+    for name in ("delimiter", "separator"):
+        if (value := getattr(run.data, name)) is not None:
+            names[name] = value
     return hashlib.sha256(json.dumps(names, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -157,6 +169,8 @@ def adopt(folder: Path, run: RunConfig, own: Tokenizer | None) -> TokenFiles:
 
     nanoGPT's meta.pkl is a pickle and is never read.
     """
+    if run.val_sources:
+        raise DataError(f"data.val_source: {folder} holds train.bin and val.bin; leave it out")
     if (folder / "meta.json").is_file():
         found = open_token_files(folder, way_out="make it again, or give the text itself")
         if own is not None and found.meta["tokenizer_sha256"] != tokenizer.digest(own):
@@ -218,8 +232,17 @@ def describe(
         "eot": built.eot,
         "bytes_per_token": n_bytes / max(1, n_tokens),
         "splits": splits,
-        "sources": listing,
+        "sources": named(listing),
     }
+
+
+def named(listing: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The sources as meta.json has them, which must stay small enough to be read again."""
+    if len(listing) <= MOST_LISTED:
+        return listing
+    n_bytes = sum(about["bytes"] for about in listing)
+    sha256 = hashlib.sha256(json.dumps(listing).encode()).hexdigest()
+    return [{"files": len(listing), "bytes": n_bytes, "sha256": sha256}]
 
 
 def make(
@@ -228,33 +251,59 @@ def make(
     listing: list[dict[str, Any]],
     run: RunConfig,
     own: Tokenizer | None,
+    before: Looks,
 ) -> None:
     """Tokenize into a temporary folder and rename it: a cache folder is whole or absent."""
-    work = storage.temporary(target)
-    work.mkdir(parents=True, exist_ok=True)
-    try:
-        scan = first_pass(with_progress(files, run, "read", 0), run)
-        cut = cut_of(scan, run)
-        built = own
-        if built is None:
-            learning = with_progress(files, run, "learn", scan.n_bytes)
-            built = learned(run, scan, divide(learning, cut))
-        with progress("encode", scan.n_bytes) as moved:
-            splits = encode(
-                files,
-                run,
-                built,
-                work,
-                cut=cut,
-                moved=moved,
-                separate=is_separate(scan, run),
-                leading=run.data.layout == "documents",
-            )
+    with workbench(target) as work:
+        with unchanged(before):
+            scan = scanned(files, listing, run)
+            cut = cut_of(scan, run)
+            built = own
+            if built is None:
+                learning = with_progress(files, run, "learn", scan.n_bytes)
+                built = learned(run, scan, divide(learning, cut))
+            with progress("encode", scan.n_bytes) as moved:
+                splits = encode(
+                    files,
+                    run,
+                    built,
+                    work,
+                    cut=cut,
+                    moved=moved,
+                    separate=is_separate(scan, run),
+                    leading=run.data.layout == "documents",
+                )
         check_splits(splits, run)
         finish(work, describe(run, built, splits, listing), built)
+        (work / run_directory.LOCK).unlink()
         with suppress(OSError):  # another process may have made the same folder meanwhile
             os.rename(work, target)
+
+
+def scanned(files: list[Path], listing: list[dict[str, Any]], run: RunConfig) -> Scan:
+    """What the first pass finds: in what is trained on, and then in what is validated on."""
+    n_train = sum("split" not in about for about in listing)
+    with progress("read", 0) as moved:
+        scan = first_pass(read(files[:n_train], run, moved), run)
+        if files[n_train:]:
+            scan = scan.before(first_pass(read(files[n_train:], run, moved), run))
+    return scan
+
+
+@contextmanager
+def workbench(target: Path) -> Iterator[Path]:
+    """A folder beside the target that goes when it is left, and with it what killed ones left."""
+    for left in target.parent.glob(".tmp-*"):
+        run_directory.discard_abandoned(left)
+    lock = None
+    while lock is None:  # else another process took the new folder for one that was left
+        work = storage.temporary(target)
+        work.mkdir(parents=True)
+        lock = run_directory.marked(work)
+    try:
+        yield work
     finally:
+        lock.close()
         shutil.rmtree(work, ignore_errors=True)
 
 
@@ -264,12 +313,14 @@ def make_of_parts(
     listing: list[dict[str, Any]],
     run: RunConfig,
     own: Tokenizer | None,
+    before: Looks,
 ) -> None:
     """The same in parts, by several processes; parts that a killed attempt left are taken up."""
     with shards.workplace(target) as work:
         if (target / "meta.json").is_file():  # made by another process, for which we waited
             return
-        built, parts = shards.tokenize(files, listing, run, own, work)
+        with unchanged(before):
+            built, parts = shards.tokenize(files, listing, run, own, work)
         splits = shards.joined(work, parts)
         check_splits(splits, run)
         finish(work, {**describe(run, built, splits, listing), "parts": parts}, built)
@@ -280,6 +331,8 @@ def make_of_parts(
 def check_splits(splits: dict[str, Any], run: RunConfig) -> None:
     """Say what is lost, and where validation is not what was asked for. Raises DataError."""
     tell_lost(splits, ", ".join(run.sources))
+    if run.val_sources:
+        return
     share = splits["val"]["bytes"] / sum(splits[split]["bytes"] for split in SPLITS)
     fraction, whole = run.data.val_fraction, run.data.layout == "documents"
     if (whole or run.split_by == "document") and not is_near(share, fraction):

@@ -5,6 +5,7 @@ and run again. Speed is measured on this machine, with the text itself, before c
 """
 
 import math
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,8 +26,18 @@ from gptlite.strict_yaml import Document
 
 SURVEYED = 1 << 24
 """Characters that are looked at; of a longer text, its beginning."""
-FEWEST_NAMES, LONGEST_NAME = 200, 40
-"""Lines, and characters of a line, from which a list of names is known."""
+FEWEST_NAMES, LONGEST_NAME, USUAL_NAME = 200, 40, 16
+"""Lines, characters of a line, and their mean, from which a list of names is known."""
+FEWEST_LETTERS = 7
+"""Different ones; DNA and figures have fewer than names."""
+UNNAMED = re.compile(
+    r"""[!"#$%&()*+,/:;<=>?@[\]^{|}~\u00a1\u00ab\u00bb\u00bf\u2013-\u2015\u201c-\u201e\u2026\u060c\u061f\u0964]"""
+)
+"""What names do not have: punctuation, and the signs of code."""
+UNSPACED = re.compile(r"[\u0e00-\u0eff\u0f00-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]")
+"""Thai, Lao, Tibetan, Burmese, Khmer, Japanese and Chinese: no spaces between words."""
+BPE_FROM = 1 << 11
+"""Bytes of text from which a BPE is at least as good as characters: docs/own-text.md."""
 SMALLEST_VOCABULARY, LARGEST_VOCABULARY = 300, 1 << 14
 LADDER = (
     *((2, 64, 64), (4, 96, 64), (4, 128, 128), (6, 192, 128), (6, 256, 256), (8, 384, 256)),
@@ -63,21 +74,47 @@ class Survey(NamedTuple):
 def survey(data: DataConfig) -> Survey:
     """Raises DataError, as reading the text does."""
     files = sources.locate(validate(Document({"data": data.model_dump()}), to_train=False))
-    lines = DataConfig(**{**data.model_dump(), "layout": "documents"})
-    characters: set[str] = set()
-    seen = n_lines = spaced = longest = 0
-    for text, ends in (chunk for file in files for chunk in readers.read_file(file, lines)):
-        characters.update(text)
-        seen += len(text.encode("utf-8", errors="replace")) + ends
-        n_lines += ends
-        spaced += " " in text.strip()
-        longest = max(longest, len(text))
-        if seen > SURVEYED:
+    lines = Lines()
+    as_lines = DataConfig(**{**data.model_dump(), "layout": "documents"})
+    for text, ends in (chunk for file in files for chunk in readers.read_file(file, as_lines)):
+        lines.add(text, ends)
+        if lines.n_bytes > SURVEYED:
             break
     on_disk = sum(file.stat().st_size for file in files)
-    names = n_lines >= FEWEST_NAMES and longest <= LONGEST_NAME and spaced < 0.2 * n_lines
-    n_bytes = max(on_disk, seen) if seen > SURVEYED else seen
-    return Survey(n_bytes, len(characters) + 1, longest if names else None)
+    n_bytes = max(on_disk, lines.n_bytes) if lines.n_bytes > SURVEYED else lines.n_bytes
+    longest = lines.longest if lines.are_names() else None
+    return Survey(n_bytes, len(lines.characters) + 1, longest)
+
+
+class Lines:
+    """What the lines of a text look like."""
+
+    def __init__(self) -> None:
+        self.characters: set[str] = set()
+        self.n_bytes = self.n = self.spaced = self.signs = self.unspaced = 0
+        self.longest = self.length = 0
+
+    def add(self, text: str, ends: bool) -> None:
+        self.characters.update(text)
+        self.n_bytes += len(text.encode("utf-8", errors="replace")) + ends
+        self.n += ends
+        self.spaced += " " in text.strip()
+        self.signs += UNNAMED.search(text) is not None
+        self.unspaced += UNSPACED.search(text) is not None
+        self.length += len(text)
+        self.longest = max(self.longest, len(text))
+
+    def are_names(self) -> bool:
+        """Short lines of a word each, in a script where that shows; not verse, DNA or code."""
+        few = 0.2 * self.n
+        letters = {letter for c in self.characters if c.isalpha() for letter in c.casefold()}
+        return (
+            self.n >= FEWEST_NAMES
+            and self.longest <= LONGEST_NAME
+            and self.length <= USUAL_NAME * self.n
+            and max(self.spaced, self.signs, self.unspaced) < few
+            and len(letters) >= FEWEST_LETTERS
+        )
 
 
 def of_text(found: Survey) -> Iterator[Choice]:
@@ -86,9 +123,15 @@ def of_text(found: Survey) -> Iterator[Choice]:
         yield Choice("data.layout", "documents", "lines of a word each: every line by itself")
         yield Choice("tokenizer.kind", "char", f"words of {found.n_distinct} different letters")
         return
+    if found.n_bytes < BPE_FROM:
+        why = f"fewer bits per byte than a BPE below {BPE_FROM} bytes"
+        yield Choice("tokenizer.kind", "char", why)
+        return
     nearest = 1 << round(math.log2(max(1, found.n_bytes)) / 2)
     vocabulary = min(LARGEST_VOCABULARY, max(SMALLEST_VOCABULARY, nearest))
-    yield Choice("tokenizer.kind", "bpe", "fewer bits per byte than characters, at any size")
+    yield Choice(
+        "tokenizer.kind", "bpe", f"fewer bits per byte than characters, from {BPE_FROM} bytes on"
+    )
     yield Choice("tokenizer.vocab_size", vocabulary, "about the square root of the bytes")
 
 

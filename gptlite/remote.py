@@ -15,16 +15,16 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
 from tqdm import tqdm
 
-from gptlite import storage
+from gptlite import run_directory, storage
 from gptlite.config import DataConfig
 from gptlite.errors import ConfigError, DataError, StorageError, UserError
-from gptlite.readers import CHUNK, SUFFIXES, kind_of
+from gptlite.readers import CHUNK, is_searched
 
 TIMEOUT_SECONDS = 10
 MAX_DOWNLOAD = 1 << 37
@@ -38,7 +38,7 @@ def fetched(url: str, data: DataConfig) -> list[Path]:
     try:
         if url.startswith("hf://") and not url.startswith("hf://datasets/"):
             return [dataset(url, data.text_field, cache)]
-        return from_storage(url, cache)
+        return from_storage(url, data, cache)
     except (UserError, KeyboardInterrupt):
         raise
     except ImportError as error:
@@ -62,7 +62,7 @@ def arriving(parts: Iterator[bytes], url: str) -> Iterator[bytes]:
         raise not_fetched(url, error) from None
 
 
-def from_storage(url: str, cache: Path) -> list[Path]:
+def from_storage(url: str, data: DataConfig, cache: Path) -> list[Path]:
     """Copies of the files that fsspec finds there."""
     import fsspec
 
@@ -72,7 +72,8 @@ def from_storage(url: str, cache: Path) -> list[Path]:
     if glob.has_magic(path):
         found = system.glob(path)
     elif system.isdir(path):
-        found = [file for file in system.find(path) if kind_of(Path(file)) in SUFFIXES]
+        inside = ((file, PurePath(file.removeprefix(path))) for file in system.find(path))
+        found = [file for file, name in inside if is_searched(name, data)]
     else:
         found = [path]
     if not found:
@@ -169,10 +170,13 @@ def keep(target: Path, parts: Iterator[bytes], sha256: str | None, name: str) ->
     got, size = hashlib.sha256(), 0
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        for left in target.parent.glob(f".tmp-{glob.escape(target.name)}-*"):
+            run_directory.discard_abandoned(left)
         with (
             part.open("wb") as file,
             tqdm(unit="B", unit_scale=True, desc="fetch", disable=None, delay=2) as bar,
         ):
+            run_directory.take(file)  # so that it is not taken for one that was left
             for data in parts:
                 size += len(data)
                 if size > MAX_DOWNLOAD:

@@ -17,7 +17,7 @@ from gptlite.errors import ConfigError
 FREE_TO_CHANGE = (
     *("out_dir", "init_from", "log", "sample", "distributed"),
     *("device", "dtype", "attention", "compile"),
-    *("data.source", "data.sha256", "data.cache_dir"),
+    *("data.source", "data.val_source", "data.include", "data.sha256", "data.cache_dir"),
     *("train.max_steps", "train.epochs", "train.log_interval", "train.eval_interval"),
     *("train.eval_batches", "train.save_interval", "train.keep_last", "train.early_stop"),
     *("train.threads", "train.on_nonfinite"),

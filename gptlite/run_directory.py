@@ -12,15 +12,16 @@ import re
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any, TextIO
 
 from gptlite import __version__, storage
 from gptlite.errors import ConfigError, RunInUseError, StorageError, visible, without_passwords
 
 RUNS = Path("runs")
 PARTS = ("checkpoints", "tokenizer", "samples", "eval")
+LOCK = ".lock"
 
 
 def name_of(configs: list[str]) -> str:
@@ -137,7 +138,7 @@ def locked(directory: Path) -> Iterator[None]:
 
 def refuse_if_held(directory: Path) -> None:
     """RunInUseError if a run is at work there."""
-    if os.path.isfile(directory / ".lock"):
+    if os.path.isfile(directory / LOCK):
         with open_lock(directory) as file:
             refuse(directory, hold(file))
 
@@ -145,7 +146,7 @@ def refuse_if_held(directory: Path) -> None:
 def open_lock(directory: Path) -> TextIO:
     """The lock's file; never what a link points to, as it is emptied and written."""
     flags = os.O_RDWR | os.O_CREAT | os.O_APPEND
-    return os.fdopen(storage.open_regular(directory / ".lock", flags), "a+", errors="replace")
+    return os.fdopen(storage.open_regular(directory / LOCK, flags), "a+", errors="replace")
 
 
 def refuse(directory: Path, holder: str | None) -> None:
@@ -177,6 +178,36 @@ def hold(file: TextIO) -> str | None:
             print(visible(warning), file=sys.stderr)
             return None
     return holder or "another process"
+
+
+def marked(folder: Path) -> TextIO | None:
+    """The lock of a new folder, which says that its process lives; None if the folder is gone."""
+    with suppress(FileNotFoundError):
+        lock = open_lock(folder)
+        if take(lock) is not False and folder.is_dir():
+            return lock
+        lock.close()
+    return None
+
+
+def discard_abandoned(path: Path) -> None:
+    """Remove a file or folder that nobody holds any more; where there are no locks, who knows."""
+    with suppress(OSError), open_lock(path) if path.is_dir() else path.open() as lock:
+        if take(lock):
+            storage.discard(path)
+
+
+def take(lock: IO[Any]) -> bool | None:
+    """Lock a file, if nobody has; whether that went well. None: there are no locks here."""
+    try:
+        import fcntl
+
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):
+        return None
 
 
 def environment() -> dict[str, Any]:

@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,8 @@ def grouped(listing: list[About]) -> list[slice]:
     groups, start, size = [], 0, 0
     for number, source in enumerate(listing, 1):
         size += source["bytes"]
-        if size >= enough or number == len(listing):
+        last = number == len(listing) or "split" in listing[number] and "split" not in source
+        if size >= enough or last:
             groups.append(slice(start, number))
             start, size = number, 0
     return groups
@@ -126,10 +128,13 @@ def tokenize(
     storage.make_folders(work)
     storage.clean(work)
     sha256 = [source["sha256"] for source in listing]
-    groups = enumerate(grouped(listing))
-    parts = [Part(number, files[g], sha256[g], work) for number, g in groups]
+    groups = grouped(listing)
+    parts = [Part(number, files[g], sha256[g], work) for number, g in enumerate(groups)]
     scans = made_all(parts, partial(scan_part, run), "read", 0)
     whole = merged([part.folder for part in parts], scans)
+    if "split" in listing[-1]:
+        to_train = ["split" not in listing[g.start] for g in groups]
+        whole.n_train_bytes = sum(scan["bytes"] for scan in compress(scans, to_train))
     cut = cut_of(whole, run)
     built = own or kept_tokenizer(work)
     if built is None:

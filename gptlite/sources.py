@@ -12,11 +12,12 @@ import platform
 import stat
 import sysconfig
 import warnings
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePath
+from typing import Any
 
-from gptlite import remote, storage
+from gptlite import readers, remote, storage
 from gptlite.config import DataConfig, RunConfig
 from gptlite.errors import ConfigError, DataError
 from gptlite.readers import SUFFIXES, kind_of
@@ -24,7 +25,10 @@ from gptlite.readers import SUFFIXES, kind_of
 NO_TEXT = {
     *(".bin", ".bz2", ".xz", ".zip", ".7z", ".tar", ".tgz", ".npy", ".npz"),
     *(".pkl", ".pickle", ".pt", ".pth", ".ckpt", ".joblib", ".safetensors", ".gguf", ".h5"),
+    *(".pdf", ".rtf", ".doc", ".docx", ".odt", ".epub", ".mobi", ".xls", ".xlsx", ".pptx"),
 }
+MOST_LOOKED_INTO = 100
+"""Files whose beginning is looked at for what may be meant otherwise."""
 
 
 def locate(run: RunConfig) -> list[Path]:
@@ -40,6 +44,17 @@ def locate(run: RunConfig) -> list[Path]:
     return files
 
 
+def locate_val(run: RunConfig) -> list[Path]:
+    """The files of data.val_source, if there is one. Raises DataError, as `locate`."""
+    try:
+        files = [file for source in run.val_sources for file in locate_one(source, run.data)]
+        for file in files:
+            check_regular(file)
+    except DataError as error:
+        raise DataError(str(error).replace("data.source: ", "data.val_source: ", 1)) from None
+    return files
+
+
 def locate_one(source: str, data: DataConfig) -> list[Path]:
     if source == "python-docs":
         return [python_docs(Path(data.cache_dir))]
@@ -49,9 +64,11 @@ def locate_one(source: str, data: DataConfig) -> list[Path]:
         return remote.fetched(source, data)
     path = Path(os.path.expanduser(source))
     if os.path.isdir(path):  # a name too long is for check_regular to report
-        files = sorted(f for f in path.rglob("*") if kind_of(f) in SUFFIXES and f.is_file())
+        files, others = in_folder(path, data)
         if not files:
-            raise DataError(f"data.source: {source}: no {' '.join(SUFFIXES)} file in this folder")
+            endings = " ".join((*SUFFIXES, *data.include))
+            there = f" (but {counted(others)}; data.include)" if others else ""
+            raise DataError(f"data.source: {source}: no {endings} file in this folder{there}")
         return files
     if not os.path.exists(path) and glob.has_magic(source):
         files = [Path(f) for f in sorted(glob.glob(str(path), recursive=True))]
@@ -60,6 +77,65 @@ def locate_one(source: str, data: DataConfig) -> list[Path]:
             raise DataError(f"data.source: {source}: matches no file")
         return files
     return [path]
+
+
+def in_folder(folder: Path, data: DataConfig) -> tuple[list[Path], Counter[str]]:
+    """The files that are read, in order, and how many others there are, by their endings."""
+
+    def refuse(error: OSError) -> None:
+        raise DataError(f"data.source: {error.filename}: {error.strerror}")
+
+    files, others = [], Counter[str]()
+    for inside, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not readers.is_hidden(name)]
+        for path in (Path(inside, name) for name in names if not readers.is_hidden(name)):
+            if readers.is_searched(PurePath(path.name), data) and path.is_file():
+                files.append(path)
+            else:
+                others[kind_of(path) or "no ending"] += 1
+    return sorted(files), others
+
+
+def counted(endings: Counter[str]) -> str:
+    """The most frequent ones, and how many more there are."""
+    most = endings.most_common(4)
+    left = endings.total() - sum(n for _, n in most)
+    return ", ".join([*(f"{name} {n}" for name, n in most), *([f"{left} more"] if left else [])])
+
+
+def repeated(files: list[Path], listing: list[dict[str, Any]]) -> Iterator[str]:
+    """Links, and copies under other names, count too."""
+    first: dict[str, int] = {}
+    digests = [about["sha256"] for about in listing]
+    again = [
+        number
+        for number, about in enumerate(listing)
+        if about["bytes"] and first.setdefault(about["sha256"], number) != number
+    ]
+    if again:
+        file, other = files[again[0]], files[first[digests[again[0]]]]
+        n = f"{len(again)} of {len(files)} files have the content of another one"
+        why = "what is validated on may have been trained on"
+        yield f"data.source: {n} ({file} that of {other}): {why}"
+
+
+def remarks(run: RunConfig, files: list[Path], listing: list[dict[str, Any]]) -> Iterator[str]:
+    """What whoever gave these sources may not know of them, a line each."""
+    for source in (*run.sources, *run.val_sources):
+        path = Path(os.path.expanduser(source))
+        read, others = in_folder(path, run.data) if path.is_dir() else ([], Counter())
+        if others:
+            n = f"{others.total()} of {len(read) + others.total()} files skipped"
+            yield f"data.source: {source}: {n}: {counted(others)}; data.include takes more endings"
+    yield from repeated(files, listing)
+    if run.data.separator is None:
+        plain = [file for file in files[:MOST_LOOKED_INTO] if readers.is_plain(file)]
+        marked = next((file for file in plain if readers.has_marks(file)), None)
+        if marked is not None:
+            yield (
+                f"data.source: {marked}: has lines that say <|endoftext|>, which stay text; "
+                'data.separator: "<|endoftext|>" makes them ends of documents'
+            )
 
 
 def check_regular(path: Path) -> None:

@@ -7,7 +7,6 @@ Ids decode to bytes, so a text decodes exactly however its tokens are cut.
 import base64
 import hashlib
 import json
-import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
@@ -18,7 +17,7 @@ import numpy as np
 import tiktoken
 from numpy.typing import NDArray
 
-from gptlite import storage
+from gptlite import bpe, storage
 from gptlite.config import TokenizerConfig
 from gptlite.errors import ConfigError, DataError, UnknownCharacter
 from gptlite.marks import NO_MARKS, Marks
@@ -33,7 +32,6 @@ MOST_PATTERN = 4096
 PROBE = "It's 12 o'clock,\n\n  café\t漢字 😀... \r\n_x  "
 """A pattern that is none, or leaves text out, shows here."""
 DOWNLOAD_SECONDS = 8.0
-LONG_RUN = re.compile(r"\s{1024}|\S{1024}")
 
 # GPT-2's split into words, with possessive repeats so that long runs cost no backtracking.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
@@ -325,32 +323,10 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
 
     Its merges are monotone, so vocabulary ids are tiktoken ranks and both give the same ids.
     """
-    from tokenizers import Tokenizer as Trainee
-    from tokenizers import models, pre_tokenizers, trainers
-
-    trainee = Trainee(models.BPE())
-    trainee.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - 1,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    trainee.train_from_iterator(short_runs(texts), trainer)
     to_byte = {character: byte for byte, character in enumerate(byte_characters())}
-    vocabulary: dict[str, int] = trainee.get_vocab()
-    by_rank = sorted(vocabulary.items(), key=lambda item: item[1])
+    by_rank = sorted(bpe.train(texts, vocab_size - 1).items(), key=lambda item: item[1])
     ranks = {bytes(to_byte[c] for c in token): rank for token, rank in by_rank}
     return BPETokenizer("bpe", "bpe", GPT2_PATTERN, ranks, eot=len(ranks))
-
-
-def short_runs(texts: Iterable[str]) -> Iterator[str]:
-    """The texts, cut inside long runs: the trainer's time grows with the square of a word."""
-    for text in texts:
-        start = 0
-        for run in LONG_RUN.finditer(text):
-            yield text[start : run.end()]
-            start = run.end()
-        yield text[start:]
 
 
 def byte_characters() -> Sequence[str]:

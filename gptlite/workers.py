@@ -22,7 +22,7 @@ from gptlite import machine
 from gptlite.errors import UserError
 
 WORTH_TELLING = 1 << 20
-"""Characters; less is told together with what follows."""
+"""Bytes; less is told together with what follows."""
 Moved = Callable[[Path, int], None]
 Do = Callable[[Any, Moved], Any]
 """A job, and whom to tell of each piece of text that was read, to what comes of it. Can be pickled:

@@ -61,21 +61,22 @@ MAY_IMPORT = {
         "checkpoint config config_reader devices errors foreign_tokenizer hf hf_config keys "
         "model nanogpt origin output run_directory storage strict_yaml tokenizer"
     ),
-    "tokenizer": "config errors marks storage",
+    "tokenizer": "bpe config errors marks storage",
     "marks": "",
     "readers": "config errors",
-    "remote": "config errors readers storage",
+    "remote": "config errors readers run_directory storage",
     "sources": "config errors readers remote storage",
     "ledger": "errors machine storage",
     "workers": "errors machine",
+    "bpe": "workers",
     "data": "errors keys ledger storage tokenizer",
     "split": "",
     "unknown": "config errors output readers tokenizer",
-    "encoding": "config data errors machine readers split tokenizer unknown",
+    "encoding": "config data errors machine output readers split tokenizer unknown",
     "shards": "config data encoding errors machine output run_directory storage tokenizer workers",
     "prepare": (
-        "config data encoding errors ledger origin output shards sources split storage "
-        "tokenizer unknown"
+        "config data encoding errors ledger origin output run_directory shards sources split "
+        "storage tokenizer unknown"
     ),
     "loops": "",
     "devices": "config errors loops machine world",
@@ -146,8 +147,8 @@ MAY_IMPORT = {
 TORCH_FREE = (
     "errors machine storage interrupts world torchrun exits output keys section dropout_config "
     "config strict_yaml config_words config_reader foreign_config hf_config hf_tokenizer origin "
-    "marks foreign_tokenizer study_config trials tokenizer readers remote sources ledger workers "
-    "data split unknown encoding shards "
+    "marks foreign_tokenizer study_config trials tokenizer bpe readers remote sources ledger "
+    "workers data split unknown encoding shards "
     "prepare loops charts verdict network_drawing run_files figures report"
 )
 UNPICKLERS = {"pickle", "_pickle", "shelve", "marshal", "dill", "cloudpickle", "joblib", "code"}

@@ -38,7 +38,7 @@ TIKTOKEN_NAMES = (
 WRITTEN_OUT = {"K09", "K14", "K15", "K16", "D06", "D09", "D10", "D12"}
 """Rows with functions of their own, here or in test_surroundings.py."""
 ROWS = [
-    f"{row}{n:02}" for row, last in (("Y", 44), ("K", 16), ("D", 12)) for n in range(1, last + 1)
+    f"{row}{n:02}" for row, last in (("Y", 44), ("K", 16), ("D", 18)) for n in range(1, last + 1)
 ]
 
 

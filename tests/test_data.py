@@ -11,7 +11,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptlite import encoding, machine, readers, tokenizer
+from gptlite import (
+    encoding,
+    machine,
+    prepare,
+    readers,
+    run_directory,
+    shards,
+    tokenizer,
+    workers,
+)
 from gptlite.data import (
     IGNORED,
     Batch,
@@ -25,7 +34,6 @@ from gptlite.data import (
 )
 from gptlite.errors import DataError
 from gptlite.keys import key, permuted, uniform
-from gptlite.prepare import open_split, prepare
 
 EOT = 1000
 examples = settings(max_examples=100, deadline=None, derandomize=True)
@@ -351,6 +359,7 @@ def documents_of(files: TokenFiles, split: str) -> list[str]:
 
 
 BYTE = {"kind": "byte"}
+DOCUMENTS = {"layout": "documents"}
 
 
 @pytest.fixture
@@ -589,6 +598,98 @@ def test_a_text_that_turns_out_bad_leaves_nothing_behind(workshop, monkeypatch):
     assert list((workshop.folder / "cache" / "tokens").iterdir()) == []
 
 
+GROWS = {
+    "text": ("given.txt", "A line of text.\n" * 20, "And one more.\n", {}),
+    "lines": ("given.txt", "".join(f"line {i}\n" for i in range(40)), "late\n" * 9, DOCUMENTS),
+    "records": ("given.jsonl", '{"text": "a record"}\n' * 20, '{"text": "half', {}),
+}
+
+
+@pytest.mark.parametrize("phase", ["first_pass", "encode"])
+@pytest.mark.parametrize(("name", "text", "more", "data"), GROWS.values(), ids=GROWS)
+@pytest.mark.parametrize("way", ["one pass", "parts"])
+def test_a_text_that_changes_while_it_is_read_is_one_line_and_not_kept(
+    workshop, made, monkeypatch, phase, name, text, more, data, way
+):
+    """Whatever the change led to, the change is what is told."""
+    folder = workshop.folder / "texts"
+    folder.mkdir()
+    (folder / "other.txt").write_text(text)
+    module = prepare
+    if way == "parts":
+        module = shards
+        for limit, value in {"LARGE_BYTES": 1, "PART_BYTES": 0}.items():
+            monkeypatch.setattr(shards, limit, value)
+        monkeypatch.setattr(
+            workers, "work", lambda do, jobs, _, moved: [do(j, moved) for j in jobs]
+        )
+    original = getattr(module, phase)
+
+    def while_it_grows(*args, **options):
+        with (folder / name).open("a") as file:
+            file.write(more)
+        return original(*args, **options)
+
+    monkeypatch.setattr(module, phase, while_it_grows)
+    source = {"source": str(folder), **data}
+    with pytest.raises(DataError, match=f"{name}: changed while it was read") as caught:
+        made(text, f"texts/{name}", data=source)
+    assert len(caught.value.problems) == 1
+    left = [path for path in (workshop.folder / "cache/tokens").iterdir() if path.is_dir()]
+    assert left == []
+
+
+def test_a_text_that_vanishes_while_it_is_read_is_one_line(workshop, monkeypatch):
+    original = prepare.encode
+
+    def then_it_goes(*args, **options):
+        splits = original(*args, **options)
+        workshop.text.unlink()
+        return splits
+
+    monkeypatch.setattr(prepare, "encode", then_it_goes)
+    with pytest.raises(DataError, match="text.txt: changed while .*it is gone"):
+        workshop.files()
+
+
+def test_what_a_killed_process_left_is_removed_and_what_lives_is_not(workshop, made):
+    tokens = workshop.folder / "cache" / "tokens"
+    left, living = tokens / ".tmp-abc-00000001", tokens / ".tmp-abc-00000002"
+    for folder in (left, living):
+        folder.mkdir(parents=True)
+        (folder / "train.bin").write_bytes(b"half")
+    with run_directory.open_lock(living) as lock:
+        assert run_directory.take(lock)
+        files = made("A text that is read. " * 9)
+        assert sorted(tokens.iterdir()) == sorted([living, files.folder])
+    made("Another text that is read. " * 9)
+    assert not living.exists()
+
+
+def test_what_was_written_can_be_read_however_many_files_there_were(workshop, monkeypatch):
+    monkeypatch.setattr(prepare, "MOST_LISTED", 20)
+    folder = workshop.folder / "many"
+    folder.mkdir()
+    for number in range(21):
+        (folder / f"{number}.txt").write_text(f"The text of number {number}.")
+    files = workshop.files(data={"source": str(folder)})
+    (about,) = files.meta["sources"]
+    assert about["files"] == 21
+    assert about["bytes"] == sum(file.stat().st_size for file in folder.iterdir())
+    folder.joinpath("0.txt").write_text("Another text here.")
+    assert workshop.files(data={"source": str(folder)}).folder != files.folder
+
+
+@pytest.mark.parametrize("text", ["plain\n", "Ελληνικά\n", "漢字かな\n"])
+def test_progress_counts_the_bytes_that_the_total_counts(workshop, text):
+    workshop.text.write_text(text * 50, encoding="utf-8")
+    run, seen = workshop.run(), []
+    scan = encoding.first_pass(
+        encoding.read([workshop.text], run, lambda _, n: seen.append(n)), run
+    )
+    assert sum(seen) == scan.n_bytes == workshop.text.stat().st_size
+
+
 def flip(path) -> None:
     raw = bytearray(path.read_bytes())
     raw[len(raw) // 2] ^= 1
@@ -705,9 +806,9 @@ def peak_bytes(workshop, n_bytes: int, *, to_evaluate: bool) -> int:
     tracemalloc.start()
     try:
         if to_evaluate:
-            open_split(run, tokenizer.ByteTokenizer(eot=False), str(workshop.text))
+            prepare.open_split(run, tokenizer.ByteTokenizer(eot=False), str(workshop.text))
         else:
-            prepare(run)
+            prepare.prepare(run)
         return tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()

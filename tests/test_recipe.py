@@ -1,5 +1,6 @@
 """A config made for a text: every choice has a reason, and the YAML says what is trained."""
 
+import os
 import time
 from functools import partial
 from pathlib import Path
@@ -13,8 +14,9 @@ from gptlite import budget, recipe
 from gptlite.budget import Budget, Rung
 from gptlite.cli import app
 from gptlite.config import DataConfig, RunConfig
-from gptlite.config_reader import load_run
+from gptlite.config_reader import dump, load_run
 from gptlite.errors import ConfigError, DataError
+from gptlite.launch import launched
 from gptlite.prepare import prepare
 from gptlite.rehearsal import Costs, EvaluationPace
 
@@ -76,16 +78,43 @@ def test_a_text_is_cut_as_its_size_and_kind_allow(workshop: Workshop) -> None:
     assert names.longest_line == 7
     assert chosen(names) == {"data.layout": "documents", "tokenizer.kind": "char"}
     assert chosen(look(workshop, prose())) == {"tokenizer.kind": "bpe", "tokenizer.vocab_size": 300}
+    sentence = chosen(look(workshop, "One sentence is all there is."))
+    assert sentence == {"tokenizer.kind": "char"}
     sizes = {
         size: chosen(recipe.Survey(size, 90, None))["tokenizer.vocab_size"]
-        for size in (1, 200_000, 1_100_000, 10_000_000, 1 << 40)
+        for size in (recipe.BPE_FROM, 200_000, 1_100_000, 10_000_000, 1 << 40)
     }
     assert list(sizes.values()) == [300, 512, 1024, 4096, 16384]
 
 
-def test_lines_of_poems_are_not_names(workshop: Workshop) -> None:
-    assert look(workshop, "the sea\nthe sky\n" * 300).longest_line is None
-    assert look(workshop, "short\n" * 50).longest_line is None
+RUNNING = {
+    "verse": "the sea\nthe sky\n" * 300,
+    "few lines": "short\n" * 50,
+    "Chinese": "床前明月光\n疑是地上霜\n举头望明月\n低头思故乡\n" * 60,
+    "Thai": "ทุกคนเกิดมามีอิสระ\nและเสมอภาคกัน\nในศักดิ์ศรีและสิทธิ\n" * 80,
+    "Japanese": "すべての人間は\n生れながらにして\n自由である\n" * 80,
+    "DNA": "GATTACAGATTACA\nCCGTTAGACCAT\nTTGACCA\n" * 80,
+    "hexadecimal": "deadbeef\n0badcafe\n8badf00d\n" * 80,
+    "code": "begin();\nif(x>1){\ncount++;\n}\nend();\n" * 60,
+    "minified": "thisisalineofforty_lettersnamesarenot\nandthisisanotherlineofthatsort\n" * 100,
+}
+LISTED = {
+    "names": "\n".join(NAMES),
+    "names of two words, some": "Ann\nJean-Luc\nO'Neill\nCorbin\nFitzgerald\nMary Ann\nZoë\n" * 40,
+    "Russian": "Анна\nБорис\nСветлана\nВладимир\n" * 60,
+    "Hindi": "अनिल\nसीता\nकमला\nविजय\nगीता\nसुनील\n" * 60,
+    "Korean": "김민준\n이서연\n박지훈\n최수빈\n" * 60,
+}
+
+
+@pytest.mark.parametrize("text", RUNNING.values(), ids=RUNNING)
+def test_short_lines_without_spaces_are_not_always_names(workshop: Workshop, text: str) -> None:
+    assert look(workshop, text).longest_line is None
+
+
+@pytest.mark.parametrize("text", LISTED.values(), ids=LISTED)
+def test_a_word_a_line_is_a_list(workshop: Workshop, text: str) -> None:
+    assert look(workshop, text).longest_line == max(map(len, text.split("\n")))
 
 
 def test_more_time_means_a_larger_model_and_more_updates(workshop: Workshop) -> None:
@@ -217,3 +246,31 @@ def test_one_line_trains_on_a_text_and_goes_on(
     result = CliRunner().invoke(app, ["train"])
     assert result.exit_code == 2
     assert "or --data TEXT" in result.output
+
+
+def test_a_path_that_is_not_utf_8_may_stand_beside_a_config(workshop: Workshop) -> None:
+    path = workshop.folder / os.fsdecode(b"caf\xe9 \xf0\x9f\x98\x80.txt")
+    workshop.text.rename(path)
+    config = workshop.folder / "run.yaml"
+    config.write_text("train:\n  max_steps: 3\noptim:\n  warmup_steps: 0\n")
+    launch = launched(
+        [str(config)],
+        [f"data.cache_dir={workshop.folder / 'cache'}"],
+        [str(path)],
+        **{"minutes": 1, "began": NOW, "out_dir": str(workshop.folder / "out"), "resume": None},
+    )
+    assert launch.run.data.source == str(path)
+    assert prepare(launch.run).meta["sources"][0]["name"] == path.name
+    config.write_text(dump(launch.run))
+    assert load_run([str(config)]) == launch.run
+
+
+def test_a_text_of_its_own_to_validate_on_goes_with_a_recipe(workshop: Workshop) -> None:
+    other = workshop.folder / "valid.txt"
+    other.write_text(prose(500, seed=1))
+    run, text = composed(workshop, 0.5, f"data.val_source={other}")
+    assert run.data.val_source == str(other)
+    assert f"# --set data.val_source={other}" in text
+    splits = prepare(run).meta["splits"]
+    assert splits["val"]["bytes"] == other.stat().st_size
+    assert splits["train"]["bytes"] == workshop.text.stat().st_size

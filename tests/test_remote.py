@@ -127,3 +127,21 @@ def test_a_dataset_is_streamed_into_the_cache(
         located(workshop, f"hf://{folder}", text_field="n")
     with pytest.raises(DataError, match="cannot be fetched"):
         located(workshop, f"hf://{folder}?split=test", text_field="body")
+
+
+def test_what_a_killed_download_left_is_removed(workshop: Workshop, bucket: Any) -> None:
+    bucket.pipe("/b/one.txt", b"one")
+    (path,) = located(workshop, "memory://b/one.txt")
+    left, other = (path.with_name(f".tmp-{name}-0000000a") for name in (path.name, "other.txt"))
+    for file in (left, other):
+        file.write_bytes(b"half")
+    path.unlink()
+    located(workshop, "memory://b/one.txt")
+    assert sorted(path.parent.iterdir()) == sorted([path, other])
+
+
+def test_a_remote_folder_is_searched_as_one_here(workshop: Workshop, bucket: Any) -> None:
+    for name in ("a.txt", ".b/c.txt", "__MACOSX/a.txt", "d.html"):
+        bucket.pipe(f"/.b/{name}", name.encode())
+    read = [path.read_bytes() for path in located(workshop, "memory://.b", include=[".html"])]
+    assert read == [b"a.txt", b"d.html"]

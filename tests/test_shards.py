@@ -6,6 +6,7 @@ The parts are made small, so that a few kilobytes are a large corpus.
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -121,6 +122,19 @@ def test_the_tail_may_begin_at_a_part_or_inside_one(corpus):
             file.unlink()
         corpus.write(*("é" * (n // 2) + "e" * (n % 2) for n in sizes))
         assert_equal(corpus.prepared(), corpus.one_pass())
+
+
+@pytest.mark.parametrize("layout", ["stream", "documents"])
+@pytest.mark.parametrize("n_train", [1, 3])
+def test_parts_of_two_sources_are_the_tokens_of_one_pass(corpus, layout, n_train):
+    """Small files that share a part never stand on both sides."""
+    files = [str(file) for file in corpus.write(*PROSE)]
+    data = {"source": files[:n_train], "val_source": files[n_train:], "layout": layout}
+    for size in (0, 2000):  # a file, or two, by itself
+        parts = corpus.prepared({**EVERY_FILE, "PART_BYTES": size}, data=data)
+        assert len(parts.meta["parts"]) > 2
+        assert_equal(parts, corpus.one_pass(data=data))
+        shutil.rmtree(corpus.tokens)
 
 
 @pytest.mark.parametrize("layout", ["stream", "documents"])
@@ -336,7 +350,7 @@ def test_who_waited_for_another_process_makes_nothing(corpus, monkeypatch):
     files = corpus.prepared()
     made = noted(monkeypatch)
     listing = files.meta["sources"]
-    args = (files.folder, [], listing, corpus.run(), None)
+    args = (files.folder, [], listing, corpus.run(), None, [])
     prepare.make_of_parts(*args)
     assert not made
     assert not list(corpus.tokens.glob("*.unfinished"))
@@ -436,6 +450,7 @@ def test_an_error_of_the_disk_in_a_process_is_one_of_storage(pool, monkeypatch):
         return listing
 
     monkeypatch.setattr(prepare, "described", then_gone)
+    monkeypatch.setattr(prepare.sources, "remarks", lambda *_: [])
     with pytest.raises(StorageError, match=f"^{files[3]}: No such file"):
         pool.prepared()
 

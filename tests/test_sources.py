@@ -6,6 +6,7 @@ import http.client
 import io
 import json
 import os
+import re
 import ssl
 import urllib.error
 from collections.abc import Iterable
@@ -19,7 +20,8 @@ from hypothesis import strategies as st
 
 from gptlite import readers, remote, sources
 from gptlite.config import DataConfig
-from gptlite.errors import DataError
+from gptlite.errors import ConfigError, DataError
+from gptlite.prepare import prepare
 from gptlite.readers import Chunk, read_file
 
 URL = "https://example.org/folder/story.txt"
@@ -81,8 +83,7 @@ def test_each_line_is_a_document_in_the_documents_layout(write, suffix):
 
 
 def lines_of(text: str) -> list[str]:
-    *lines, last = text.split("\n")
-    return [line for line in (*(line.removesuffix("\r") for line in lines), last) if line]
+    return [line for line in re.split("\r\n|\r|\n", text) if line]
 
 
 signs = st.sampled_from("ab \r\n\té漢👩")
@@ -94,6 +95,7 @@ written = st.text(signs, max_size=9) | st.text(signs, min_size=30, max_size=90)
 @example(text="a\r\nb", chunk=4, mark=False)  # the line ends where the piece does
 @example(text="abc\r\nb\r\n", chunk=4, mark=False)  # between \r and \n
 @example(text="abc\r", chunk=4, mark=False)
+@example(text="abc\rdef\r\r\nghi\n\rj", chunk=4, mark=False)  # returns alone and in pairs
 @example(text="a" * 50, chunk=4, mark=True)
 def test_lines_are_the_same_however_the_file_is_read(tmp_path_factory, text, chunk, mark):
     path = tmp_path_factory.getbasetemp() / "lines.txt"
@@ -104,9 +106,13 @@ def test_lines_are_the_same_however_the_file_is_read(tmp_path_factory, text, chu
         assert "".join(read(path, STREAM)) == text
 
 
-def test_windows_and_unix_line_ends_give_the_same_lines(write):
-    unix, windows = write("a.txt", "one\ntwo\n\nthree"), write("b.txt", "one\r\ntwo\r\n\r\nthree")
-    assert read(windows, DOCUMENTS) == read(unix, DOCUMENTS) == ["one", "two", "three"]
+def test_all_kinds_of_line_ends_give_the_same_lines(write):
+    unix = "one\ntwo\n\nthree"
+    for number, end in enumerate(["\n", "\r\n", "\r"]):
+        assert read(write(f"{number}.txt", unix.replace("\n", end)), DOCUMENTS) == unix.split()
+        jsonl = end.join(json.dumps({"text": word}) for word in unix.split())
+        assert read(write(f"{number}.jsonl", jsonl)) == unix.split()
+        assert read(write(f"{number}.csv", f"text{end}{unix}".replace("\n", end))) == unix.split()
 
 
 @pytest.mark.parametrize(
@@ -124,7 +130,7 @@ def test_only_a_mark_at_the_beginning_is_left_out(write, small_chunks):
 
 
 EMPTY = [("a.txt", b""), ("a.txt", b"\xef\xbb\xbf"), ("a.jsonl", b""), ("a.jsonl", b"\n \r\n")]
-EMPTY += [("a.csv", b"text\n"), ("a.csv", b"text\n\n"), ("a.csv", b'id,text\n1,""\n2\n')]
+EMPTY += [("a.csv", b"text\n"), ("a.csv", b"text\n\n"), ("a.csv", b'id,text\n1,""\n2,\n')]
 
 
 @pytest.mark.parametrize(("name", "content"), EMPTY)
@@ -155,8 +161,8 @@ def test_bytes_that_are_not_utf8_are_named_by_their_place(write, small_chunks, c
 def test_every_record_of_a_jsonl_is_a_document(write):
     records = [{"text": "one\ntwo", "n": 1}, {"text": "漢\u2028字"}, {"text": ""}, {"text": "end"}]
     lines = "\r\n\n".join(json.dumps(record, ensure_ascii=False) for record in records)
-    path = write("a.jsonl", lines + '\n{"text":\r"after a lone return"}')
-    documents = ["one\ntwo", "漢\u2028字", "end", "after a lone return"]
+    path = write("a.jsonl", lines)
+    documents = ["one\ntwo", "漢\u2028字", "end"]
     assert read(path) == read(path, DOCUMENTS) == documents
 
 
@@ -169,9 +175,7 @@ def test_the_field_of_a_record_is_a_setting(write):
 BAD_RECORDS = {
     "not JSON": ('{"text": ', "not JSON"),
     "no object": ('["text"]', "no text in field 'text'"),
-    "other field": ('{"body": "a"}', "no text in field 'text'"),
     "a number": ('{"text": 3}', "no text in field 'text'"),
-    "null": ('{"text": null}', "no text in field 'text'"),
     "deep": ("[" * 100_000, "not JSON"),
 }
 
@@ -190,7 +194,7 @@ def test_a_csv_is_read_with_quotes_and_line_breaks(write):
     table = csv.DictWriter(file, ["id", "text"])
     table.writeheader()
     table.writerows(rows)
-    path = write("a.csv", file.getvalue() + "4\r\n")
+    path = write("a.csv", file.getvalue())
     assert read(path) == read(path, DOCUMENTS) == ['say "hi",\nthen go', "é"]
 
 
@@ -266,6 +270,126 @@ def test_a_source_that_cannot_be_read_is_one_line_that_names_it(workshop, write,
     with pytest.raises(DataError, match=why) as caught:
         sources.locate(workshop.run(data={"source": str(path)}))
     assert str(path) in problem(caught)
+
+
+def folder_run(workshop, **data):
+    return workshop.run(data={"source": str(workshop.folder / "texts"), **data})
+
+
+def test_what_is_hidden_is_not_looked_for(workshop, write):
+    for name in ("a.txt", ".git/b.txt", "__MACOSX/a.txt", "c/.ipynb/d.md", "c/._a.txt", "c/e.md"):
+        write(f"texts/{name}", "x")
+    hidden = workshop.folder / ".hidden"
+    (workshop.folder / "texts").rename(hidden)
+    found = sources.locate(workshop.run(data={"source": str(hidden)}))
+    assert [file.name for file in found] == ["a.txt", "e.md"]
+
+
+def test_a_folder_that_cannot_be_read_is_no_empty_one(workshop, write, monkeypatch):
+    write("texts/a.txt", "x")
+
+    def walk(top, onerror):
+        onerror(PermissionError(13, "Permission denied", str(top)))
+
+    monkeypatch.setattr(os, "walk", walk)
+    with pytest.raises(DataError, match="texts: Permission denied"):
+        sources.locate(folder_run(workshop))
+
+
+def test_what_a_folder_has_besides_is_counted_and_may_be_included(workshop, write, capsys):
+    for number in range(4):
+        write(f"texts/{number}.html", f"<p>text {number}</p>")
+    for name in ("a.tex", "b.tex", "c.tex", "d.py", "d/e.py", "README", "f.rst"):
+        write(f"texts/{name}", "x")
+    with pytest.raises(DataError, match=r"folder \(but .html 4, .tex 3, .py 2, .*; data.include"):
+        sources.locate(folder_run(workshop))
+    write("texts/a.TXT", "some text " * 20)
+    prepare(folder_run(workshop))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "texts: 11 of 12 files skipped: .html 4, .tex 3, .py 2, " in line
+    assert line.endswith("; data.include takes more endings")
+    prepare(folder_run(workshop))
+    assert capsys.readouterr().err == "", "it is told once, when the text is read"
+    found = sources.locate(folder_run(workshop, include=[".html", ".tex"]))
+    assert [file.suffix for file in found] == [".html"] * 4 + [".TXT"] + [".tex"] * 3
+
+
+def test_the_same_content_twice_is_told(workshop, write, capsys):
+    """A copy, a link beside its target, a file that is named twice; not what is empty."""
+    for name, content in {"a.txt": "some text " * 20, "b.txt": "other text " * 20}.items():
+        write(f"texts/{name}", content)
+    for name in ("d.txt", "e.txt"):
+        write(f"texts/{name}", "")
+    prepare(folder_run(workshop))
+    assert capsys.readouterr().err == ""
+    (workshop.folder / "texts" / "c.txt").symlink_to("a.txt")
+    prepare(folder_run(workshop))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "1 of 5 files have the content of another one (" in line
+    assert "c.txt that of " in line
+    twice = [str(workshop.folder / "texts" / "b.txt")] * 2
+    prepare(workshop.run(data={"source": twice}))
+    assert "1 of 2 files have the content of another" in capsys.readouterr().err
+
+
+def test_lines_that_say_endoftext_are_noticed_and_can_be_separators(workshop, write, capsys):
+    stories = ["one story, " * 9, "another\n" * 9, "a third. " * 9]
+    path = write("stories.txt", "\n<|endoftext|>\n".join(stories))
+    plain = prepare(workshop.run(data={"source": str(path)}))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "stories.txt: has lines that say <|endoftext|>" in line
+    assert 'data.separator: "<|endoftext|>"' in line
+    run = workshop.run(data={"source": str(path), "separator": "<|endoftext|>"})
+    parted = prepare(run)
+    assert capsys.readouterr().err == ""
+    n_documents = [
+        sum(split["documents"] for split in files.meta["splits"].values())
+        for files in (plain, parted)
+    ]
+    assert n_documents == [2, 4], "the tail begins inside one"
+    assert parted.meta["eot"] is not None
+    assert "|" not in parted.tokenizer.to_json()["characters"]
+
+
+def test_text_to_validate_on_may_be_another(workshop, write):
+    """All of one is trained on, and all of the other is not."""
+    train, val = write("t.txt", "to train on " * 30), write("v/v.txt", "validate " * 20)
+    for layout in ("stream", "documents"):
+        data = {"source": str(train), "val_source": str(val.parent), "layout": layout}
+        files = prepare(workshop.run(data=data, tokenizer={"kind": "byte"}))
+        for split, path in (("train", train), ("val", val)):
+            ids = [token for token in files.tokens(split).tolist() if token != files.meta["eot"]]
+            assert bytes(ids) == path.read_bytes()
+        assert files.meta["sources"][1]["split"] == "val"
+    other = prepare(workshop.run(data={"source": [str(train), str(val)]}))
+    assert other.folder != files.folder
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        ({"val_source": "none.txt"}, "data.val_source: none.txt: No such file"),
+        ({"val_source": "empty.txt"}, "data.val_source: empty.txt: has no text"),
+        ({"source": "empty.txt", "val_source": "text.txt"}, "data.source: empty.txt: has no text"),
+        ({"source": "ids", "val_source": "text.txt"}, "data.val_source: ids holds train.bin and"),
+    ],
+)
+def test_text_to_validate_on_that_cannot_be_is_one_line(workshop, write, monkeypatch, data, why):
+    monkeypatch.chdir(workshop.folder)
+    write("empty.txt", "")
+    write("ids/train.bin", b"a\0b\0")
+    with pytest.raises(DataError, match=why) as caught:
+        prepare(workshop.run(data=data))
+    problem(caught)
+
+
+def test_a_split_beside_its_own_text_is_refused(workshop):
+    with pytest.raises(ConfigError, match="data.split_by: nothing is split beside data.val_source"):
+        workshop.run(data={"val_source": "v.txt", "split_by": "document"})
+    with pytest.raises(ConfigError, match="data.val_source: a download needs a digest"):
+        workshop.run(data={"val_source": URL})
+    with pytest.raises(ConfigError, match="data.val_source: is empty"):
+        workshop.run(data={"val_source": ""})
 
 
 def test_the_home_of_nobody_is_a_missing_file(workshop):

@@ -1,19 +1,25 @@
 """Every text survives its tokens, however it is read and however odd it is."""
 
 import json
+import shutil
+import subprocess
+import sys
 import time
 from itertools import product
 from pathlib import Path
 from pydoc_data.topics import topics
 
+import numpy as np
 import pytest
 import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import trainers
 
-from gptlite import tokenizer
+from gptlite import bpe, encoding, tokenizer, workers
 from gptlite.config import TokenizerConfig
 from gptlite.errors import ConfigError, DataError
+from gptlite.prepare import prepare
 from gptlite.tokenizer import EOT, ByteTokenizer, CharTokenizer, cut, decode
 
 PROSE = "\n\n".join(text for _, text in sorted(topics.items()))
@@ -365,3 +371,75 @@ def test_an_array_of_characters_is_the_list(unknown: str) -> None:
         else:
             assert letters.encode_array(odd).tolist() == letters.encode(odd)
     assert char("").encode_array("").tolist() == []
+
+
+UNSPACED = "".join(map(chr, np.random.default_rng(0).integers(0x4E00, 0x9000, 30_000).tolist()))
+
+
+def test_a_bpe_is_learned_from_a_sample_of_a_long_text(workshop, monkeypatch, capsys):
+    """From all of it, and that is told; a text below the bound is learned from whole."""
+    learned, train = [], bpe.train
+
+    def watched(texts, vocab_size):
+        learned.append(list(texts))
+        return train(learned[-1], vocab_size)
+
+    monkeypatch.setattr(bpe, "train", watched)
+    monkeypatch.setattr(encoding, "LEARNED_PIECE", 100)
+    workshop.text.write_text(PROSE[:20_000] + UNSPACED, encoding="utf-8")
+    run = workshop.run(tokenizer={"kind": "bpe", "vocab_size": 300})
+    prepare(run)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(encoding, "MOST_LEARNED", 20_000)
+    shutil.rmtree(run.data.cache_dir)
+    files = prepare(run)
+    assert "tokenizer: learned from 0 MiB, spread evenly" in capsys.readouterr().err
+    whole, some = ("".join(texts) for texts in learned)
+    assert len(whole.encode()) > 90_000
+    assert 10_000 < len(some.encode()) < 22_000
+    assert some[-100:] in whole[-1000:]
+    shutil.rmtree(run.data.cache_dir)
+    assert prepare(run).digest == files.digest
+
+
+def test_a_process_learns_the_same_bpe(monkeypatch, capsys):
+    here = tokenizer.train_bpe([PROSE[:60_000], UNSPACED], 600)
+    monkeypatch.setattr(bpe, "WORTH_A_PROCESS", 1)
+    told, work = [], workers.work
+
+    def watched(do, jobs, firsts, moved):
+        return work(do, jobs, firsts, lambda _, n: told.append(n))
+
+    monkeypatch.setattr(workers, "work", watched)
+    apart = tokenizer.train_bpe([PROSE[:60_000], UNSPACED], 600)
+    assert apart.to_json() == here.to_json()
+    assert capsys.readouterr().err == ""
+    if hasattr(trainers.BpeTrainer, "progress_format"):
+        assert sum(told) == bpe.WHOLE
+        assert len(told) > 20
+
+
+INTERRUPTED = """
+import _thread, sys, threading, time
+from gptlite import bpe, workers
+
+def begin(worker, *job):
+    hand_over(worker, *job)
+    threading.Timer(0.2, _thread.interrupt_main).start()
+
+hand_over, workers.Worker.begin = workers.Worker.begin, begin
+numbers = [range(n, n + (1 << 32), 1 << 16) for n in range(64)]
+texts = ["".join(chr(0x4e00 + i * i // 7919 % 20000) for i in some) for some in numbers]
+bpe.WORTH_A_PROCESS = 1
+try:
+    bpe.train(texts, 60_000)
+except KeyboardInterrupt:
+    sys.exit(13)
+"""
+
+
+def test_learning_a_bpe_is_left_when_asked():
+    """It would go on for a minute, and the library answers to nothing meanwhile."""
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED], capture_output=True, text=True)
+    assert done.returncode == 13, done.stderr
+    assert done.stderr == ""
