@@ -18,7 +18,7 @@ from tqdm import tqdm
 from gptlite import calibration, importance, knockout, storage
 from gptlite.data import IGNORED, Batch, Layout, TokenFiles
 from gptlite.dropout import planned_sites
-from gptlite.errors import ConfigError, DataError
+from gptlite.errors import ConfigError, DataError, at_step, did_you_mean
 from gptlite.evaluate import (
     TRAIN_SUBSET_ROWS,
     Measured,
@@ -237,7 +237,9 @@ def named(suites: Iterable[str]) -> list[str]:
     names = list(suites)
     for name in names:
         if name not in SUITES and name != "all":
-            raise ConfigError(f"--suite: no suite {name!r}; there are: {', '.join(SUITES)}, all")
+            known = ", ".join([*SUITES, "all"])
+            hint = did_you_mean(name, SUITES)
+            raise ConfigError(f"--suite: no suite {name!r}; there are: {known}{hint}")
     return list(SUITES) if "all" in names else names
 
 
@@ -258,7 +260,8 @@ def evaluate(
     of = Measurement(
         *(trained, split, files), effort=effort, dropout_active=dropout_active, world=world
     )
-    return {name: written(SUITES[name](of)) for name in names}
+    with at_step(trained.state.step):
+        return {name: written(SUITES[name](of)) for name in names}
 
 
 def written(value: Any) -> Any:

@@ -89,15 +89,17 @@ MAY_IMPORT = {
         "tokenizer trained world"
     ),
     "intervals": "keys",
-    "knockout": "config data devices dropout evaluate intervals keys loss model",
+    "knockout": "config data devices dropout errors evaluate intervals keys loss model",
     "importance": "intervals knockout model",
-    "calibration": "config data devices dropout evaluate intervals keys masks model",
+    "calibration": "config data devices dropout errors evaluate intervals keys masks model",
     "suites": (
         "calibration data dropout errors evaluate importance intervals knockout metrics storage "
         "trained world"
     ),
     "generate": "config dropout errors keys model tokenizer",
-    "audit": "auto config data devices dropout dropout_config evaluate loss masks model scaling",
+    "audit": (
+        "auto config data devices dropout dropout_config errors evaluate loss masks model scaling"
+    ),
     "rehearsal": "auto config data dropout_config evaluate generate memory storage train world",
     "plan": "audit auto config data memory metrics model prepare rehearsal train world",
     "train": (

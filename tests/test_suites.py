@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import EVERYWHERE, Workshop
+import torch
+from conftest import EVERYWHERE, Workshop, prose
 from typer.testing import CliRunner
 
 from gptlite import suites
 from gptlite.cli import app
-from gptlite.errors import ConfigError
+from gptlite.errors import ConfigError, DivergedError
 from gptlite.start import train
 from gptlite.suites import SUITES, Effort, Measurement
 from gptlite.trained import load_trained
@@ -123,7 +124,9 @@ def test_results_are_printed_with_their_intervals(run_dir: Path) -> None:
 
 
 def test_an_unknown_suite_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match="no suite 'losss'; there are: loss, calibration"):
+    with pytest.raises(
+        ConfigError, match="no suite 'losss'; there are: loss, calib.*, all; did you mean 'loss'"
+    ):
         suites.named(["losss"])
 
 
@@ -137,3 +140,50 @@ def test_a_model_without_dropout_says_so(workshop: Workshop) -> None:
     trained = load_trained(workshop.folder / "run", "best")
     found = suites.evaluate(trained, "val", ["mc-dropout"], lambda: workshop.files())
     assert "no dropout" in found["mc-dropout"]["note"]
+
+
+def outside(value: Any, place: str = "") -> list[str]:
+    """Where a number does not lie in its own interval, in results of suites."""
+    if isinstance(value, list):
+        return [name for i, part in enumerate(value) for name in outside(part, f"{place}[{i}]")]
+    if not isinstance(value, dict):
+        return []
+    found = [name for key, part in value.items() for name in outside(part, f"{place}.{key}")]
+    curve = isinstance(value.get("low"), list)
+    if curve or set(value) == {"value", "low", "high"}:
+        each = zip(value["low"], value["loss"], value["high"], strict=True) if curve else ()
+        for low, point, high in each or [(value["low"], value["value"], value["high"])]:
+            known = None not in (low, point) and not low <= point <= (high or math.inf)
+            found += [f"{place} {point} [{low}, {high}]"] * known
+    return found
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_number_lies_outside_of_its_interval(run_dir: Path, seed: int, tmp_path: Path) -> None:
+    """Of a model that has learned a little, and of one whose units matter by chance alone."""
+    trained = load_trained(run_dir, "best")
+    if seed:
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for parameter in trained.model.parameters():
+                parameter.normal_(0, 0.3 * seed)
+    (tmp_path / "rows.txt").write_text("\n".join(prose(60, seed=i) for i in range(seed + 1)))
+    suite = ["loss", "calibration", "knockout", "importance", "mc-dropout"]
+    effort = SMALL._replace(n_masks=6, fractions=(0, 0.2, 0.5, 1))
+    found = suites.evaluate(
+        *(trained, str(tmp_path / "rows.txt"), suite), *(lambda: None,), effort=effort
+    )
+    assert outside(found) == []
+    assert len(numbers(found)) > 200
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_a_model_that_gives_nan_ends_every_suite_with_its_step(run_dir: Path, suite: str) -> None:
+    from gptlite.prepare import prepare
+
+    trained = load_trained(run_dir, "best")
+    with torch.no_grad():
+        trained.model.norm.weight.fill_(1e38)
+        trained.model.norm.bias.fill_(-1e38)
+    with pytest.raises(DivergedError, match=f"^step {trained.state.step}: .*(not finite|nan|inf)"):
+        suites.evaluate(trained, "val", [suite], lambda: prepare(trained.run), effort=SMALL)
