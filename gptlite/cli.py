@@ -187,6 +187,7 @@ def generate(
             trained.tokenizer,
             stops=stop or [],
             documents=trained.run.data.layout == "documents",
+            context=trained.state.trained_length,
         )
         if interactive:
             talk(begin, options, seed)
@@ -312,8 +313,10 @@ def plan(
     """Say what a run would do: sizes, choices, dropout sites, time. Nothing is trained."""
     with user_errors(verbose):
         from gptlite.config_reader import load_run
+        from gptlite.launch import look_at_text
 
         run = load_run(config, overrides or [])
+        look_at_text(run)
         from gptlite import audit as auditing
         from gptlite.plan import plan_run, plan_table
 

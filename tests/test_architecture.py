@@ -44,7 +44,7 @@ MAY_IMPORT = {
     "dropout_config": "section",
     "config": "dropout_config machine section",
     "strict_yaml": "errors",
-    "config_words": "config strict_yaml",
+    "config_words": "config errors strict_yaml",
     "config_reader": "config config_words errors origin strict_yaml",
     "hf_config": "config dropout_config errors storage",
     "hf_tokenizer": "errors storage tokenizer",
@@ -106,7 +106,10 @@ MAY_IMPORT = {
         "auto checkpoint config data devices dropout errors evaluate keys masks model optim "
         "scaling tensor_files world"
     ),
-    "resume": "checkpoint config data errors importing loops origin run_directory tensor_files",
+    "resume": (
+        "auto checkpoint config data dropout errors importing loops optim origin run_directory "
+        "tensor_files"
+    ),
     "records": "checkpoint metrics sinks storage",
     "session": (
         "checkpoint config_reader data errors evaluate generate interrupts keys metrics plan "
@@ -126,7 +129,7 @@ MAY_IMPORT = {
         "budget config config_reader data devices errors metrics prepare readers rehearsal "
         "run_directory sources storage strict_yaml"
     ),
-    "launch": "config config_reader errors recipe resume run_directory world",
+    "launch": "config config_reader errors readers recipe resume run_directory sources world",
     "interchange_cli": "errors exits export importing options output run_directory trained",
     "cli": (
         "audit config_cli config_reader errors exits generate harness interactive interchange_cli "
@@ -142,7 +145,7 @@ TORCH_FREE = (
     "errors machine storage interrupts world torchrun exits output keys section dropout_config "
     "config strict_yaml config_words config_reader foreign_config hf_config hf_tokenizer origin "
     "study_config trials tokenizer readers remote sources ledger workers data encoding shards "
-    "prepare loops charts verdict network_drawing run_files figures report"
+    "prepare loops charts verdict network_drawing run_files figures report launch"
 )
 UNPICKLERS = {"pickle", "_pickle", "shelve", "marshal", "dill", "cloudpickle", "joblib", "code"}
 ONLY_IN = {"ctypes": {"loops", "memory"}, "subprocess": {"loops"}, "runpy": set(), "imp": set()}
