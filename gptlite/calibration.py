@@ -118,7 +118,7 @@ def directed(one: Floats, other: Floats) -> dict[str, Any]:
     """How far confidence and accuracy are apart in these rows, in the direction of the others."""
     gap = one[:, 1] - one[:, 2]  # (rows, bins)
     direction = np.sign((other[:, 1] - other[:, 2]).sum(0))
-    return mean_per_target(gap @ direction, one[:, 0].sum(1), "calibration rows")
+    return mean_per_target((gap * direction).sum(1), one[:, 0].sum(1), "calibration rows")
 
 
 @torch.no_grad()

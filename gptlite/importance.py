@@ -22,6 +22,7 @@ from gptlite.intervals import (
     ratio,
     resamples,
     student_tail,
+    weighted_sums,
 )
 from gptlite.knockout import Subject, blocks, random_orders
 from gptlite.model import GPT
@@ -36,7 +37,7 @@ def gini(x: Floats) -> Floats:
     x = np.sort(np.maximum(x, 0), axis=-1)
     n = x.shape[-1]
     with np.errstate(divide="ignore", invalid="ignore"):
-        return 2 * (x @ np.arange(1, n + 1)) / (n * x.sum(-1)) - (n + 1) / n
+        return 2 * (x * np.arange(1, n + 1)).sum(-1) / (n * x.sum(-1)) - (n + 1) / n
 
 
 def effective_share(x: Floats) -> Floats:
@@ -68,7 +69,7 @@ def importance(subject: Subject, singles: Floats, n_layer: int) -> dict[str, Any
     rise, targets = singles - subject.base, subject.n_targets
     increase = rise.sum(1) / targets.sum()
     rows = resamples(len(targets), "importance rows")
-    replicates = (rows @ rise.T) / (rows @ targets)[:, None]
+    replicates = weighted_sums(rows, rise.T) / weighted_sums(rows, targets)[:, None]
     certain = critical(rise, targets)
     per_layer = increase.reshape(n_layer, -1) if len(increase) % n_layer == 0 else increase[None]
     return {
@@ -114,7 +115,7 @@ def backup(
     for size in (size for size in SET_SIZES if size < len(singles)):
         removed = np.argsort(orders, axis=1) < size  # (sets, N)
         together = subject.row_nats(kind, torch.from_numpy(removed), fills) - subject.base
-        apart = removed @ rise  # (sets, R)
+        apart = weighted_sums(removed, rise)  # (sets, R)
         found[str(size)] = ratio(together.sum(0), apart.sum(0), "backup rows")
     return found
 

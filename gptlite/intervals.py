@@ -67,15 +67,28 @@ def debiased(value: float, replicates: Floats, n: int) -> dict[str, Any]:
     return interval(2 * value - float(centre), 2 * value - known, n)
 
 
+def weighted_sums(weights: NDArray[Any], values: Floats) -> Floats:
+    """(k, n) weights of values (n,) or (n, m) → their sums, (k,) or (k, m).
+
+    By torch, which keeps to the threads of the run; numpy's own products take every core.
+    """
+    import torch  # loaded already where a model is measured
+
+    by, of = (torch.as_tensor(x, dtype=torch.float64) for x in (weights, values))
+    sums: Floats = (by @ of).numpy()
+    return sums
+
+
 def mean_per_target(sums: Floats, targets: Floats, name: str) -> dict[str, Any]:
     """The mean of a sum per row over the targets of the rows, both (rows,)."""
-    weights = resamples(len(sums), name)
-    return interval(sums.sum() / targets.sum(), weights @ sums / (weights @ targets), len(sums))
+    rows = resamples(len(sums), name)
+    replicates = weighted_sums(rows, sums) / weighted_sums(rows, targets)
+    return interval(sums.sum() / targets.sum(), replicates, len(sums))
 
 
 def is_above_zero(sums: Floats, name: str) -> bool:
     """Whether other rows, too, would have a sum above 0."""
-    found = interval(sums.sum(), resamples(len(sums), name) @ sums, len(sums))
+    found = interval(sums.sum(), weighted_sums(resamples(len(sums), name), sums), len(sums))
     return bool((sums.sum() if found["low"] is None else found["low"]) > 0)
 
 
@@ -84,7 +97,7 @@ def ratio(above: Floats, below: Floats, name: str) -> dict[str, Any]:
     if not is_above_zero(below, name):
         return UNKNOWN
     rows = resamples(len(below), name)
-    replicates = (rows @ above) / (rows @ below)
+    replicates = weighted_sums(rows, above) / weighted_sums(rows, below)
     return interval(above.sum() / below.sum(), replicates, len(below))
 
 

@@ -24,7 +24,7 @@ from gptlite.devices import precision
 from gptlite.dropout import evaluating
 from gptlite.errors import DivergedError
 from gptlite.evaluate import eval_rows, tensors
-from gptlite.intervals import UNKNOWN, Floats, interval, is_above_zero, resamples
+from gptlite.intervals import UNKNOWN, Floats, interval, is_above_zero, resamples, weighted_sums
 from gptlite.keys import key, uniform
 from gptlite.loss import nats_of
 from gptlite.model import GPT, Block, Scene
@@ -268,8 +268,8 @@ def resampled(nats: Floats, n_targets: Floats, name: str) -> Floats:
     """Losses of a curve (F, K, R) over resampled rows and masks, (RESAMPLES, F)."""
     rows = resamples(nats.shape[2], f"{name} rows")
     masks = resamples(nats.shape[1], f"{name} masks") / nats.shape[1]
-    sums = np.stack([np.einsum("bk,kr,br->b", masks, at, rows, optimize=True) for at in nats], 1)
-    return sums / (rows @ n_targets)[:, None]
+    sums = np.stack([(weighted_sums(masks, at) * rows).sum(1) for at in nats], 1)
+    return sums / weighted_sums(rows, n_targets)[:, None]
 
 
 def retained(losses: Floats, unigram: Floats) -> Floats:
@@ -342,7 +342,9 @@ def skill(
     left = retained(losses, unigram_nats.sum() / targets.sum())
     rows = resamples(len(targets), "knockout rows")
     if is_above_zero(unigram_nats - subject.base, "knockout rows"):
-        others = retained(replicates, rows @ unigram_nats / (rows @ targets))
+        others = retained(
+            replicates, weighted_sums(rows, unigram_nats) / weighted_sums(rows, targets)
+        )
         area, areas = (np.trapezoid(x, fractions, axis=-1) for x in (left, others))
         found = {
             "retained_area": interval(float(area), areas, n),

@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,8 @@ from typer.testing import CliRunner
 from gptlite import suites
 from gptlite.cli import app
 from gptlite.errors import ConfigError, DivergedError
+from gptlite.machine import count_cores
+from gptlite.model import GPT
 from gptlite.start import train
 from gptlite.suites import SUITES, Effort, Measurement
 from gptlite.trained import load_trained
@@ -187,3 +191,56 @@ def test_a_model_that_gives_nan_ends_every_suite_with_its_step(run_dir: Path, su
         trained.model.norm.bias.fill_(-1e38)
     with pytest.raises(DivergedError, match=f"^step {trained.state.step}: .*(not finite|nan|inf)"):
         suites.evaluate(trained, "val", [suite], lambda: prepare(trained.run), effort=SMALL)
+
+
+def test_measuring_and_generating_keep_to_the_threads_of_the_run(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of this run is one, whatever torch would take by itself."""
+    monkeypatch.setattr(suites, "FAST", SMALL)
+    seen: set[int] = set()
+    features = GPT.features
+
+    def watched(self: GPT, *args: Any) -> torch.Tensor:
+        seen.add(torch.get_num_threads())
+        return features(self, *args)
+
+    monkeypatch.setattr(GPT, "features", watched)
+    for command in (["eval", "--suite", "all", "--fast"], ["generate", "--max-new-tokens", "2"]):
+        torch.set_num_threads(2)
+        result = CliRunner().invoke(app, [command[0], "--run", str(run_dir), *command[1:]])
+        assert result.exit_code == 0, result.output
+        assert seen == {1}
+        seen.clear()
+
+
+OTHER_THREADS = """
+import os, types
+import numpy as np
+import torch
+from gptlite import calibration, importance
+torch.set_num_threads(1)
+
+def seconds(): # of each thread of this process
+    found = {}
+    for task in os.listdir("/proc/self/task"):
+        words = open(f"/proc/self/task/{task}/stat").read().rsplit(")", 1)[1].split()
+        found[int(task)] = (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
+    return found
+
+before, rng = seconds(), np.random.default_rng(0)
+subject = types.SimpleNamespace(base=np.zeros(64), n_targets=np.full(64, 9.0))
+for _ in range(20):
+    importance.importance(subject, rng.standard_normal((4096, 64)), 1)
+spent = {task: s - before.get(task, 0) for task, s in seconds().items()}
+print(sum(s for task, s in spent.items() if task != os.getpid()), spent[os.getpid()])
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted by Linux")
+@pytest.mark.skipif(count_cores() < 2, reason="one core has no second thread")
+def test_no_product_takes_more_threads_than_the_run() -> None:
+    """Numpy's would take every core, so that the workers of a study got into each other's way."""
+    done = subprocess.run([sys.executable, "-c", OTHER_THREADS], capture_output=True, text=True)
+    others, own = map(float, done.stdout.split())
+    assert others < 0.05 * own, done.stderr
