@@ -59,9 +59,8 @@ SPREADS = {
     "gini": gini,
     "effective_share": effective_share,
     "top_1_percent_share": top_share,
-    "largest": lambda x: x.max(-1),
 }
-"""Noise in the importances moves each of them one way."""
+"""From 0 to 1; noise in the importances moves each of them one way, as it does the largest."""
 
 
 def importance(subject: Subject, singles: Floats, n_layer: int) -> dict[str, Any]:
@@ -74,14 +73,20 @@ def importance(subject: Subject, singles: Floats, n_layer: int) -> dict[str, Any
     per_layer = increase.reshape(n_layer, -1) if len(increase) % n_layer == 0 else increase[None]
     return {
         **{
-            name: debiased(float(f(increase)), f(replicates), len(targets))
+            name: share(debiased(float(f(increase)), f(replicates), len(targets)))
             for name, f in SPREADS.items()
         },
+        "largest": debiased(float(increase.max()), replicates.max(1), len(targets)),
         "mean": mean_per_target(rise.mean(0), targets, "importance rows"),
         "critical_units": int(certain.sum()),
         "split_half": split_half(rise, targets),
         "loss_increase": np.round(per_layer, 7).tolist(),
     }
+
+
+def share(found: dict[str, Any]) -> dict[str, Any]:
+    """An estimate of what lies between 0 and 1, which it may miss by a little."""
+    return {name: None if x is None else min(1.0, max(0.0, x)) for name, x in found.items()}
 
 
 def critical(rise: Floats, targets: Floats) -> Any:

@@ -59,12 +59,12 @@ def stretch(n: int) -> float:
 def debiased(value: float, replicates: Floats, n: int) -> dict[str, Any]:
     """The same for a statistic that noise pushes one way, as it does a maximum or a spread.
 
-    Resampling adds the noise once more and pushes it as far again: so much is taken off the value,
-    and the interval is mirrored with it (Efron and Tibshirani 1993, chapters 10 and 13).
+    Resampling adds the noise once more and pushes it as far again: so much (of the median) is taken
+    off the value, and the interval is mirrored with it (Efron and Tibshirani 1993, chapter 10).
     """
     known = replicates[~np.isnan(replicates)]
-    centre = known.mean() if len(known) else math.nan
-    return interval(2 * value - float(centre), 2 * value - known, n)
+    centre = float(np.median(known)) if len(known) else math.nan
+    return interval(2 * value - centre, 2 * value - known, n)
 
 
 def weighted_sums(weights: NDArray[Any], values: Floats) -> Floats:
