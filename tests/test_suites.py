@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from conftest import EVERYWHERE, Workshop, prose
 from typer.testing import CliRunner
 
-from gptlite import suites
+from gptlite import figures, suites
 from gptlite.cli import app
 from gptlite.errors import ConfigError, DivergedError
 from gptlite.machine import count_cores
@@ -90,11 +91,17 @@ def test_a_text_file_of_one_row_can_be_measured(run_dir: Path, tmp_path: Path) -
     (tmp_path / "one.txt").write_text("the of and")
     trained = load_trained(run_dir, "best")
     found = suites.evaluate(
-        *(trained, str(tmp_path / "one.txt"), ["knockout", "importance", "mc-dropout"]),
+        *(trained, str(tmp_path / "one.txt"), SUITES),
         *(lambda: None,),
         effort=SMALL,
     )
     assert found["knockout"]["targets"] == 9
+    unknown = {"value": None, "low": None, "high": None}
+    assert found["calibration"]["ece"] == unknown
+    assert found["loss"]["loss_standard_error"] is None
+    assert found["mc-dropout"]["averaged_loss"]["low"] is None
+    for draw in (figures.calibrated, figures.knockouts, figures.importances, figures.passes):
+        assert list(draw(SimpleNamespace(evals=found)))  # type: ignore[arg-type]
 
 
 def test_the_rows_that_rank_units_are_not_those_they_are_measured_on(run_dir: Path) -> None:
