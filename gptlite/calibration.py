@@ -1,10 +1,11 @@
 """Whether a model's probabilities mean what they say, and what averaging over dropout adds.
 
 Expected calibration error (Guo et al. 2017): tokens are sorted into bins by the probability of
-their likeliest guess, and the share of right guesses is compared with it. Of a calibrated model the
-two differ by chance, in one direction or the other, so the direction is taken from other rows than
-the difference: chance then counts for nothing on average. MC dropout (Gal and
-Ghahramani 2016) keeps dropout on and averages the predictions of several passes.
+their likeliest guess, and the share of right guesses is compared with it. Of a calibrated model
+the two differ by chance, in one direction or the other, so the direction is taken from other rows
+than the difference: chance then counts for nothing on average.
+
+MC dropout (Gal and Ghahramani 2016) keeps dropout on and averages several passes.
 """
 
 from collections.abc import Callable, Iterable, Sequence

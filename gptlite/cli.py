@@ -12,7 +12,7 @@ import typer
 
 from gptlite import __version__
 from gptlite.config_cli import config_app
-from gptlite.errors import ConfigError, UserError, visible
+from gptlite.errors import ConfigError, UserError, at_step, visible
 from gptlite.exits import leave_when_terminated, user_errors
 from gptlite.interchange_cli import export, import_
 from gptlite.machine import let_waiting_threads_sleep
@@ -193,10 +193,11 @@ def generate(
             talk(begin, options, seed)
             return
         generation = begin(prompts or [""], options, seed=seed, num_samples=num_samples)
-        if json_:
-            print_json({"run": str(directory), "results": generation.results()})
-        else:
-            stream(generation)
+        with at_step(trained.state.step):
+            if json_:
+                print_json({"run": str(directory), "results": generation.results()})
+            else:
+                stream(generation)
 
 
 @app.command(name="eval", epilog=examples("eval"))

@@ -254,3 +254,15 @@ def test_no_product_takes_more_threads_than_the_run() -> None:
     done = subprocess.run([sys.executable, "-c", OTHER_THREADS], capture_output=True, text=True)
     others, own = map(float, done.stdout.split())
     assert others < 0.05 * own, done.stderr
+
+
+@pytest.mark.parametrize("more", [[], ["--json"], ["--temperature", "0"]])
+def test_a_model_that_gives_nan_generates_nothing(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, more: list[str]
+) -> None:
+    """The likeliest of tokens that are all NaN would be some token."""
+    features = GPT.features
+    monkeypatch.setattr(GPT, "features", lambda *args: features(*args) * math.nan)
+    result = CliRunner().invoke(app, ["generate", "--run", str(run_dir), *more])
+    assert result.exit_code == 4
+    assert "step 8: the model's logits are not finite" in result.stderr
