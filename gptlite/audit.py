@@ -23,6 +23,7 @@ from gptlite.data import Layout, batch_at
 from gptlite.devices import HALF, precision
 from gptlite.dropout import Dropout, dropouts, evaluating, set_strength, strength_at
 from gptlite.dropout_config import RATES, SITES
+from gptlite.errors import DivergedError
 from gptlite.evaluate import tensors
 from gptlite.loss import mean_nats
 from gptlite.masks import cut_of, mask_keys, sample_keys
@@ -216,6 +217,8 @@ def audit(run: RunConfig, model: GPT, rows: Layout) -> dict[str, Any]:
                     break
             with evaluating(model), watched(model, real, evaluation):
                 quiet, again = logits(0), logits(1)
+        if not quiet.isfinite().all():
+            raise DivergedError("audit: the model's logits are not finite")
         scaler = LossScaler(run.dtype, device)
         zero = {"dropout_on": zero_gradients(model, scaler, logits(), targets)}
         set_strength(model, 0.0)

@@ -165,6 +165,17 @@ def planned_steps(run: RunConfig, n_rows: int) -> int:
     return max(1, math.ceil(run.train.epochs * n_rows / run.train.batch_size))
 
 
+def check_warmup(run: RunConfig, n_rows: int) -> None:
+    """Raises ConfigError if warm-up would take all updates of `train.epochs`, whose number is known
+    only now; of `train.max_steps` it is known from the config."""
+    steps, warmup = planned_steps(run, n_rows), run.optim.warmup_steps
+    if run.train.epochs is not None and warmup >= steps:
+        raise ConfigError(
+            f"optim.warmup_steps: {warmup} is not below the {steps} updates that train.epochs "
+            f"{run.train.epochs:g} makes of this text; set fewer, or more epochs"
+        )
+
+
 def pick_dropout_rate(epochs: float) -> tuple[float, str]:
     """From how often the text is seen; docs/dropout.md gives the sources."""
     planned = f"{epochs:.1f} epochs planned"

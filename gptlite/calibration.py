@@ -1,8 +1,11 @@
 """Whether a model's probabilities mean what they say, and what averaging over dropout adds.
 
 Expected calibration error (Guo et al. 2017): tokens are sorted into bins by the probability of
-their likeliest guess, and the share of right guesses is compared with it. MC dropout (Gal and
-Ghahramani 2016) keeps dropout on and averages the predictions of several passes.
+their likeliest guess, and the share of right guesses is compared with it. Of a calibrated model
+the two differ by chance, in one direction or the other, so the direction is taken from other rows
+than the difference: chance then counts for nothing on average.
+
+MC dropout (Gal and Ghahramani 2016) keeps dropout on and averages several passes.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -17,8 +20,9 @@ from gptlite.config import RunConfig
 from gptlite.data import IGNORED, Batch
 from gptlite.devices import precision
 from gptlite.dropout import evaluating
+from gptlite.errors import DivergedError
 from gptlite.evaluate import tensors
-from gptlite.intervals import Floats, interval, mean_per_target, resamples
+from gptlite.intervals import Floats, mean_per_target
 from gptlite.keys import key
 from gptlite.masks import sample_keys
 from gptlite.model import GPT
@@ -55,6 +59,8 @@ def guesses(model: GPT, batches: Iterable[Batch], run: RunConfig) -> Guesses:
             parts.append((row, confidence, best == wanted, brier))
             n_rows += len(inputs)
     found = [torch.cat(x).cpu().numpy() for x in zip(*parts, strict=True)]
+    if not np.isfinite(found[1]).all():
+        raise DivergedError("probabilities are not finite")
     return Guesses(found[0], *(x.astype(np.float64) for x in found[1:]))
 
 
@@ -68,8 +74,8 @@ def calibration(found: Guesses) -> dict[str, Any]:
     with np.errstate(invalid="ignore"):
         curve = np.stack([confidence / count, correct / count], 1)
     return {
-        "ece": error_interval(sums),
-        "adaptive_ece": error_interval(binned(found, filled)),
+        "ece": calibration_error(sums),
+        "adaptive_ece": calibration_error(binned(found, filled)),
         "brier": mean_per_target(brier, sums[:, 0].sum(1), "calibration rows"),
         "accuracy": float(correct.sum() / count.sum()),
         "confidence": float(confidence.sum() / count.sum()),
@@ -92,17 +98,28 @@ def binned(found: Guesses, edges: Floats) -> Floats:
     return np.stack(sums, 1)
 
 
-def error_interval(sums: Floats) -> dict[str, Any]:
-    rows = resamples(len(sums), "calibration rows")
-    flat = sums.reshape(len(sums), -1)
-    replicates = (rows @ flat).reshape(len(rows), *sums.shape[1:])
-    return interval(float(calibration_error(sums.sum(0))), calibration_error(replicates))
+def calibration_error(sums: Floats) -> dict[str, Any]:
+    """Mean distance between confidence and accuracy over targets, of `binned` sums.
+
+    Each half of the rows says for the other which of the two is larger in each bin; the ends of the
+    interval are means of those of both, as the halves are not independent.
+    """
+    halves = sums[::2], sums[1::2]
+    both = [
+        directed(one, other) for one, other in (halves, halves[::-1]) if len(one) and len(other)
+    ]
+    known = {name: [half[name] for half in both] for name in ("value", "low", "high")}
+    return {
+        name: None if None in values or not values else float(np.mean(values))
+        for name, values in known.items()
+    }
 
 
-def calibration_error(sums: Floats) -> Floats:
-    """Mean distance between confidence and accuracy over targets: (..., 3, bins) → (...)."""
-    count, confidence, correct = np.moveaxis(sums, -2, 0)
-    return np.abs(confidence - correct).sum(-1) / count.sum(-1)
+def directed(one: Floats, other: Floats) -> dict[str, Any]:
+    """How far confidence and accuracy are apart in these rows, in the direction of the others."""
+    gap = one[:, 1] - one[:, 2]  # (rows, bins)
+    direction = np.sign((other[:, 1] - other[:, 2]).sum(0))
+    return mean_per_target((gap * direction).sum(1), one[:, 0].sum(1), "calibration rows")
 
 
 @torch.no_grad()
@@ -140,7 +157,10 @@ def mc_dropout(
         parts["mutual_information"] = (entropy(mean) - spent).clamp(min=0)
         for name, values in parts.items():
             sums.setdefault(name, []).append((values.cpu().double() * scored).sum(1))
-    return averaged({name: torch.cat(parts).numpy() for name, parts in sums.items()}, passes)
+    found = {name: torch.cat(parts).numpy() for name, parts in sums.items()}
+    if not all(np.isfinite(values).all() for values in found.values()):
+        raise DivergedError("probabilities are not finite")
+    return averaged(found, passes)
 
 
 def averaged(sums: dict[str, Floats], passes: Sequence[int]) -> dict[str, Any]:

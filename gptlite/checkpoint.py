@@ -73,6 +73,8 @@ class State(Section):
     evaluations_without_gain: int
     skipped: list[int]
     """Recent updates whose loss or gradient was not finite."""
+    trained_length: int | None = Field(None, ge=1)
+    """Positions that training has reached, of those that are learned; None: all of them."""
     loss_scale: Scale | None = None
     """Of a run that is, or was before it went on elsewhere, in float16."""
     pending: dict[str, float | int | None] | None

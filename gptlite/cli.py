@@ -12,7 +12,7 @@ import typer
 
 from gptlite import __version__
 from gptlite.config_cli import config_app
-from gptlite.errors import ConfigError, UserError, visible
+from gptlite.errors import ConfigError, UserError, at_step, visible
 from gptlite.exits import leave_when_terminated, user_errors
 from gptlite.interchange_cli import export, import_
 from gptlite.machine import let_waiting_threads_sleep
@@ -25,6 +25,7 @@ from gptlite.options import (
     RunOption,
     Verbose,
     examples,
+    words,
 )
 from gptlite.output import print_json, print_results, stream, tell, tell_lines, tell_passed_over
 from gptlite.torchrun import entered, refuse_ranks
@@ -38,11 +39,6 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(config_app, name="config")
-
-
-def words(text: str) -> list[str]:
-    """The parts of a comma list."""
-    return text.replace(" ", "").split(",")
 
 
 def version(asked: bool) -> None:
@@ -187,15 +183,17 @@ def generate(
             trained.tokenizer,
             stops=stop or [],
             documents=trained.run.data.layout == "documents",
+            context=trained.context_length,
         )
         if interactive:
             talk(begin, options, seed)
             return
         generation = begin(prompts or [""], options, seed=seed, num_samples=num_samples)
-        if json_:
-            print_json({"run": str(directory), "results": generation.results()})
-        else:
-            stream(generation)
+        with at_step(trained.state.step):
+            if json_:
+                print_json({"run": str(directory), "results": generation.results()})
+            else:
+                stream(generation)
 
 
 @app.command(name="eval", epilog=examples("eval"))
@@ -318,8 +316,10 @@ def plan(
     """Say what a run would do: sizes, choices, dropout sites, time. Nothing is trained."""
     with user_errors(verbose):
         from gptlite.config_reader import load_run
+        from gptlite.launch import look_at_text
 
         run = load_run(config, overrides or [])
+        look_at_text(run)
         from gptlite import audit as auditing
         from gptlite.plan import plan_run, plan_table
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from gptlite.errors import UserError
-from gptlite.intervals import LEVEL, Floats, holm, interval, resamples
+from gptlite.intervals import LEVEL, Floats, holm, percentiles, resamples
 
 NOISE = 0.02
 """Of studies of nothing but noise, the share that may find something above it."""
@@ -41,18 +41,17 @@ def drawn(n: int) -> Floats:
 def over_seeds(values: Sequence[float]) -> dict[str, Any]:
     """Mean and 95 % interval of one number per seed; a single seed has no interval."""
     x = np.asarray(values, dtype=np.float64)
-    low = high = None
-    bootstrap = {"low": None, "high": None}
+    low = high = drawn_low = drawn_high = None
     if len(x) > 1:
         half = half_width(len(x)) * standard_error(x)
         low, high = float(x.mean() - half), float(x.mean() + half)
-        bootstrap = interval(float(x.mean()), drawn(len(x)) @ x / len(x))
+        drawn_low, drawn_high = percentiles(drawn(len(x)) @ x / len(x), (1 - LEVEL) / 2)
     return {
         "mean": float(x.mean()),
         "low": low,
         "high": high,
-        "bootstrap_low": bootstrap["low"],
-        "bootstrap_high": bootstrap["high"],
+        "bootstrap_low": drawn_low,
+        "bootstrap_high": drawn_high,
         "values": x.tolist(),
     }
 

@@ -116,6 +116,11 @@ class ModelConfig(Section):
         """Features between the two matrices of the MLP; swiglu's third matrix is paid for."""
         return -(-8 * self.n_embd // 3 // 32) * 32 if self.mlp == "swiglu" else 4 * self.n_embd
 
+    def reached(self, longest_row: int) -> int | None:
+        """How many learned positions rows up to this long train; None: all, or none are learned."""
+        short = self.position == "learned" and longest_row < self.context_length
+        return longest_row if short else None
+
     def n_parameters(self, vocab_size: int) -> int:
         """Trainable numbers of the whole model, by arithmetic."""
         c, kv, wide = self.n_embd, self.n_embd // self.n_head * self.kv_heads, self.mlp_width

@@ -4,7 +4,6 @@ Files merge left to right and `--set` last; each value remembers where it came f
 about a value that will not do is in `config_words.py`.
 """
 
-import difflib
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -19,7 +18,7 @@ from pydantic import ValidationError
 from gptlite import strict_yaml
 from gptlite.config import ModelConfig, RunConfig, SampleConfig, contradictions, training_needs
 from gptlite.config_words import explain, run_schema
-from gptlite.errors import ConfigError
+from gptlite.errors import ConfigError, did_you_mean
 from gptlite.strict_yaml import Document, Path_, problem_line
 
 # Setting one of these in a later layer takes back the other of an earlier one.
@@ -48,9 +47,8 @@ def find(name: str) -> Path:
     shipped = {file.stem: file for file in sorted(shipped_configs().glob("*.yaml"))}
     if name in shipped:
         return shipped[name]
-    near = difflib.get_close_matches(name, shipped, 1)
-    hint = f"did you mean '{near[0]}'?" if near else f"shipped configs: {', '.join(shipped)}"
-    raise ConfigError(f"{name}: no such file, and no shipped config of that name; {hint}")
+    hint = did_you_mean(name, shipped) or f"; shipped configs: {', '.join(shipped)}"
+    raise ConfigError(f"{name}: no such file, and no shipped config of that name{hint}")
 
 
 def read_layers(files: Sequence[str], overrides: Sequence[str]) -> Document:

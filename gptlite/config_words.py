@@ -4,7 +4,6 @@ The words come from the bounds and choices of the fields, so they cannot disagre
 Names from nanoGPT, Hugging Face, litgpt and the book are answered with ours.
 """
 
-import difflib
 import json
 import math
 from collections.abc import Iterator
@@ -12,7 +11,8 @@ from functools import cache
 from typing import Any
 
 from gptlite.config import RunConfig
-from gptlite.strict_yaml import Document, Path_
+from gptlite.errors import did_you_mean
+from gptlite.strict_yaml import Document, Path_, plain
 
 FOREIGN = {
     "block_size": "model.context_length",
@@ -77,7 +77,9 @@ def explain(path: Path_, kind: str, document: Document, schema: dict[str, Any]) 
     value = document.value(path)
     if value is None:
         return f"is empty; expected {describe(node, schema)}"
-    if path in document.quoted and not accepts(node, schema, "string"):
+    quoted, names = path in document.quoted, words_of(node, schema)
+    a_word = quoted and names and isinstance(plain(value), str)
+    if quoted and not a_word and not accepts(node, schema, "string"):
         return f"expected {describe(node, schema)}, got a quoted string"
     integral = accepts(node, schema, "integer") and not accepts(node, schema, "number")
     bounds = describe_bounds(node, schema) if is_number(value) else ""
@@ -90,7 +92,8 @@ def explain(path: Path_, kind: str, document: Document, schema: dict[str, Any]) 
         return f"must be {finite}{bounds}{words} (got {got})"
     got = repr(value) if isinstance(value, str) else json.dumps(value, default=str)
     got = got if len(got) <= 60 else got[:57] + "..."
-    return f"expected {describe(node, schema)}, got {got}"
+    hint = did_you_mean(value, names) if isinstance(value, str) else ""
+    return f"expected {describe(node, schema)}, got {got}{hint}"
 
 
 def is_number(value: Any) -> bool:
@@ -107,10 +110,8 @@ def unknown_key(path: Path_) -> str:
     homes = [section for section, _, name in known if name == key]
     if homes:
         return f"unknown key '{key}' here; it belongs in '{homes[0] or 'the top level'}'"
-    near = difflib.get_close_matches(key, siblings, 1)
-    if near:
-        return f"unknown key '{key}'; did you mean '{near[0]}'?"
-    return f"unknown key '{key}'; known here: {', '.join(siblings)}"
+    hint = did_you_mean(key, siblings) or f"; known here: {', '.join(siblings)}"
+    return f"unknown key '{key}'{hint}"
 
 
 def twice(path: Path_, document: Document) -> str:
@@ -167,6 +168,13 @@ def branches(node: dict[str, Any], schema: dict[str, Any]) -> list[dict[str, Any
     if options is None:
         return [node]
     return [branch for option in options for branch in branches(option, schema)]
+
+
+def words_of(node: dict[str, Any], schema: dict[str, Any]) -> list[str]:
+    """The words that a field takes."""
+    fixed = [b for b in branches(node, schema) if {"enum", "const"} & b.keys()]
+    options = [option for b in fixed for option in b.get("enum") or [b["const"]]]
+    return [option for option in options if isinstance(option, str)]
 
 
 def accepts(node: dict[str, Any], schema: dict[str, Any], kind: str) -> bool:

@@ -232,6 +232,8 @@ class Layout(Protocol):
     """Rows of an epoch."""
     n_swept: int
     """Rows of a whole sweep."""
+    length: int
+    """Tokens that the longest row reads."""
 
     def cut(self, index: Ids, epoch: Ids, seed: int) -> Batch:
         """The rows of these numbers in these epochs."""
@@ -322,6 +324,7 @@ class Documents:
             np.repeat(lengths, rows) - inside * context_length, context_length
         )
         self.n_rows = self.n_swept = len(self.starts)
+        self.length = int(self.lengths.max())
 
     def cut(self, index: Ids, epoch: Ids, seed: int) -> Batch:
         return self.padded(index)

@@ -5,7 +5,9 @@
 """
 
 import re
-from collections.abc import Set
+from collections.abc import Iterable, Iterator, Set
+from contextlib import contextmanager
+from difflib import get_close_matches
 from urllib.parse import unquote
 
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -86,6 +88,22 @@ class Stopped(UserError):
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM where nothing has to be saved: what is half written is removed on the way out."""
+
+
+@contextmanager
+def at_step(step: int) -> Iterator[None]:
+    """Says of what is not finite at which step of a run it was."""
+    try:
+        yield
+    except DivergedError as error:
+        raise DivergedError(f"step {step}: {error}") from None
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """What a slip of the pen may have been meant as, to be put behind the problem."""
+    names = {name.lower(): name for name in known}
+    near = get_close_matches(word.lower(), names, 1)
+    return f"; did you mean '{names[near[0]]}'?" if near else ""
 
 
 def visible(text: str, keep: str = "") -> str:

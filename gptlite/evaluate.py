@@ -18,7 +18,7 @@ from gptlite.config import RunConfig
 from gptlite.data import IGNORED, Batch
 from gptlite.devices import precision
 from gptlite.dropout import evaluating
-from gptlite.errors import DataError
+from gptlite.errors import DataError, DivergedError
 from gptlite.keys import key
 from gptlite.loss import nats_of
 from gptlite.masks import sample_keys
@@ -44,7 +44,7 @@ class Measured:
 
     nats: float
     nats_variance: float
-    """Sum over rows of (nats - loss * targets) squared."""
+    """Of `nats`, from how rows differ; NaN of a single row."""
     targets: int
     correct: int
     text_nats: float
@@ -130,8 +130,8 @@ def measure(
 
     Of several ranks each measures some batches. What is added up afterwards is one number per row,
     in the order of the rows, so that the sum does not depend on who measured which.
-    Raises DataError if there is no target, AssertionError if two passes over the first batch
-    differ: something random would be live.
+    Raises DataError if there is no target, DivergedError if the loss is not finite, AssertionError
+    if two passes over the first batch differ: something random would be live.
     """
     parts: dict[str, list[Tensor]] = {"nats": [], "text_nats": [], "targets": []}
     place_nats, place_targets = torch.zeros(2, run.model.context_length, dtype=torch.float64)
@@ -158,11 +158,20 @@ def measure(
     counts = torch.cat(parts["targets"])
     sums, text_nats = (world.sum(torch.cat(parts[name])) for name in ("nats", "text_nats"))
     total, n = float(sums.sum()), int(counts.sum())
-    variance = float((sums - total / n * counts).square().sum())
+    if not math.isfinite(total):
+        raise DivergedError(f"evaluation loss {total / n}")
+    variance = variance_of_sum(sums, counts)
     by_place = (world.sum(place_nats) / place_targets).tolist()
     places = [None if math.isnan(loss) else loss for loss in by_place]
     right, in_text = int(world.sum(correct)), float(text_nats.sum())
     return Measured(total, variance, n, right, in_text, round(text_bytes), places)
+
+
+def variance_of_sum(sums: Tensor, counts: Tensor) -> float:
+    """Of a sum over rows, from how far they are from the mean per target; NaN of a single row."""
+    rows = int((counts > 0).sum())
+    squares = float((sums - sums.sum() / counts.sum() * counts).square().sum())
+    return squares * rows / (rows - 1) if rows > 1 else math.nan
 
 
 def dealt(
@@ -186,5 +195,7 @@ def dealt(
             samples = sample_keys(run.seed, 0, rows).to(device) if dropout_active else None
             logits = model(inputs, real, samples=samples)
             if number == 0 and not dropout_active:
-                assert torch.equal(logits, model(inputs, real)), "evaluation is not repeatable"
+                again = model(inputs, real)  # what is not finite differs from itself
+                same = torch.equal(logits, again) or not logits.isfinite().all()
+                assert same, "evaluation is not repeatable"
             yield batch, logits if own == world.rank else None

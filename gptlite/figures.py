@@ -183,9 +183,9 @@ def calibrated(run: RunFiles) -> Made:
     found = run.evals["calibration"]
     ece = found["ece"]["value"]
     svg = charts.reliability("Reliability", found["reliability"])
-    yield Figure(
-        "Reliability", svg, f"Expected calibration error {ece:.4f}; dots as large as their bin."
-    )
+    caption = "Dots are as large as their bin"
+    error = "." if ece is None else f"; expected calibration error {ece:.4f}."
+    yield Figure("Reliability", svg, caption + error)
 
 
 def passes(run: RunFiles) -> Made:

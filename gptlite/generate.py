@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from gptlite.config import SampleConfig
 from gptlite.dropout import dropouts, evaluating
-from gptlite.errors import ConfigError
+from gptlite.errors import ConfigError, DivergedError
 from gptlite.keys import key, uniform
 from gptlite.model import GPT, KVCache
 from gptlite.tokenizer import Tokenizer
@@ -27,6 +27,8 @@ CHANCES = 256
 """Steps for which draws are made together."""
 LARGEST = 1e30
 """Logits and factors stay below it, so that no option gives infinity less infinity."""
+ROUNDING = 1e-6
+"""What sums and quotients of probabilities in float32 may miss a bound by, and still reach it."""
 
 
 def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
@@ -43,19 +45,20 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
 
 
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """The fewest tokens whose probabilities sum to at least p (arXiv:1904.09751)."""
+    """The fewest tokens whose probabilities sum to p (arXiv:1904.09751)."""
+    if p >= 1:
+        return logits
     ordered, index = logits.sort(dim=-1, descending=True)
-    probability = ordered.softmax(-1)
-    before = probability.cumsum(-1) - probability
-    return logits.masked_fill(
-        (before >= max(p, 1 / LARGEST)).gather(-1, index.argsort(-1)), -math.inf
-    )
+    reached = ordered.softmax(-1).cumsum(-1) >= p - ROUNDING
+    beyond = torch.cat([torch.zeros_like(reached[..., :1]), reached[..., :-1]], -1)
+    return logits.masked_fill(beyond.gather(-1, index.argsort(-1)), -math.inf)
 
 
 def keep_min_p(logits: Tensor, p: float) -> Tensor:
     """Tokens at least p times as likely as the likeliest (arXiv:2407.01082)."""
     probability = logits.softmax(-1)
-    return logits.masked_fill(probability < p * probability.amax(-1, keepdim=True), -math.inf)
+    least = (p - ROUNDING) * probability.amax(-1, keepdim=True)
+    return logits.masked_fill(probability < least, -math.inf)
 
 
 def probabilities(logits: Tensor, seen: Tensor, options: SampleConfig) -> Tensor:
@@ -105,14 +108,20 @@ def halve(model: GPT) -> None:
 
 @torch.no_grad()
 def continuations(
-    model: GPT, prompts: Sequence[Sequence[int]], names: Sequence[int], options: SampleConfig
+    model: GPT,
+    prompts: Sequence[Sequence[int]],
+    names: Sequence[int],
+    options: SampleConfig,
+    context: int | None = None,
 ) -> Iterator[list[int]]:
     """The next token of every row, step by step; `names` keys the draws of each row.
 
     When a row's context is full, its last half context is read anew and generation goes on; the
-    other rows keep what they have seen, so a row does not depend on its company.
+    other rows keep what they have seen, so a row does not depend on its company. `context` is how
+    much of the model's was trained (None: all).
     """
-    device, context = next(model.parameters()).device, model.config.context_length
+    device, length = next(model.parameters()).device, model.config.context_length
+    context = min(context or length, length)
     rows = [list(prompt) for prompt in prompts]
     seen = torch.zeros(len(rows), model.vocab_size, dtype=torch.bool, device=device)
     for i, row in enumerate(rows):
@@ -131,6 +140,8 @@ def continuations(
                 ids, real = padded([row[at:] for row, at in zip(rows, begins, strict=True)], device)
                 cache = KVCache(model, len(rows))
             logits = model.head(model.features(ids, real, cache)[:, -1]).float()
+        if not logits.isfinite().all():
+            raise DivergedError("the model's logits are not finite")
         if step % CHANCES == 0:
             steps = np.arange(step, step + CHANCES)
             drawn = np.stack([uniform(name, steps) for name in names], axis=1)  # (CHANCES, B)
@@ -214,8 +225,9 @@ class Generation:
         num_samples: int = 1,
         stops: Sequence[str] = (),
         documents: bool = False,
+        context: int | None = None,
     ) -> None:
-        self.model, self.options = model, options
+        self.model, self.options, self.context = model, options, context
         self.prompts = prompts
         ids = [encode_prompt(text, prompt, documents) for prompt in prompts]
         self.index = [(p, s) for p in range(len(prompts)) for s in range(num_samples)]
@@ -226,7 +238,8 @@ class Generation:
 
     def pieces(self) -> Iterator[Piece]:
         """Text as it becomes certain; ends when every continuation has ended."""
-        for tokens in continuations(self.model, self.rows, self.names, self.options):
+        step = continuations(self.model, self.rows, self.names, self.options, self.context)
+        for tokens in step:
             for (p, s), stream, token in zip(self.index, self.streams, tokens, strict=True):
                 if text := stream.feed(token):
                     yield Piece(p, s, text)

@@ -5,6 +5,7 @@ tokenizer, cut to the context as its own Hugging Face class cuts them: both give
 """
 
 import logging
+import math
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
@@ -15,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from gptlite.devices import precision
-from gptlite.errors import ConfigError, UserError
+from gptlite.errors import ConfigError, DivergedError, UserError, at_step
 from gptlite.evaluate import eval_rows
 from gptlite.generate import Generation, encode_prompt, encoded
 from gptlite.metrics import wants_bar
@@ -39,7 +40,7 @@ class Subject(TemplateLM):  # type: ignore[misc]
     def __init__(self, trained: Trained) -> None:
         super().__init__()
         self.trained = trained
-        self.context_length = trained.run.model.context_length
+        self.context_length = trained.context_length
         self.quiet = not wants_bar("auto", sys.stderr)
 
     @property
@@ -83,6 +84,8 @@ class Subject(TemplateLM):  # type: ignore[misc]
             scores = line[: len(row) - 1][-len(after) :]
             asked = torch.tensor(row[1:][-len(after) :], device=device)
             total = scores.gather(-1, asked[:, None]).sum().item()
+            if not math.isfinite(total):
+                raise DivergedError(f"evaluation loss {-total}")
             answers.append((total, bool((scores.argmax(-1) == asked).all())))
         return answers
 
@@ -118,7 +121,13 @@ class Subject(TemplateLM):  # type: ignore[misc]
             )
             stops = [until] if isinstance(until, str) else until
             model, text = self.trained.model, self.trained.tokenizer
-            (result,) = Generation(model, text, [prompt], options, seed=0, stops=stops).results()
+            generation = Generation(
+                *(model, text, [prompt], options),
+                seed=0,
+                stops=stops,
+                context=self.context_length,
+            )
+            (result,) = generation.results()
             answers.append(result["text"])
         return answers
 
@@ -137,7 +146,8 @@ def evaluate(
     if unknown := [task for task in tasks if task not in manager.all_tasks]:
         raise ConfigError(f"--tasks: the harness has no {', '.join(unknown)}")
     try:
-        with redirect_stdout(sys.stderr):  # the harness talks where only results belong
+        # The harness talks where only results belong.
+        with redirect_stdout(sys.stderr), at_step(trained.state.step):
             found = evaluator.simple_evaluate(
                 Subject(trained), tasks=tasks, task_manager=manager, limit=limit, log_samples=False
             )

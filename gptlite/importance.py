@@ -14,7 +14,16 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from gptlite.intervals import Floats, holm, interval, resamples
+from gptlite.intervals import (
+    Floats,
+    debiased,
+    holm,
+    mean_per_target,
+    ratio,
+    resamples,
+    student_tail,
+    weighted_sums,
+)
 from gptlite.knockout import Subject, blocks, random_orders
 from gptlite.model import GPT
 
@@ -28,7 +37,7 @@ def gini(x: Floats) -> Floats:
     x = np.sort(np.maximum(x, 0), axis=-1)
     n = x.shape[-1]
     with np.errstate(divide="ignore", invalid="ignore"):
-        return 2 * (x @ np.arange(1, n + 1)) / (n * x.sum(-1)) - (n + 1) / n
+        return 2 * (x * np.arange(1, n + 1)).sum(-1) / (n * x.sum(-1)) - (n + 1) / n
 
 
 def effective_share(x: Floats) -> Floats:
@@ -50,9 +59,8 @@ SPREADS = {
     "gini": gini,
     "effective_share": effective_share,
     "top_1_percent_share": top_share,
-    "largest": lambda x: x.max(-1),
-    "mean": lambda x: x.mean(-1),
 }
+"""From 0 to 1; noise in the importances moves each of them one way, as it does the largest."""
 
 
 def importance(subject: Subject, singles: Floats, n_layer: int) -> dict[str, Any]:
@@ -60,25 +68,38 @@ def importance(subject: Subject, singles: Floats, n_layer: int) -> dict[str, Any
     rise, targets = singles - subject.base, subject.n_targets
     increase = rise.sum(1) / targets.sum()
     rows = resamples(len(targets), "importance rows")
-    replicates = (rows @ rise.T) / (rows @ targets)[:, None]
+    replicates = weighted_sums(rows, rise.T) / weighted_sums(rows, targets)[:, None]
     certain = critical(rise, targets)
     per_layer = increase.reshape(n_layer, -1) if len(increase) % n_layer == 0 else increase[None]
     return {
-        **{name: interval(float(f(increase)), f(replicates)) for name, f in SPREADS.items()},
+        **{
+            name: share(debiased(float(f(increase)), f(replicates), len(targets)))
+            for name, f in SPREADS.items()
+        },
+        "largest": debiased(float(increase.max()), replicates.max(1), len(targets)),
+        "mean": mean_per_target(rise.mean(0), targets, "importance rows"),
         "critical_units": int(certain.sum()),
         "split_half": split_half(rise, targets),
         "loss_increase": np.round(per_layer, 7).tolist(),
     }
 
 
+def share(found: dict[str, Any]) -> dict[str, Any]:
+    """An estimate of what lies between 0 and 1, which it may miss by a little."""
+    return {name: None if x is None else min(1.0, max(0.0, x)) for name, x in found.items()}
+
+
 def critical(rise: Floats, targets: Floats) -> Any:
-    """Units (N,) that cost more than CRITICAL_NATS, and more than nothing at p < 0.01 (Holm)."""
-    increase = rise.sum(1) / targets.sum()
-    error = np.sqrt(((rise - increase[:, None] * targets) ** 2).sum(1)) / targets.sum()
+    """Units (N,) that cost more than CRITICAL_NATS, and more than nothing at p < 0.01: Student's t
+    over rows, Holm's correction over units."""
+    n, increase = len(targets), rise.sum(1) / targets.sum()
+    if n < 2:
+        return np.zeros(len(rise), dtype=bool)
+    squares = ((rise - increase[:, None] * targets) ** 2).sum(1)
+    error = np.sqrt(squares * n / (n - 1)) / targets.sum()
     with np.errstate(divide="ignore", invalid="ignore"):
-        z = np.nan_to_num(increase / error)
-    p = np.array([math.erfc(value / math.sqrt(2)) / 2 for value in z.tolist()])
-    return holm(p, 0.01) & (increase > CRITICAL_NATS)
+        t = np.nan_to_num(increase / error, posinf=np.inf, neginf=-np.inf)
+    return holm(student_tail(t, n - 1), 0.01) & (increase > CRITICAL_NATS)
 
 
 def split_half(rise: Floats, targets: Floats) -> float | None:
@@ -92,18 +113,15 @@ def split_half(rise: Floats, targets: Floats) -> float | None:
 def backup(
     subject: Subject, kind: str, singles: Floats, n_sets: int, fills: Sequence[Tensor] | None = None
 ) -> dict[str, Any]:
-    """Rise of the loss without several units at once over the sum of what each alone costs."""
+    """Rise of the loss without several units at once over the sum of what each alone costs, where
+    that is certainly something."""
     orders = random_orders(f"{kind} sets", len(singles), n_sets)
-    rise, rows = singles - subject.base, resamples(len(subject.base), "backup rows")
-    found = {}
+    rise, found = singles - subject.base, {}
     for size in (size for size in SET_SIZES if size < len(singles)):
         removed = np.argsort(orders, axis=1) < size  # (sets, N)
         together = subject.row_nats(kind, torch.from_numpy(removed), fills) - subject.base
-        apart = removed @ rise  # (sets, R)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            value = together.sum() / apart.sum()
-            replicates = (rows @ together.sum(0)) / (rows @ apart.sum(0))
-        found[str(size)] = interval(float(value), replicates)
+        apart = weighted_sums(removed, rise)  # (sets, R)
+        found[str(size)] = ratio(together.sum(0), apart.sum(0), "backup rows")
     return found
 
 

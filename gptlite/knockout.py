@@ -22,8 +22,9 @@ from gptlite.config import RunConfig
 from gptlite.data import IGNORED, Batch
 from gptlite.devices import precision
 from gptlite.dropout import evaluating
+from gptlite.errors import DivergedError
 from gptlite.evaluate import eval_rows, tensors
-from gptlite.intervals import Floats, interval, resamples
+from gptlite.intervals import UNKNOWN, Floats, interval, is_above_zero, resamples, weighted_sums
 from gptlite.keys import key, uniform
 from gptlite.loss import nats_of
 from gptlite.model import GPT, Block, Scene
@@ -124,6 +125,8 @@ class Subject:
         self.rows_at_once = eval_rows(run, model.vocab_size)
         nothing = torch.zeros(1, n_units(model, "head"), dtype=torch.bool)
         self.base = self.row_nats("head", nothing)[0]
+        if not np.isfinite(self.base).all():
+            raise DivergedError(f"evaluation loss {self.loss}")
 
     @property
     def loss(self) -> float:
@@ -265,8 +268,8 @@ def resampled(nats: Floats, n_targets: Floats, name: str) -> Floats:
     """Losses of a curve (F, K, R) over resampled rows and masks, (RESAMPLES, F)."""
     rows = resamples(nats.shape[2], f"{name} rows")
     masks = resamples(nats.shape[1], f"{name} masks") / nats.shape[1]
-    sums = np.stack([np.einsum("bk,kr,br->b", masks, at, rows, optimize=True) for at in nats], 1)
-    return sums / (rows @ n_targets)[:, None]
+    sums = np.stack([(weighted_sums(masks, at) * rows).sum(1) for at in nats], 1)
+    return sums / weighted_sums(rows, n_targets)[:, None]
 
 
 def retained(losses: Floats, unigram: Floats) -> Floats:
@@ -280,7 +283,7 @@ def retained(losses: Floats, unigram: Floats) -> Floats:
 
 
 def half_at(skill: Floats, fractions: Sequence[float]) -> Floats:
-    """Fraction removed at which half the skill is gone, (...); NaN where it never is."""
+    """Fraction removed at which half the skill is gone, (...); infinite where it never is."""
     x = np.asarray(fractions)
     below = skill < 0.5
     at = below.argmax(-1).clip(1)
@@ -288,7 +291,7 @@ def half_at(skill: Floats, fractions: Sequence[float]) -> Floats:
     after = np.take_along_axis(skill, at[..., None], -1)[..., 0]
     with np.errstate(divide="ignore", invalid="ignore"):
         part = (before - 0.5) / (before - after)
-    return np.where(below.any(-1), x[at - 1] + part * (x[at] - x[at - 1]), np.nan)
+    return np.where(below.any(-1), x[at - 1] + part * (x[at] - x[at - 1]), np.inf)
 
 
 def knockout(
@@ -314,27 +317,39 @@ def knockout(
     for name, part in zip(orders, np.split(nats, (n_masks, n_masks + 1), axis=1), strict=True):
         losses = part.mean(1).sum(1) / total
         replicates = resampled(part, subject.n_targets, "knockout")
-        bounds = [interval(*both) for both in zip(losses.tolist(), replicates.T, strict=True)]
+        n = part.shape[2] if part.shape[1] == 1 else min(part.shape[1:])
+        bounds = [interval(*both, n) for both in zip(losses.tolist(), replicates.T, strict=True)]
         found[name] = {
             "loss": losses.tolist(),
             "low": [bound["low"] for bound in bounds],
             "high": [bound["high"] for bound in bounds],
-            **skill(losses, replicates, unigram_nats, subject.n_targets, fractions),
+            **skill(subject, losses, replicates, unigram_nats, fractions, n),
         }
     return found
 
 
 def skill(
-    losses: Floats, replicates: Floats, unigram_nats: Floats, n_targets: Floats, fractions: Any
+    subject: Subject,
+    losses: Floats,
+    replicates: Floats,
+    unigram_nats: Floats,
+    fractions: Any,
+    n: int,
 ) -> dict[str, Any]:
-    """Retained skill along a curve, the area under it and where half of it is gone."""
-    rows = resamples(len(n_targets), "knockout rows")
-    unigram = unigram_nats.sum() / n_targets.sum()
-    left = retained(losses, unigram)
-    others = retained(replicates, rows @ unigram_nats / (rows @ n_targets))
-    area, areas = (np.trapezoid(x, fractions, axis=-1) for x in (left, others))
-    return {
-        "retained": left.tolist(),
-        "retained_area": interval(float(area), areas),
-        "half_at": interval(float(half_at(left, fractions)), half_at(others, fractions)),
-    }
+    """Retained skill along a curve, the area under it and where half of it is gone, of a model
+    that has some."""
+    targets = subject.n_targets
+    left = retained(losses, unigram_nats.sum() / targets.sum())
+    rows = resamples(len(targets), "knockout rows")
+    if is_above_zero(unigram_nats - subject.base, "knockout rows"):
+        others = retained(
+            replicates, weighted_sums(rows, unigram_nats) / weighted_sums(rows, targets)
+        )
+        area, areas = (np.trapezoid(x, fractions, axis=-1) for x in (left, others))
+        found = {
+            "retained_area": interval(float(area), areas, n),
+            "half_at": interval(float(half_at(left, fractions)), half_at(others, fractions), n),
+        }
+    else:
+        found = {"retained_area": UNKNOWN, "half_at": UNKNOWN}
+    return {"retained": left.tolist(), **found}

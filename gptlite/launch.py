@@ -1,16 +1,21 @@
 """What `gptlite train` is asked for: which run, in which directory, new or going on. No torch."""
 
 import json
+import os
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gptlite import run_directory
+from gptlite import readers, run_directory, sources
 from gptlite.config import RunConfig
 from gptlite.config_reader import load_run
-from gptlite.errors import ConfigError
+from gptlite.errors import ConfigError, DataError
 from gptlite.world import World
+
+LOOKED_AT = 1 << 22
+"""Characters at the beginning of a text that are read before anything is loaded for training."""
 
 
 class Launch(NamedTuple):
@@ -77,6 +82,7 @@ def launched(
         configs, values = [str(named / "config.yaml")], as_this_machine_can(values)
     if configs:
         run = load_run(configs, values)
+        look_at_text(run)
         where = run_directory.where(run.out_dir, configs, resume)
         return Launch(run, *((named, True) if named else where))
     if not data:
@@ -86,10 +92,33 @@ def launched(
     if resumes:
         stored = str(directory / "config.yaml")
         return Launch(load_run([stored], as_this_machine_can(values)), directory, True)
+    of_data = [value for value in overrides if value.lstrip().startswith("data.")]
+    look_at_text(load_run([], with_options(of_data, data, None), to_train=False))
     from gptlite import recipe  # only now: it times models
 
     run, text = recipe.compose(data, minutes, values, began)
     return Launch(run, directory, False, text)
+
+
+def look_at_text(run: RunConfig) -> None:
+    """Find what is wrong with the files of a run, or how they begin, before torch is loaded.
+
+    Raises DataError and ConfigError, as reading all of them does later.
+    """
+    if len(run.sources) == 1 and os.path.isfile(os.path.expanduser(run.sources[0]) + "/train.bin"):
+        return  # tokenized elsewhere
+    local = [source for source in run.sources if source != "python-docs" and "://" not in source]
+    files = [file for source in local for file in sources.locate_one(source, run.data)]
+    left = LOOKED_AT
+    for file in files:
+        sources.check_regular(file)
+        with suppress(OSError):  # which is told of when all is read
+            for text, _ in readers.read_file(file, run.data) if left > 0 else ():
+                left -= len(text) + 1
+                if left <= 0:
+                    break
+    if local == list(run.sources) and left == LOOKED_AT:
+        raise DataError(f"data.source: {', '.join(local)}: has no text (0 bytes)")
 
 
 def with_options(overrides: list[str], data: list[str], out_dir: str | None) -> list[str]:

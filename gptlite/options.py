@@ -86,3 +86,8 @@ RunOption = Annotated[
 CheckpointOption = Annotated[str, typer.Option("--checkpoint", help="best, last or step-N.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show tracebacks.")]
+
+
+def words(text: str) -> list[str]:
+    """The parts of a comma list."""
+    return text.replace(" ", "").split(",")

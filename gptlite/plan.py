@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gptlite.audit import advice, site_plan, site_seconds
-from gptlite.auto import check_ranks, planned_steps, resolve
+from gptlite.auto import check_ranks, check_warmup, planned_steps, resolve
 from gptlite.config import RunConfig
 from gptlite.data import Layout, TokenFiles
 from gptlite.memory import training_bytes
@@ -46,6 +46,7 @@ def plan_run(run: RunConfig, world_size: int = 1) -> Planned:
     rows = files.rows("train", run.model.context_length)
     vocab_size = files.meta["vocab_size"]
     world = World(world_size)
+    check_warmup(run, rows.n_rows)
     resolved, reasons = resolve(run, vocab_size=vocab_size, n_rows=rows.n_rows, world=world)
     trainer = make_idle_trainer(resolved.model_copy(update={"compile": False}), files, world)
     plan = make_plan(resolved, trainer.model, files, rows, reasons, world_size)
@@ -94,6 +95,7 @@ def make_plan(
         "steps": n_steps,
         "rows_per_epoch": rows.n_rows,
         "epochs": n_steps * train.batch_size / rows.n_rows,
+        "longest_row": rows.length,
         "tokens_per_update": tokens_per_update,
         "flops_per_token": flops,
         "flops": flops * tokens_per_update * n_steps,
@@ -138,6 +140,12 @@ def summary_lines(run: RunConfig, plan: dict[str, Any]) -> list[str]:
     sites = [f"{site['site']} {site['rate']:g}" for site in plan["dropout"] if site["rate"]]
     lines.append(f"dropout: {', '.join(sites) or 'none'}")
     lines += [f"note: {line}" for line in advice(run, plan["epochs"])]
+    reached = model.reached(plan["longest_row"])
+    if reached and run.init_from is None:
+        lines.append(
+            f"note: no row of the text has more than {reached} tokens, so later positions stay "
+            f"untrained: texts are continued from their last {reached} tokens at most"
+        )
     return lines
 
 

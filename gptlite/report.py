@@ -171,8 +171,7 @@ def results_table(run: RunFiles) -> Table:
     for suite in ("loss", "calibration", "mc-dropout"):
         for name, value in run.evals.get(suite, {}).items():
             if isinstance(value, dict) and {"value", "low", "high"} <= set(value):
-                interval = f"{shown(value['low'])} to {shown(value['high'])}"
-                rows.append([suite, name, shown(value["value"]), interval])
+                rows.append([suite, name, shown(value["value"]), between(value)])
             elif isinstance(value, float):
                 rows.append([suite, name, shown(value), ""])
     return Table("Measured by gptlite eval", ["suite", "number", "value", "95 % interval"], rows)

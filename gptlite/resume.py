@@ -9,10 +9,13 @@ from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
 from gptlite import checkpoint, importing, loops, origin, run_directory, tensor_files
+from gptlite.auto import planned_steps
 from gptlite.checkpoint import Found, State
 from gptlite.config import RunConfig
 from gptlite.data import TokenFiles
+from gptlite.dropout import strength_at
 from gptlite.errors import ConfigError
+from gptlite.optim import lr_at
 
 FREE_TO_CHANGE = (
     *("out_dir", "init_from", "log", "sample", "distributed"),
@@ -23,6 +26,8 @@ FREE_TO_CHANGE = (
     *("train.threads", "train.on_nonfinite"),
 )
 """What a resumed run may change; the data are compared by content."""
+NOTICEABLE = 0.1
+"""A jump of the learning rate or of the dropout rates, in parts of what it was."""
 
 
 def adopt(run: RunConfig, stored: RunConfig) -> RunConfig:
@@ -119,6 +124,24 @@ def surroundings_changed(run: RunConfig, before: dict[str, Any], ranks: int) -> 
     return [f"{name}: {before[name]} -> {now[name]}" for name in changed]
 
 
+def jumps(run: RunConfig, state: State, n_rows: int, directory: Path) -> Iterator[str]:
+    """What changes at once where a run goes on towards another last update: schedules span all."""
+    before, step = RunConfig.model_validate(state.config), state.step
+    old, new = (planned_steps(one, n_rows) for one in (before, run))
+    spans = f"as its schedule spans {new} updates instead of {old}"
+    was, now = (lr_at(min(step, steps - 1), steps, run.optim) for steps in (old, new))
+    if abs(now - was) > NOTICEABLE * was:
+        gentle = was or run.optim.lr / 10
+        yield (
+            f"learning rate: jumps from {was:.2g} to {now:.2g} here, {spans}; to train on gently, "
+            f"begin a new run with init_from: {directory} and optim.lr: {gentle:.2g}"
+        )
+    schedule = run.dropout.schedule
+    was, now = (strength_at(min(step, steps - 1), steps, schedule) for steps in (old, new))
+    if abs(now - was) > NOTICEABLE and any(run.dropout.rates().values()):
+        yield f"dropout: jumps from {was:.0%} to {now:.0%} of its rates here, {spans}"
+
+
 def initial_weights(run: RunConfig) -> dict[str, Tensor] | None:
     """The weights that `init_from` names: of a checkpoint, the best of a run, or Hugging Face's.
 
@@ -126,14 +149,26 @@ def initial_weights(run: RunConfig) -> dict[str, Tensor] | None:
     """
     if run.init_from is None:
         return None
-    path = Path(run.init_from)
     if origin.is_hugging_face(run.init_from):
-        tensors = importing.from_folder(path).tensors
+        tensors = importing.from_folder(Path(run.init_from)).tensors
     else:
-        folder = checkpoint.chosen(path, "best").path if run_directory.has_run(path) else path
+        folder = initial_folder(run.init_from)
         checkpoint.read_state(folder)
         tensors = tensor_files.read_tensors(folder / checkpoint.FILES[0])
     if "position_embedding.weight" in tensors:
         kept = tensors["position_embedding.weight"][: run.model.context_length]
         tensors["position_embedding.weight"] = kept
     return tensors
+
+
+def initial_folder(init_from: str) -> Path:
+    """The checkpoint that is meant by it, or by the run."""
+    path = Path(init_from)
+    return checkpoint.chosen(path, "best").path if run_directory.has_run(path) else path
+
+
+def reached_before(init_from: str) -> int | None:
+    """Positions that the weights of `init_from` were trained for; None: all."""
+    if origin.is_hugging_face(init_from):
+        return None
+    return checkpoint.read_state(initial_folder(init_from)).trained_length

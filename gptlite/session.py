@@ -3,7 +3,6 @@
 Evaluating, sampling, saving and logging happen between updates and change none of them.
 """
 
-import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -14,17 +13,14 @@ from gptlite import plan as planning
 from gptlite.checkpoint import Best, Found, State
 from gptlite.config_reader import dump
 from gptlite.data import Batch
-from gptlite.errors import DivergedError, Stopped
+from gptlite.errors import DivergedError, Stopped, at_step
 from gptlite.evaluate import TRAIN_SUBSET_ROWS, byte_lengths, eval_rows, measure
 from gptlite.generate import Generation
 from gptlite.interrupts import Cut, Interrupts
 from gptlite.keys import key
 from gptlite.metrics import Meter, clock, finite
 from gptlite.records import Records, Unrecorded
-from gptlite.resume import (
-    fingerprint,
-    surroundings_changed,
-)
+from gptlite.resume import fingerprint, jumps, surroundings_changed
 from gptlite.sinks import Place
 from gptlite.tokenizer import digest
 from gptlite.train import MOST_SKIPPED, SKIP_WINDOW, Trainer, Update
@@ -106,6 +102,8 @@ class Session:
         for problem in found.problems:
             say(f"{problem}; passed over")
         say(f"resumed at step {trainer.step} of {trainer.max_steps}")
+        for jump in jumps(self.run, found.state, trainer.rows.n_rows, self.directory):
+            say(jump)
         for change in surroundings_changed(self.run, found.state.environment, self.world.size):
             say(f"not as when it was saved: {change}; the last bits of results may differ")
 
@@ -207,13 +205,11 @@ class Session:
         batches = run.train.eval_batches
         limit = None if batches == "all" else batches * run.train.batch_size
         val, subset = self.val_rows.sweep(rows, limit), trainer.rows.sweep(rows, TRAIN_SUBSET_ROWS)
-        with self.interrupts.cutting():
+        with self.interrupts.cutting(), at_step(step):
             measured, train = (
                 measure(trainer.model, self.polled(each), run, self.lengths, world=self.world)
                 for each in (val, subset)
             )
-        if not math.isfinite(measured.loss):
-            raise DivergedError(f"step {step}: validation loss {measured.loss}")
         if not self.verified:
             self.records.say("evaluation: dropout: off (verified)")
             self.verified = True
@@ -248,6 +244,7 @@ class Session:
             val_loss=self.val_loss,
             evaluations_without_gain=self.worse,
             skipped=trainer.skipped,
+            trained_length=trainer.trained_length,
             loss_scale=trainer.scaler.state(),
             pending=None if self.pending is None else finite(self.pending),
             data_digest=trainer.files.digest,
@@ -264,7 +261,7 @@ class Session:
         """Continue the configured prompts; the text goes to samples/ and is returned."""
         run, trainer = self.run, self.trainer
         documents = run.data.layout == "documents"
-        with self.interrupts.cutting(), trainer.engine.whole():
+        with self.interrupts.cutting(), at_step(trainer.step), trainer.engine.whole():
             generation = Generation(
                 trainer.model,
                 trainer.files.tokenizer,
@@ -273,6 +270,7 @@ class Session:
                 seed=run.seed,
                 num_samples=8 if documents else 1,
                 documents=documents,
+                context=trainer.trained_length,
             )
             text = "\n".join(result["prompt"] + result["text"] for result in generation.results())
         self.records.sample(trainer.step, text)

@@ -19,7 +19,7 @@ from gptlite.generate import encode_prompt
 from gptlite.interrupts import Interrupts
 from gptlite.memory import keep_freed
 from gptlite.prepare import prepare
-from gptlite.resume import adopt, initial_weights, start_point
+from gptlite.resume import adopt, initial_weights, reached_before, start_point
 from gptlite.session import Session, Watch, unwatched
 from gptlite.sinks import check_installed
 from gptlite.train import Trainer
@@ -46,6 +46,8 @@ def train(
     stored = load_run([str(directory / "config.yaml")]) if world.first and resume else None
     files = opened(run, directory, resume, world)
     check_installed(run.log.sinks)
+    if not resume:
+        auto.check_warmup(run, files.rows("train", run.model.context_length).n_rows)
     weights = initial_weights(run) if world.first and not resume else None
     own = devices.shared_precisions(run, world)
     asked = run if stored is None else adopt(run, devices.adapt(stored, own)[0])
@@ -60,6 +62,7 @@ def train(
             trainer.restore(found.path, found.state)
         elif run.init_from is not None:
             checkpoint.fill(trainer.model, weights or {}, f"init_from: {run.init_from}", world)
+            trainer.know_positions(reached_before(run.init_from))
         plan = planning.make_plan(resolved, trainer.model, files, trainer.rows, reasons, world.size)
         if world.first:
             write_description(trainer, directory, plan)
@@ -141,6 +144,8 @@ def begun(
     """Where the run goes on, in a directory that is ours and clean."""
     if stored is None and run_directory.has_run(directory):
         raise ConfigError(f"out_dir: {directory} contains a run; give another --out-dir")
+    if stored is not None and stored.train.epochs != run.train.epochs:
+        auto.check_warmup(run, files.rows("train", run.model.context_length).n_rows)
     run_directory.clean(directory)
     return start_point(run, stored, directory, files, strict=strict, ranks=world.size)
 

@@ -26,7 +26,7 @@ from gptlite import strict_yaml
 from gptlite.config import RunConfig, Texts
 from gptlite.config_reader import merge, read_layers, trimmed, validate
 from gptlite.config_words import branches, explain, schema_at
-from gptlite.errors import ConfigError
+from gptlite.errors import ConfigError, did_you_mean
 from gptlite.section import Count, Section
 from gptlite.strict_yaml import Document, Path_, problem_line
 
@@ -246,8 +246,9 @@ def mistakes(error: ValidationError, document: Document) -> Iterator[str]:
         seen.add(path)
         if detail["type"] == "extra_forbidden":
             around = branches(schema_at(schema, path[:-1]), schema)
-            known = ", ".join(name for branch in around for name in branch.get("properties", {}))
-            place, why = document.key_places[path], f"unknown key; known here: {known}"
+            known = [name for branch in around for name in branch.get("properties", {})]
+            hint = did_you_mean(str(path[-1]), known) or f"; known here: {', '.join(known)}"
+            place, why = document.key_places[path], f"unknown key{hint}"
         else:
             place = document.places.get(path, document.places.get((), "study"))
             why = explain(path, detail["type"], document, schema)
@@ -297,8 +298,8 @@ def keys_in_vain(config: StudyConfig, at: Any) -> Iterator[str]:
 def unknown_baseline(config: StudyConfig, at: Any) -> Iterator[str]:
     chosen = config.baseline
     if isinstance(chosen, str) and chosen not in config.points:
-        points = ", ".join(config.points) or "none"
-        yield f"{at('baseline')}: baseline: no point {chosen!r}; there are: {points}"
+        points, hint = ", ".join(config.points) or "none", did_you_mean(chosen, config.points)
+        yield f"{at('baseline')}: baseline: no point {chosen!r}; there are: {points}{hint}"
     for axis, value in chosen.items() if isinstance(chosen, dict) else ():
         known = list(config.points) if axis == POINT else config.axes.get(axis, [])
         if not isinstance(known, list) or value not in known:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from gptlite import calibration, importance, knockout, storage
 from gptlite.data import IGNORED, Batch, Layout, TokenFiles
 from gptlite.dropout import planned_sites
-from gptlite.errors import ConfigError, DataError
+from gptlite.errors import ConfigError, DataError, at_step, did_you_mean
 from gptlite.evaluate import (
     TRAIN_SUBSET_ROWS,
     Measured,
@@ -86,7 +86,7 @@ class Measurement:
         files = self.files()
         if ranks := unlike_first(self.world, files.digest):
             raise DataError(f"--split {self.split}: rank {ranks} has other text than rank 0")
-        return files.rows(self.part, self.run.model.context_length)
+        return files.rows(self.part, self.trained.context_length)
 
     @property
     def part(self) -> str:
@@ -153,7 +153,7 @@ def loss(of: Measurement) -> dict[str, Any]:
     if "unknown_bytes" in counts:
         more["unknown_bytes"] = counts["unknown_bytes"]
     if of.split == "val" and not of.dropout_active:
-        train = of.files().rows("train", of.run.model.context_length)
+        train = of.files().rows("train", of.trained.context_length)
         seen, dropped = (
             measured(train, active, TRAIN_SUBSET_ROWS).loss for active in (False, True)
         )
@@ -250,7 +250,9 @@ def named(suites: Iterable[str]) -> list[str]:
     names = list(suites)
     for name in names:
         if name not in SUITES and name != "all":
-            raise ConfigError(f"--suite: no suite {name!r}; there are: {', '.join(SUITES)}, all")
+            known = ", ".join([*SUITES, "all"])
+            hint = did_you_mean(name, SUITES)
+            raise ConfigError(f"--suite: no suite {name!r}; there are: {known}{hint}")
     return list(SUITES) if "all" in names else names
 
 
@@ -271,7 +273,8 @@ def evaluate(
     of = Measurement(
         *(trained, split, files), effort=effort, dropout_active=dropout_active, world=world
     )
-    return {name: written(SUITES[name](of)) for name in names}
+    with at_step(trained.state.step):
+        return {name: written(SUITES[name](of)) for name in names}
 
 
 def written(value: Any) -> Any:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from gptlite import bpe, storage
 from gptlite.config import TokenizerConfig
-from gptlite.errors import ConfigError, DataError, UnknownCharacter
+from gptlite.errors import ConfigError, DataError, UnknownCharacter, did_you_mean
 from gptlite.marks import NO_MARKS, Marks
 
 UNKNOWN = get_args(TokenizerConfig.model_fields["unknown"].annotation)
@@ -340,8 +340,8 @@ def pretrained(name: str) -> BPETokenizer:
     """One of tiktoken's encodings; ConfigError when there is none or it cannot be had in time."""
     known = tiktoken.list_encoding_names()
     if name not in known:
-        known_names = ", ".join(known)
-        raise ConfigError(f"tokenizer.name: no encoding {name!r}; tiktoken has {known_names}")
+        has = f"tiktoken has {', '.join(known)}{did_you_mean(name, known)}"
+        raise ConfigError(f"tokenizer.name: no encoding {name!r}; {has}")
     got: list[tiktoken.Encoding] = []
     failed: list[BaseException] = []
 

@@ -68,6 +68,7 @@ class Trainer:
         """The rows of a batch that this rank computes."""
         self.rows = files.rows("train", run.model.context_length)
         self.max_steps = auto.planned_steps(run, self.rows.n_rows)
+        self.trained_length = run.model.reached(self.rows.length)
         self.model = GPT.of_run(run, files.meta["vocab_size"])
         self.model.to(self.device).train()
         self.rates = {site: rate for site, rate in run.dropout.rates().items() if rate > 0}
@@ -149,6 +150,11 @@ class Trainer:
             total += loss.detach()
         return self.world.sum(total)
 
+    def know_positions(self, reached: int | None) -> None:
+        """Count positions as trained that the weights to start from have been trained for."""
+        if self.trained_length is not None:
+            self.trained_length = reached and max(reached, self.trained_length)
+
     def tensors(self) -> dict[str, dict[str, torch.Tensor]]:
         """What a checkpoint stores, by file."""
         model, optimizer = model_tensors(self.model), self.optimizer.state_tensors()
@@ -165,6 +171,7 @@ class Trainer:
         fill(self.model, read(path / FILES[0]), path, self.world)
         moments = read(path / FILES[1])
         self.step, self.skipped = state.step, list(state.skipped)
+        self.trained_length = state.trained_length or self.trained_length
         self.scaler.restore(state.loss_scale)
         left_alone = len(self.skipped) + self.scaler.overflows
         try:

@@ -28,6 +28,12 @@ class Trained:
     notes: list[str]
     """What is computed in another way than in training, for what this machine lacks."""
 
+    @property
+    def context_length(self) -> int:
+        """Positions that the model can read and has been trained on."""
+        whole = self.run.model.context_length
+        return min(self.state.trained_length or whole, whole)
+
 
 def load_trained(run_dir: Path, which: str) -> Trained:
     """The model of a run as a checkpoint has it, in eval mode, as this machine can compute it.

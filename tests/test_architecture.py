@@ -44,7 +44,7 @@ MAY_IMPORT = {
     "dropout_config": "section",
     "config": "dropout_config machine section",
     "strict_yaml": "errors",
-    "config_words": "config strict_yaml",
+    "config_words": "config errors strict_yaml",
     "config_reader": "config config_words errors origin strict_yaml",
     "hf_config": "config dropout_config errors storage",
     "hf_tokenizer": "tokenizer",
@@ -97,22 +97,27 @@ MAY_IMPORT = {
     "trained": "checkpoint config config_reader devices errors model tokenizer world",
     "evaluate": "config data devices dropout errors keys loss masks memory model tokenizer world",
     "intervals": "keys",
-    "knockout": "config data devices dropout evaluate intervals keys loss model",
+    "knockout": "config data devices dropout errors evaluate intervals keys loss model",
     "importance": "intervals knockout model",
-    "calibration": "config data devices dropout evaluate intervals keys masks model",
+    "calibration": "config data devices dropout errors evaluate intervals keys masks model",
     "suites": (
         "calibration data dropout errors evaluate importance intervals knockout metrics storage "
         "trained world"
     ),
     "generate": "config dropout errors keys model tokenizer",
-    "audit": "auto config data devices dropout dropout_config evaluate loss masks model scaling",
+    "audit": (
+        "auto config data devices dropout dropout_config errors evaluate loss masks model scaling"
+    ),
     "rehearsal": "auto config data dropout_config evaluate generate memory storage train world",
     "plan": "audit auto config data memory metrics model prepare rehearsal train world",
     "train": (
         "auto checkpoint config data devices dropout errors evaluate keys masks model optim "
         "scaling tensor_files world"
     ),
-    "resume": "checkpoint config data errors importing loops origin run_directory tensor_files",
+    "resume": (
+        "auto checkpoint config data dropout errors importing loops optim origin run_directory "
+        "tensor_files"
+    ),
     "records": "checkpoint metrics sinks storage",
     "session": (
         "checkpoint config_reader data errors evaluate generate interrupts keys metrics plan "
@@ -132,7 +137,7 @@ MAY_IMPORT = {
         "budget config config_reader data devices errors metrics prepare readers rehearsal "
         "run_directory sources storage strict_yaml"
     ),
-    "launch": "config config_reader errors recipe resume run_directory world",
+    "launch": "config config_reader errors readers recipe resume run_directory sources world",
     "interchange_cli": "errors exits export importing options output run_directory trained",
     "cli": (
         "audit config_cli config_reader errors exits generate harness interactive "
@@ -149,7 +154,7 @@ TORCH_FREE = (
     "config strict_yaml config_words config_reader foreign_config hf_config hf_tokenizer origin "
     "marks foreign_tokenizer study_config trials tokenizer bpe readers remote sources ledger "
     "workers data split unknown encoding shards "
-    "prepare loops charts verdict network_drawing run_files figures report"
+    "prepare loops charts verdict network_drawing run_files figures report launch"
 )
 UNPICKLERS = {"pickle", "_pickle", "shelve", "marshal", "dill", "cloudpickle", "joblib", "code"}
 ONLY_IN = {"ctypes": {"loops", "memory"}, "subprocess": {"loops"}, "runpy": set(), "imp": set()}

@@ -11,6 +11,8 @@ from gptlite import auto, devices, loops
 from gptlite.config import RunConfig
 from gptlite.dropout_config import DropoutConfig
 from gptlite.errors import ConfigError
+from gptlite.plan import plan_run
+from gptlite.start import train
 
 
 def resolve(run: RunConfig, n_rows: int = 100) -> tuple[RunConfig, dict[str, str]]:
@@ -290,3 +292,14 @@ def test_a_compiled_loss_is_counted_when_parts_are_chosen(workshop: Workshop) ->
         parts = auto.resolve(compiled, **sizes)[0].train.micro_batch_size
         assert isinstance(parts, int)
         assert parts < 8
+
+
+def test_epochs_shorter_than_the_warm_up_are_refused_as_steps_are(workshop: Workshop) -> None:
+    """It would be known only from how far the learning rate came: a tenth of the way."""
+    run = workshop.run(train={"max_steps": None, "epochs": 0.1}, optim={"warmup_steps": 100})
+    refusal = r"optim.warmup_steps: 100 is not below the \d+ updates that train.epochs 0.1 makes"
+    for refused in (lambda: train(run, workshop.folder / "run"), lambda: plan_run(run)):
+        with pytest.raises(ConfigError, match=refusal):
+            refused()
+    assert not (workshop.folder / "run").exists()
+    auto.check_warmup(workshop.run(train={"max_steps": None, "epochs": 4}), 100)

@@ -6,6 +6,7 @@ test_surroundings.py.
 """
 
 import fcntl
+import json
 import os
 import re
 import shutil
@@ -191,6 +192,64 @@ def test_a_config_error_needs_no_torch() -> None:
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("train.yaml:6:7: optim.lr: expected a number") == 3
     assert everything(Path()) == {"train.yaml"}
+
+
+BAD_TEXT: dict[str, tuple[str | None, str]] = {
+    "missing.txt": (None, "data.source: missing.txt: No such file or directory"),
+    "empty.txt": ("", "data.source: empty.txt: has no text (0 bytes)"),
+    "broken.jsonl": ('{"text": "a"}\n{"text": "b"\n', "data.source: broken.jsonl:2: not JSON"),
+    "other.jsonl": ('{"body": "a"}\n', "data.source: other.jsonl: 1 of 1 records have no field 'text'"),
+    "other.csv": ("body,n\na,1\n", "data.source: other.csv: no column 'text' (data.text_field)"),
+}
+WITHOUT_TORCH = """
+import json, sys
+from gptlite.cli import app
+for arguments in json.loads(sys.argv[1]):
+    try: app(arguments)
+    except SystemExit as error: assert error.code == 2, error.code
+    assert not {"torch", "gptlite.recipe"} & set(sys.modules), arguments
+"""
+
+
+def test_an_error_in_the_text_needs_no_torch() -> None:
+    Path("train.yaml").write_text(BASE)
+    commands = []
+    for name, (text, _) in BAD_TEXT.items():
+        if text is not None:
+            Path(name).write_text(text)
+        beside = ["--config", "train.yaml", "--set", f"data.source={name}"]
+        commands += [["train", *beside], ["plan", *beside], ["train", "--data", name]]
+    before = everything(Path())
+    arguments = [sys.executable, "-c", WITHOUT_TORCH, json.dumps(commands)]
+    done = subprocess.run(arguments, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for _, problem in BAD_TEXT.values():
+        assert done.stderr.count(problem) == 3, done.stderr
+    assert len(done.stderr.splitlines()) == 3 * len(BAD_TEXT)
+    assert everything(Path()) == before
+
+
+@pytest.mark.parametrize("quote", ["", '"'])
+@pytest.mark.parametrize(
+    ("key", "value", "problem"),
+    [
+        ("dropout.preset", "gtp2", "expected one of none, gpt2, .*got 'gtp2'; did you mean 'gpt2'"),
+        ("tokenizer.kind", "BPE", "expected one of .*, got 'BPE'; did you mean 'bpe'"),
+        ("optim.schedule", "cosin", "expected one of .*, got 'cosin'; did you mean 'cosine'"),
+        ("train.micro_batch_size", "atuo", "expected a positive integer or auto, got 'atuo'; did"),
+        ("train.eval_batches", "al", "expected a positive integer or all, got 'al'; did you mean"),
+        ("dtype", "bf16", "expected one of .*, got 'bf16'; did you mean 'bfloat16'"),
+        ("model.mlp", "xyz", "expected one of .*, got 'xyz'$"),
+    ],
+)
+def test_a_misspelt_value_is_named_with_what_it_may_mean(
+    quote: str, key: str, value: str, problem: str
+) -> None:
+    Path("train.yaml").write_text(BASE)
+    result = invoke("config", "check", "-c", "train.yaml", "--set", f"{key}={quote}{value}{quote}")
+    assert result.exit_code == 2
+    (line,) = result.stderr.splitlines()
+    assert re.match(rf"--set {re.escape(key)}: {problem}", line), line
 
 
 def test_a_run_outside_says_where_it_is(run: Path, tmp_path: Path) -> None:

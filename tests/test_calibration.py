@@ -8,27 +8,43 @@ import torch
 from conftest import EVERYWHERE, Workshop
 
 from gptlite import calibration
-from gptlite.calibration import Guesses, guesses, mc_dropout
+from gptlite.calibration import BINS, Guesses, binned, guesses, mc_dropout
 from gptlite.evaluate import byte_lengths, measure
 from gptlite.masks import sample_keys
 from gptlite.model import GPT
 
 
-def drawn(n: int, honest: float) -> Guesses:
+def drawn(n: int, honest: float, seed: int = 1) -> Guesses:
     """n guesses that are right with `honest` times the confidence they claim."""
-    rng = np.random.default_rng(1)
+    rng = np.random.default_rng(seed)
     confidence = rng.uniform(0.1, 1, n)
     correct = (rng.uniform(size=n) < honest * confidence).astype(float)
     return Guesses(np.arange(n) // 100, confidence, correct, (1 - confidence) ** 2)
 
 
+def plug_in(found: Guesses) -> float:
+    """The usual estimate, which is above 0 by chance alone."""
+    count, confidence, correct = binned(found, np.linspace(0, 1, BINS + 1)).sum(0)
+    return float(np.abs(confidence - correct).sum() / count.sum())
+
+
 def test_who_means_what_he_says_has_no_error() -> None:
-    """The error of a perfectly calibrated model goes to 0 as its sample grows."""
-    few, many = (calibration.calibration(drawn(n, 1.0)) for n in (2_000, 200_000))
+    """On average, and the interval knows it; the estimate never lies outside."""
+    many = [drawn(2_000, 1.0, seed) for seed in range(200)]
+    usual = np.mean([plug_in(found) for found in many])
     for name in ("ece", "adaptive_ece"):
-        assert many[name]["value"] < 0.005
-        assert many[name]["value"] < few[name]["value"] / 3
-    assert many["confidence"] == pytest.approx(many["accuracy"], abs=0.005)
+        errors = [calibration.calibration(found)[name] for found in many]
+        assert all(error["low"] <= error["value"] <= error["high"] for error in errors)
+        assert abs(np.mean([error["value"] for error in errors])) < usual / 10
+        assert np.mean([error["low"] <= 0 <= error["high"] for error in errors]) >= 0.93
+    sure = calibration.calibration(drawn(200_000, 1.0))
+    assert abs(sure["ece"]["value"]) < 0.005
+    assert sure["confidence"] == pytest.approx(sure["accuracy"], abs=0.005)
+
+
+def test_of_one_row_no_error_is_known() -> None:
+    one = drawn(50, 0.5)
+    assert calibration.calibration(one)["ece"] == {"value": None, "low": None, "high": None}
 
 
 def test_who_boasts_has_the_error_of_his_boast() -> None:
@@ -42,14 +58,15 @@ def test_who_boasts_has_the_error_of_his_boast() -> None:
 
 
 def test_bins_by_hand() -> None:
-    """Two guesses share the bin up to 1/15, of which one is right; one more is sure and right."""
-    found = calibration.calibration(
-        Guesses(np.array([0, 0, 1]), np.array([0.02, 0.06, 1.0]), np.array([0.0, 1, 1]), np.ones(3))
-    )
+    """Two guesses share the bin up to 1/15, of which one is right; one more is sure and right. In
+    another row it is the same."""
+    rows = np.array([0, 0, 0, 1, 1, 1])
+    confidence, correct = np.array([0.02, 0.06, 1.0] * 2), np.array([0.0, 1, 1] * 2)
+    found = calibration.calibration(Guesses(rows, confidence, correct, np.ones(6)))
     assert found["ece"]["value"] == pytest.approx(abs(0.08 - 1) / 3)
     assert found["reliability"] == [
-        {"confidence": pytest.approx(0.04), "accuracy": 0.5, "count": 2},
-        {"confidence": 1.0, "accuracy": 1.0, "count": 1},
+        {"confidence": pytest.approx(0.04), "accuracy": 0.5, "count": 4},
+        {"confidence": 1.0, "accuracy": 1.0, "count": 2},
     ]
 
 

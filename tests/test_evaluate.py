@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from conftest import EVERYWHERE, Workshop
@@ -9,7 +10,7 @@ from conftest import EVERYWHERE, Workshop
 from gptlite import evaluate
 from gptlite.data import IGNORED
 from gptlite.dropout import evaluating
-from gptlite.errors import DataError
+from gptlite.errors import DataError, DivergedError
 from gptlite.evaluate import byte_lengths, measure
 from gptlite.model import GPT
 from gptlite.world import World
@@ -167,3 +168,27 @@ def test_positions_add_up_to_the_loss(workshop: Workshop) -> None:
     )
     assert first.loss_by_position[0] is not None
     assert first.loss_by_position[1:] == [None] * 15
+
+
+def test_a_model_that_gives_nan_has_diverged(workshop: Workshop) -> None:
+    """NaN is not equal to itself, so two passes differ; that is no sign of something random."""
+    run, files = workshop.run(), workshop.files()
+    model, lengths = GPT(run.model, files.meta["vocab_size"]), byte_lengths(files.tokenizer)
+    rows = files.rows("val", 16)
+    with torch.no_grad():
+        model.norm.weight.fill_(1e38)
+        model.norm.bias.fill_(-1e38)
+    for active in (False, True):
+        with pytest.raises(DivergedError, match="evaluation loss (nan|inf)"):
+            measure(model, rows.sweep(7), run, lengths, dropout_active=active)
+
+
+def test_one_row_says_nothing_of_how_rows_differ(workshop: Workshop) -> None:
+    run, files = workshop.run(), workshop.files()
+    model, lengths = GPT(run.model, files.meta["vocab_size"]), byte_lengths(files.tokenizer)
+    batches = list(files.rows("val", 16).sweep(1, 6))
+    one = measure(model, batches[:1], run, lengths)
+    assert math.isnan(one.report()["loss_standard_error"])
+    losses = [measure(model, [batch], run, lengths).loss for batch in batches]
+    error = measure(model, batches, run, lengths).report()["loss_standard_error"]
+    assert error == pytest.approx(np.std(losses, ddof=1) / math.sqrt(6), rel=1e-4)

@@ -12,7 +12,7 @@ from test_model import loud
 
 from gptlite.config import ModelConfig, SampleConfig
 from gptlite.dropout import live_sites
-from gptlite.errors import ConfigError
+from gptlite.errors import ConfigError, DivergedError
 from gptlite.generate import (
     Generation,
     TextStream,
@@ -211,3 +211,75 @@ def test_halved_matrices_leave_the_rest_alone() -> None:
     for prompt, name, tokens in zip(prompts, (1, 2), together, strict=True):
         alone = [*continuations(gpt, [prompt], [name], options())]
         assert [token for (token,) in alone] == [*tokens]
+
+
+def settings_of_top_p() -> list[tuple[torch.Tensor, float]]:
+    """Random distributions, flat and steep, and bounds."""
+    rng = np.random.default_rng(0)
+    cases = []
+    for _ in range(3000):
+        width = int(rng.integers(2, 60))
+        logits = rng.standard_normal((1, width)) * rng.choice([0.1, 1.0, 5.0])
+        cases.append((torch.tensor(logits, dtype=torch.float32), float(rng.uniform(0.01, 0.999))))
+    return cases
+
+
+def slowly_kept(logits: torch.Tensor, p: float) -> list[int] | None:
+    """What top-p keeps, token by token in float64; None if a sum is p to a few digits."""
+    probability = logits[0].double().softmax(-1)
+    total, chosen = 0.0, []
+    for token in probability.argsort(descending=True).tolist():
+        chosen.append(token)
+        total += float(probability[token])
+        if abs(total - p) < 1e-5:
+            return None
+        if total >= p:
+            return sorted(chosen)
+    raise AssertionError
+
+
+def test_top_p_keeps_what_the_slow_sum_keeps() -> None:
+    judged = [(slowly_kept(*case), kept(keep_top_p(*case))) for case in settings_of_top_p()]
+    clear = [(slow, fast) for slow, fast in judged if slow is not None]
+    assert len(clear) > 2900
+    assert all(slow == fast for slow, fast in clear)
+
+
+def test_top_p_keeps_what_hugging_face_keeps() -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    for logits, p in settings_of_top_p():
+        if slowly_kept(logits, p) is not None:
+            theirs = transformers.TopPLogitsWarper(p)(None, logits)
+            assert kept(keep_top_p(logits, p)) == kept(theirs)
+
+
+@pytest.mark.parametrize(
+    ("shares", "p", "n"),
+    [
+        ((0.5, 0.3, 0.1, 0.1), 0.8, 2),
+        ((0.5, 0.3, 0.1, 0.1), 0.9, 3),
+        ((0.5, 0.3, 0.1, 0.1), 0.5, 1),
+        ((0.1,) * 10, 0.7, 7),
+        ((0.7, 0.2, 0.1), 1e-12, 1),
+        ((1 - 1e-9, 5e-10, 5e-10), 1.0, 3),
+    ],
+)
+def test_a_bound_that_is_just_reached_is_reached(
+    shares: tuple[float, ...], p: float, n: int
+) -> None:
+    logits = torch.tensor([shares], dtype=torch.float64).log().float()
+    assert len(kept(keep_top_p(logits, p))) == n
+    quotient = shares[n - 1] / shares[0]
+    assert len(kept(keep_min_p(logits, quotient))) >= n
+
+
+def test_positions_that_were_not_trained_are_not_used() -> None:
+    """Text goes on past them from what is trained; without a bound their numbers would be met."""
+    gpt = model()
+    with torch.no_grad():
+        gpt.position_embedding.weight[6:] = torch.nan
+    prompts = ["abc", "abcdefgh", ""]
+    bounded = Generation(gpt, LETTERS, prompts, options(max_new_tokens=20), seed=0, context=6)
+    assert all(result["tokens"] for result in bounded.results())
+    with pytest.raises(DivergedError, match="logits are not finite"):
+        Generation(gpt, LETTERS, prompts, options(max_new_tokens=20), seed=0).results()

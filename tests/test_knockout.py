@@ -210,7 +210,7 @@ def test_skill_by_hand() -> None:
     assert skill.tolist() == [1.0, 0.5, 0.0, -0.5]
     fractions = [0, 0.2, 0.6, 1.0]
     assert half_at(np.array([1.0, 0.75, 0.25, 0.0]), fractions) == pytest.approx(0.4)
-    assert math.isnan(half_at(np.array([1.0, 0.9, 0.8, 0.6]), fractions))
+    assert math.isinf(half_at(np.array([1.0, 0.9, 0.8, 0.6]), fractions))
     many = half_at(np.array([[1.0, 0.4, 0.3, 0.1], [1.0, 0.9, 0.9, 0.4]]), fractions)
     assert many.tolist() == pytest.approx([0.2 / 0.6 * 0.5, 0.6 + 0.4 * 0.8])
 

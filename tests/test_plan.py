@@ -1,11 +1,15 @@
 """What `gptlite plan` says about time; what it says about dropout is in test_audit.py."""
 
+from dataclasses import replace
+
 import pytest
 from conftest import Workshop
 
 from gptlite import plan as planning
+from gptlite.config import RunConfig
 from gptlite.metrics import clock
-from gptlite.plan import plan_run, plan_table
+from gptlite.model import GPT
+from gptlite.plan import make_plan, plan_run, plan_table
 from gptlite.rehearsal import EvaluationPace, Pace
 from gptlite.train import Trainer
 
@@ -41,3 +45,21 @@ def test_of_several_processes_the_time_is_that_of_each(workshop: Workshop) -> No
     alone, four = (plan_run(run, size).plan for size in (1, 4))
     assert four["seconds_per_evaluation"] == alone["seconds_per_evaluation"] / 4
     assert four["seconds_per_update"] == 2.0
+
+
+def test_a_compiled_run_is_counted_with_all_its_logits(workshop: Workshop) -> None:
+    """torch.compile makes them whole, where the plain loss goes through them in parts."""
+    run = workshop.run(
+        compile=False, attention="math", train={"batch_size": 64, "micro_batch_size": 64}
+    )
+    resolved, rows = plan_run(run).run, workshop.files().rows("train", 16)
+    files = workshop.files()
+    large = replace(files, meta={**files.meta, "vocab_size": 10**6})
+
+    def estimate(run: RunConfig) -> int:
+        return int(make_plan(run, GPT.of_run(run, 50), large, rows, {})["memory_bytes_estimate"])
+
+    compiled = resolved.model_copy(update={"compile": True})
+    whole = 64 * 16 * 10**6 * (4 + 4 + 2)
+    assert estimate(resolved) < whole / 4
+    assert estimate(compiled) - estimate(resolved) > 0.9 * whole

@@ -408,3 +408,23 @@ def test_a_lock_file_holds_no_name_when_nobody_does(tmp_path: Path) -> None:
     with run_directory.open_lock(tmp_path) as ours, run_directory.open_lock(tmp_path) as theirs:
         assert run_directory.hold(ours) is None
         assert run_directory.hold(theirs) == "another process"
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd", "constant"])
+def test_a_jump_of_the_learning_rate_is_said(
+    workshop: Workshop, schedule: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A finished run that goes on has come down to its lowest rate; the longer schedule has not."""
+    optim = {"schedule": schedule, "lr": 0.01, "min_lr": 0.001}
+    directory = workshop.folder / "run"
+    late = {"rate": 0.2, "schedule": {"mode": "late", "until": 0.75}}
+    train(workshop.run(optim=optim, dropout=late), directory)
+    train(workshop.run(optim=optim, dropout=late), directory, resume=True)
+    assert "jumps" not in capsys.readouterr().err
+    longer = workshop.run(optim=optim, dropout=late, train={"max_steps": 16})
+    train(longer, directory, resume=True)
+    said = capsys.readouterr().err
+    assert ("learning rate: jumps from 0.001 to 0.0" in said) == (schedule != "constant")
+    assert ("optim.lr: 0.001" in said) == (schedule != "constant")
+    assert "dropout: jumps from 100% to 0% of its rates here" in said
+    assert "spans 16 updates instead of 8" in said

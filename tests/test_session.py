@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Workshop
+from conftest import Workshop, merged
 
 from gptlite import checkpoint, tensor_files
 from gptlite.errors import CheckpointError, ConfigError, DivergedError
 from gptlite.session import Session
 from gptlite.start import train
+from gptlite.trained import load_trained
 
 LEARN = {"lr": 1e-2, "min_lr": 1e-3, "warmup_steps": 2}
 
@@ -166,3 +167,49 @@ def test_one_short_text_is_enough_for_any_tokenizer(
         optim={"warmup_steps": 0},
     )
     assert train(run, workshop.folder / "run")["steps"] == 2
+
+
+def test_a_model_that_gives_nan_ends_the_run_with_its_step(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its weights are finite, so nothing notices before the evaluation."""
+    updates = Session.train
+
+    def train_on(self: Session) -> str:
+        with torch.no_grad():
+            self.trainer.model.norm.weight.fill_(1e38)
+            self.trainer.model.norm.bias.fill_(-1e38)
+        self.evaluate(self.trainer.step)
+        return updates(self)
+
+    monkeypatch.setattr(Session, "train", train_on)
+    with pytest.raises(DivergedError, match="^step 0: evaluation loss (nan|inf)") as caught:
+        train(workshop.run(), workshop.folder / "run")
+    assert caught.value.exit_code == 4
+
+
+def test_a_text_shorter_than_the_context_is_continued_within_what_was_trained(
+    workshop: Workshop, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "It was the best of times, it was the worst of times. "
+    workshop.text.write_text(text)
+    short = {"model": {"context_length": 64}, "data": {"val_fraction": 0.4}}
+    train(workshop.run(**short), workshop.folder / "short")
+    assert "no row of the text has more than 30 tokens, so later" in capsys.readouterr().err
+    trained = load_trained(workshop.folder / "short", "best")
+    assert trained.state.trained_length == 30
+    workshop.text.write_text(text * 10)
+    whole = workshop.run(model={"context_length": 64})
+    train(whole, workshop.folder / "whole")
+    assert load_trained(workshop.folder / "whole", "best").state.trained_length is None
+    workshop.text.write_text(text[:40])
+    for name, length in (("short", 30), ("whole", None)):
+        begun = workshop.run(**short, init_from=str(workshop.folder / name))
+        train(begun, workshop.folder / f"after-{name}")
+        again = load_trained(workshop.folder / f"after-{name}", "best")
+        assert again.state.trained_length == length
+    for position in ("rope", "learned"):
+        run = workshop.run(**merged(short, {"model": {"position": position}}))
+        train(run, workshop.folder / position)
+        found = load_trained(workshop.folder / position, "last").state.trained_length
+        assert (found is None) == (position == "rope")

@@ -61,7 +61,7 @@ def test_every_run_is_checked_first_and_all_problems_are_told(bench: Bench) -> N
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        ("axs: 3", "axs: unknown key; known here: base, set,"),
+        ("axs: 3", "axs: unknown key; did you mean 'axes'?"),
         ("seeds: []", "seeds: expected a list of"),
         ("seeds: [1, 1]", "seeds: lists a seed twice"),
         ("axes: {seed: [1]}", "axes.seed: list them under seeds"),

@@ -7,15 +7,19 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import EVERYWHERE, Workshop
+import torch
+from conftest import EVERYWHERE, Workshop, prose
 from typer.testing import CliRunner
 
-from gptlite import cli, suites
+from gptlite import cli, figures, suites
 from gptlite.cli import app
-from gptlite.errors import ConfigError
+from gptlite.errors import ConfigError, DivergedError
+from gptlite.machine import count_cores
+from gptlite.model import GPT
 from gptlite.prepare import open_split, prepare
 from gptlite.run_files import read_evals
 from gptlite.start import train
@@ -95,9 +99,14 @@ def test_a_text_file_of_one_row_can_be_measured(run_dir: Path, tmp_path: Path) -
     path = str(tmp_path / "one.txt")
     Path(path).write_text("the of and")
     trained, files = load_trained(run_dir, "best"), opened(run_dir, path)
-    names = ["knockout", "importance", "mc-dropout"]
-    found = suites.evaluate(trained, path, names, lambda: files, effort=SMALL)
+    found = suites.evaluate(trained, path, SUITES, lambda: files, effort=SMALL)
     assert found["knockout"]["targets"] == 9
+    unknown = {"value": None, "low": None, "high": None}
+    assert found["calibration"]["ece"] == unknown
+    assert found["loss"]["loss_standard_error"] is None
+    assert found["mc-dropout"]["averaged_loss"]["low"] is None
+    for draw in (figures.calibrated, figures.knockouts, figures.importances, figures.passes):
+        assert list(draw(SimpleNamespace(evals=found)))  # type: ignore[arg-type]
 
 
 def write_as(kind: str, folder: Path, texts: list[str]) -> Path:
@@ -222,7 +231,9 @@ def test_results_are_printed_with_their_intervals(run_dir: Path) -> None:
 
 
 def test_an_unknown_suite_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match="no suite 'losss'; there are: loss, calibration"):
+    with pytest.raises(
+        ConfigError, match="no suite 'losss'; there are: loss, calib.*, all; did you mean 'loss'"
+    ):
         suites.named(["losss"])
 
 
@@ -236,3 +247,116 @@ def test_a_model_without_dropout_says_so(workshop: Workshop) -> None:
     trained = load_trained(workshop.folder / "run", "best")
     found = suites.evaluate(trained, "val", ["mc-dropout"], lambda: workshop.files())
     assert "no dropout" in found["mc-dropout"]["note"]
+
+
+def outside(value: Any, place: str = "") -> list[str]:
+    """Where a number does not lie in its own interval, in results of suites."""
+    if isinstance(value, list):
+        return [name for i, part in enumerate(value) for name in outside(part, f"{place}[{i}]")]
+    if not isinstance(value, dict):
+        return []
+    found = [name for key, part in value.items() for name in outside(part, f"{place}.{key}")]
+    curve = isinstance(value.get("low"), list)
+    if curve or set(value) == {"value", "low", "high"}:
+        each = zip(value["low"], value["loss"], value["high"], strict=True) if curve else ()
+        for low, point, high in each or [(value["low"], value["value"], value["high"])]:
+            top = math.inf if high is None else high
+            if None not in (low, point) and not low <= point <= top:
+                found.append(f"{place} {point} [{low}, {high}]")
+    return found
+
+
+@pytest.mark.parametrize(("scale", "seed"), [(0, 0), (0.02, 0), (0.02, 1), (1, 0)])
+def test_no_number_lies_outside_of_its_interval(
+    run_dir: Path, scale: float, seed: int, tmp_path: Path
+) -> None:
+    """Of a model that has learned a little, and of one whose units matter by chance alone."""
+    trained = load_trained(run_dir, "best")
+    if scale:
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for parameter in trained.model.parameters():
+                parameter.normal_(0, scale)
+    path = tmp_path / "rows.txt"
+    path.write_text(prose(60, seed=seed))
+    files = opened(run_dir, str(path))
+    suite = ["loss", "calibration", "knockout", "importance", "mc-dropout"]
+    effort = Effort(120, 120, (0, 0.2, 0.5, 1), 6, (1, 3))
+    found = suites.evaluate(trained, str(path), suite, lambda: files, effort=effort)
+    assert outside(found) == []
+    assert len(numbers(found)) > 200
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_a_model_that_gives_nan_ends_every_suite_with_its_step(run_dir: Path, suite: str) -> None:
+    trained = load_trained(run_dir, "best")
+    with torch.no_grad():
+        trained.model.norm.weight.fill_(1e38)
+        trained.model.norm.bias.fill_(-1e38)
+    with pytest.raises(DivergedError, match=f"^step {trained.state.step}: .*(not finite|nan|inf)"):
+        suites.evaluate(trained, "val", [suite], lambda: prepare(trained.run), effort=SMALL)
+
+
+def test_measuring_and_generating_keep_to_the_threads_of_the_run(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of this run is one, whatever torch would take by itself."""
+    monkeypatch.setattr(suites, "FAST", SMALL)
+    seen: set[int] = set()
+    features = GPT.features
+
+    def watched(self: GPT, *args: Any) -> torch.Tensor:
+        seen.add(torch.get_num_threads())
+        return features(self, *args)
+
+    monkeypatch.setattr(GPT, "features", watched)
+    for command in (["eval", "--suite", "all", "--fast"], ["generate", "--max-new-tokens", "2"]):
+        torch.set_num_threads(2)
+        result = CliRunner().invoke(app, [command[0], "--run", str(run_dir), *command[1:]])
+        assert result.exit_code == 0, result.output
+        assert seen == {1}
+        seen.clear()
+
+
+OTHER_THREADS = """
+import os, types
+import numpy as np
+import torch
+from gptlite import calibration, importance
+torch.set_num_threads(1)
+
+def seconds(): # of each thread of this process
+    found = {}
+    for task in os.listdir("/proc/self/task"):
+        words = open(f"/proc/self/task/{task}/stat").read().rsplit(")", 1)[1].split()
+        found[int(task)] = (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
+    return found
+
+before, rng = seconds(), np.random.default_rng(0)
+subject = types.SimpleNamespace(base=np.zeros(64), n_targets=np.full(64, 9.0))
+for _ in range(20):
+    importance.importance(subject, rng.standard_normal((4096, 64)), 1)
+spent = {task: s - before.get(task, 0) for task, s in seconds().items()}
+print(sum(s for task, s in spent.items() if task != os.getpid()), spent[os.getpid()])
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted by Linux")
+@pytest.mark.skipif(count_cores() < 2, reason="one core has no second thread")
+def test_no_product_takes_more_threads_than_the_run() -> None:
+    """Numpy's would take every core, so that the workers of a study got into each other's way."""
+    done = subprocess.run([sys.executable, "-c", OTHER_THREADS], capture_output=True, text=True)
+    others, own = map(float, done.stdout.split())
+    assert others < 0.05 * own, done.stderr
+
+
+@pytest.mark.parametrize("more", [[], ["--json"], ["--temperature", "0"]])
+def test_a_model_that_gives_nan_generates_nothing(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, more: list[str]
+) -> None:
+    """The likeliest of tokens that are all NaN would be some token."""
+    features = GPT.features
+    monkeypatch.setattr(GPT, "features", lambda *args: features(*args) * math.nan)
+    result = CliRunner().invoke(app, ["generate", "--run", str(run_dir), *more])
+    assert result.exit_code == 4
+    assert "step 8: the model's logits are not finite" in result.stderr
