@@ -89,7 +89,9 @@ class Place:
             raise UserError(f"--storage {self}: needs: pip install '{package}'") from None
         known = CONNECT.get(kind, {}) if driver in ("pysqlite", "psycopg", "psycopg2") else {}
         given = {name: value for name, value in known.items() if name not in parts.query}
-        return {"pool_pre_ping": True, "connect_args": given}
+        # A file is opened anew each time: a kept connection nobody would close.
+        pool = {"poolclass": sqlalchemy.NullPool} if kind == "sqlite" else {"pool_pre_ping": True}
+        return {**pool, "connect_args": given}
 
     @contextmanager
     def reached(self) -> Iterator[None]:

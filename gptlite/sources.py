@@ -58,6 +58,8 @@ def locate_val(run: RunConfig) -> list[Path]:
 def locate_one(source: str, data: DataConfig) -> list[Path]:
     if source == "python-docs":
         return [python_docs(Path(data.cache_dir))]
+    if "\0" in source:
+        raise DataError(f"data.source: {source}: contains a NUL character")
     if source.startswith("https://"):
         return [remote.download(source, str(data.sha256), Path(data.cache_dir))]
     if "://" in source:

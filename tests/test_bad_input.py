@@ -198,7 +198,7 @@ BAD_TEXT: dict[str, tuple[str | None, str]] = {
     "missing.txt": (None, "data.source: missing.txt: No such file or directory"),
     "empty.txt": ("", "data.source: empty.txt: has no text (0 bytes)"),
     "broken.jsonl": ('{"text": "a"}\n{"text": "b"\n', "data.source: broken.jsonl:2: not JSON"),
-    "other.jsonl": ('{"body": "a"}\n', "data.source: other.jsonl: 1 of 1 records have no field 'text'"),
+    "other.jsonl": ('{"body": "a"}\n', "data.source: other.jsonl: 1 of 1 records have no field"),
     "other.csv": ("body,n\na,1\n", "data.source: other.csv: no column 'text' (data.text_field)"),
 }
 WITHOUT_TORCH = """
