@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from gptlite import auto
-from gptlite.config import RunConfig
-from gptlite.config_reader import validate
-from gptlite.prepare import prepare
-from gptlite.strict_yaml import Document
-from gptlite.train import Trainer
+from gptlite.config.reader import validate
+from gptlite.config.run import RunConfig
+from gptlite.config.strict_yaml import Document
+from gptlite.core.train import Trainer
+from gptlite.data.prepare import prepare
+from gptlite.planning import auto
 
 Row = tuple[str, ...]
 Steps = Generator[Row, None, str]

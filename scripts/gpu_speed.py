@@ -25,13 +25,13 @@ from gpu_runs import (
     tokens_per_second,
 )
 
-from gptlite import start
-from gptlite.config import RunConfig
-from gptlite.config_reader import load_run
-from gptlite.evaluate import byte_lengths, eval_rows, measure
-from gptlite.memory import COMPILER_BYTES, PROCESS_BYTES, training_bytes
-from gptlite.plan import flops_per_token
-from gptlite.train import Trainer
+from gptlite.config.reader import load_run
+from gptlite.config.run import RunConfig
+from gptlite.core.evaluate import byte_lengths, eval_rows, measure
+from gptlite.core.train import Trainer
+from gptlite.planning.memory import COMPILER_BYTES, PROCESS_BYTES, training_bytes
+from gptlite.planning.plan import flops_per_token
+from gptlite.runs import start
 
 LARGE_VOCABULARY = 50_257
 PUBLISHED, TOLERANCE = 1.4697, 0.02

@@ -11,14 +11,14 @@ import torch
 import yaml
 from hypothesis import HealthCheck, settings
 
-from gptlite import study
-from gptlite.checkpoint import State
-from gptlite.config import RunConfig
-from gptlite.config_reader import validate
-from gptlite.data import TokenFiles
-from gptlite.dropout_config import SITES, DropoutConfig
-from gptlite.prepare import prepare
-from gptlite.strict_yaml import Document
+from gptlite.config.dropout import SITES, DropoutConfig
+from gptlite.config.reader import validate
+from gptlite.config.run import RunConfig
+from gptlite.config.strict_yaml import Document
+from gptlite.data.batches import TokenFiles
+from gptlite.data.prepare import prepare
+from gptlite.runs.checkpoint import State
+from gptlite.studies import study
 
 for name, examples in (("short", 300), ("long", 20_000)):
     settings.register_profile(

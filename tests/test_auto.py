@@ -7,12 +7,14 @@ import pytest
 import torch
 from conftest import Workshop
 
-from gptlite import auto, devices, loops
-from gptlite.config import RunConfig
-from gptlite.dropout_config import DropoutConfig
+from gptlite.config.dropout import DropoutConfig
+from gptlite.config.run import RunConfig
+from gptlite.core import device as devices
+from gptlite.core import loops
 from gptlite.errors import ConfigError
-from gptlite.plan import plan_run
-from gptlite.start import train
+from gptlite.planning import auto
+from gptlite.planning.plan import plan_run
+from gptlite.runs.start import train
 
 
 def resolve(run: RunConfig, n_rows: int = 100) -> tuple[RunConfig, dict[str, str]]:

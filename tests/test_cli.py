@@ -15,11 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
 
-from gptlite.cli import app
-from gptlite.config import RunConfig
-from gptlite.config_reader import dump, load_run, shipped_configs, validate
-from gptlite.dropout_config import PRESETS
-from gptlite.strict_yaml import parse
+from gptlite.cli.main import app
+from gptlite.config.dropout import PRESETS
+from gptlite.config.reader import dump, load_run, shipped_configs, validate
+from gptlite.config.run import RunConfig
+from gptlite.config.strict_yaml import parse
 
 COMMANDS = [
     [],
@@ -160,7 +160,7 @@ def test_runs_without_a_directory_get_numbered_ones(
 
 
 def test_two_runs_in_one_directory_are_one_too_many(trained: Path) -> None:
-    from gptlite.run_directory import locked
+    from gptlite.runs.directory import locked
 
     with locked(trained):
         result = call("train", "--resume", str(trained), code=6)

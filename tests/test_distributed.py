@@ -15,16 +15,17 @@ import torch
 from conftest import Workshop
 from ranks import NOISE, begun, ended, together
 
-from gptlite import checkpoint, tensor_files
-from gptlite.config import RunConfig
-from gptlite.dropout import Dropout
-from gptlite.dropout_config import SITES
+from gptlite.config.dropout import SITES
+from gptlite.config.run import RunConfig
+from gptlite.core import tensor_files
+from gptlite.core.dropout import Dropout
+from gptlite.core.model import GPT
+from gptlite.core.train import Trainer
+from gptlite.core.world import World
 from gptlite.errors import ConfigError, StorageError
-from gptlite.model import GPT
-from gptlite.plan import plan_run, summary_lines
-from gptlite.start import resolved_alike, train
-from gptlite.train import Trainer
-from gptlite.world import World
+from gptlite.planning.plan import plan_run, summary_lines
+from gptlite.runs import checkpoint
+from gptlite.runs.start import resolved_alike, train
 
 STEPS = 50
 SHAPE = {"batch_size": 8, "max_steps": STEPS, "eval_interval": 25, "log_interval": 1}

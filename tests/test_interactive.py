@@ -10,11 +10,11 @@ import pytest
 from conftest import Workshop
 from typer.testing import CliRunner
 
-from gptlite import interactive
-from gptlite.cli import app
-from gptlite.config import SampleConfig
+from gptlite.cli import interactive
+from gptlite.cli.main import app
+from gptlite.config.run import SampleConfig
 from gptlite.errors import ConfigError
-from gptlite.start import train
+from gptlite.runs.start import train
 
 Asked = list[tuple[str, float, int]]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gptlite.metrics import Console, Meter, MetricsFile, clock, human, wants_bar
+from gptlite.runs.metrics import Console, Meter, MetricsFile, clock, human, wants_bar
 
 
 class FakeClock:

@@ -12,16 +12,18 @@ from conftest import TINY, Workshop, merged, prose
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from gptlite import origin, storage, tensor_files
-from gptlite.checkpoint import model_tensors
-from gptlite.cli import app
-from gptlite.config_reader import load_run
+from gptlite import storage
+from gptlite.cli.main import app
+from gptlite.config.reader import load_run
+from gptlite.core import tensor_files
+from gptlite.data.prepare import prepare
 from gptlite.errors import ConfigError, DataError
-from gptlite.export import export
-from gptlite.importing import import_model
-from gptlite.prepare import prepare
-from gptlite.start import train
-from gptlite.trained import load_trained
+from gptlite.runs import origin
+from gptlite.runs.checkpoint import model_tensors
+from gptlite.runs.export import export
+from gptlite.runs.importing import import_model
+from gptlite.runs.start import train
+from gptlite.runs.trained import load_trained
 
 BPE: dict[str, Any] = {"tokenizer": {"kind": "bpe", "vocab_size": 300}}
 

@@ -5,13 +5,13 @@ from dataclasses import replace
 import pytest
 from conftest import Workshop
 
-from gptlite import plan as planning
-from gptlite.config import RunConfig
-from gptlite.metrics import clock
-from gptlite.model import GPT
-from gptlite.plan import make_plan, plan_run, plan_table
-from gptlite.rehearsal import EvaluationPace, Pace
-from gptlite.train import Trainer
+from gptlite.config.run import RunConfig
+from gptlite.core.model import GPT
+from gptlite.core.train import Trainer
+from gptlite.planning import plan as planning
+from gptlite.planning.plan import make_plan, plan_run, plan_table
+from gptlite.planning.rehearsal import EvaluationPace, Pace
+from gptlite.runs.metrics import clock
 
 
 @pytest.fixture(autouse=True)

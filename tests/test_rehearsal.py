@@ -8,17 +8,18 @@ import pytest
 import torch
 from conftest import Workshop
 
-from gptlite import auto, checkpoint, rehearsal
-from gptlite.config import RunConfig
-from gptlite.data import Batch
-from gptlite.generate import Generation
-from gptlite.interrupts import Interrupts
-from gptlite.optim import Optimizer
-from gptlite.rehearsal import EvaluationPace, rehearse, time_updates
-from gptlite.session import Session
-from gptlite.start import train
-from gptlite.train import Trainer
-from gptlite.world import World
+from gptlite.config.run import RunConfig
+from gptlite.core.generate import Generation
+from gptlite.core.optim import Optimizer
+from gptlite.core.train import Trainer
+from gptlite.core.world import World
+from gptlite.data.batches import Batch
+from gptlite.planning import auto, rehearsal
+from gptlite.planning.rehearsal import EvaluationPace, rehearse, time_updates
+from gptlite.runs import checkpoint
+from gptlite.runs.interrupts import Interrupts
+from gptlite.runs.session import Session
+from gptlite.runs.start import train
 
 DROPS = {"preset": "gpt2", "rate": 0.2, "schedule": {"mode": "late", "until": 0.5}}
 

@@ -14,9 +14,10 @@ import torch
 from conftest import Workshop
 from typer.testing import CliRunner
 
-from gptlite import checkpoint, resume, run_directory
-from gptlite.cli import app
-from gptlite.config_reader import load_run
+from gptlite.cli.main import app
+from gptlite.config.reader import load_run
+from gptlite.core.train import MOST_SKIPPED, Trainer
+from gptlite.core.world import World
 from gptlite.errors import (
     CheckpointError,
     ConfigError,
@@ -25,11 +26,11 @@ from gptlite.errors import (
     Stopped,
     Terminated,
 )
-from gptlite.interrupts import Cut, Interrupts
-from gptlite.session import Session
-from gptlite.start import train
-from gptlite.train import MOST_SKIPPED, Trainer
-from gptlite.world import World
+from gptlite.runs import checkpoint, resume
+from gptlite.runs import directory as run_directory
+from gptlite.runs.interrupts import Cut, Interrupts
+from gptlite.runs.session import Session
+from gptlite.runs.start import train
 
 
 def harm(folder: Path) -> None:
@@ -253,8 +254,8 @@ def test_what_was_cut_short_at_the_last_step_is_done_and_saved(
 def interrupt_in(monkeypatch: pytest.MonkeyPatch, inside: str, at: int = 4) -> None:
     """Have a SIGTERM come at a step, once."""
     owner, name = {
-        "evaluate": (sys.modules["gptlite.session"], "measure"),
-        "sample": (sys.modules["gptlite.session"], "Generation"),
+        "evaluate": (sys.modules["gptlite.runs.session"], "measure"),
+        "sample": (sys.modules["gptlite.runs.session"], "Generation"),
         "save": (Session, "save"),
         "updates": (Trainer, "accumulate"),
     }[inside]

@@ -16,16 +16,20 @@ from ranks import begun, ended, together
 from test_resume import poison, timeless, weights
 from test_train import trainer
 
-from gptlite import auto, checkpoint, devices, memory, scaling, storage
-from gptlite.audit import audit
-from gptlite.config import RunConfig
+from gptlite import storage
+from gptlite.config.run import RunConfig
+from gptlite.core import device as devices
+from gptlite.core import scaling
+from gptlite.core.optim import OPTIMIZERS
+from gptlite.core.scaling import FIRST_SCALE, LossScaler, Scale
+from gptlite.core.train import Trainer
+from gptlite.core.world import World
 from gptlite.errors import CheckpointError, ConfigError, DivergedError
-from gptlite.optim import OPTIMIZERS
-from gptlite.plan import plan_run
-from gptlite.scaling import FIRST_SCALE, LossScaler, Scale
-from gptlite.start import resolved_alike, train
-from gptlite.train import Trainer
-from gptlite.world import World
+from gptlite.planning import auto, memory
+from gptlite.planning.audit import audit
+from gptlite.planning.plan import plan_run
+from gptlite.runs import checkpoint
+from gptlite.runs.start import resolved_alike, train
 
 CPU = torch.device("cpu")
 KEYED = EVERYWHERE.model_dump(mode="json")

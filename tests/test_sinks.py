@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 from conftest import Workshop
 
-from gptlite import sinks
 from gptlite.errors import UserError
-from gptlite.start import train
+from gptlite.runs import sinks
+from gptlite.runs.start import train
 
 Rows = list[dict[str, Any]]
 

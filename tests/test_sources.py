@@ -18,11 +18,11 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from gptlite import readers, remote, sources
-from gptlite.config import DataConfig
+from gptlite.config.run import DataConfig
+from gptlite.data import readers, remote, sources
+from gptlite.data.prepare import prepare
+from gptlite.data.readers import Chunk, read_file
 from gptlite.errors import ConfigError, DataError
-from gptlite.prepare import prepare
-from gptlite.readers import Chunk, read_file
 
 URL = "https://example.org/folder/story.txt"
 STREAM, DOCUMENTS = DataConfig(), DataConfig(layout="documents")

@@ -10,14 +10,15 @@ import pytest
 import torch
 from conftest import Workshop, prose, state_at
 
-from gptlite import auto, checkpoint
-from gptlite.config import RunConfig
-from gptlite.data import Batch, batch_at
+from gptlite.config.run import RunConfig
+from gptlite.core.evaluate import byte_lengths, measure, nats_of
+from gptlite.core.optim import OPTIMIZERS
+from gptlite.core.train import Trainer
+from gptlite.data.batches import Batch, batch_at
+from gptlite.data.prepare import prepare
 from gptlite.errors import DivergedError
-from gptlite.evaluate import byte_lengths, measure, nats_of
-from gptlite.optim import OPTIMIZERS
-from gptlite.prepare import prepare
-from gptlite.train import Trainer
+from gptlite.planning import auto
+from gptlite.runs import checkpoint
 
 DROPS = {"preset": "gpt2", "rate": 0.2, "sites": {"attention_context": 0.1, "mlp_activation": 0.1}}
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from gptlite.verdict import number, verdict
+from gptlite.report.verdict import number, verdict
 
 CONFIG = {"optim": {"weight_decay": 0.1}}
 
