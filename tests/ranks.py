@@ -15,7 +15,7 @@ import torch
 
 from gptlite.core.world import World
 from gptlite.distributed.torchrun import entered
-from gptlite.exits import user_errors
+from gptlite.terminal import user_errors
 
 NOISE = re.compile(
     r"^(\[.*\bc10d\b|Exception raised from|frame #|<omitting python).*\n+", re.MULTILINE

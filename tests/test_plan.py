@@ -11,7 +11,7 @@ from gptlite.core.train import Trainer
 from gptlite.planning import plan as planning
 from gptlite.planning.plan import make_plan, plan_run, plan_table
 from gptlite.planning.rehearsal import EvaluationPace, Pace
-from gptlite.runs.metrics import clock
+from gptlite.terminal import clock
 
 
 @pytest.fixture(autouse=True)

@@ -7,9 +7,9 @@ from typing import Annotated
 import typer
 
 from gptlite.cli.options import ConfigFiles, Json, Overrides
+from gptlite.cli.printing import print_json
 from gptlite.errors import visible
-from gptlite.exits import user_errors
-from gptlite.output import print_json
+from gptlite.terminal import user_errors
 
 config_app = typer.Typer(help="Look at configs without running them.", no_args_is_help=True)
 

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from gptlite.config.run import SampleConfig
 from gptlite.config.strict_yaml import plain
 from gptlite.errors import UserError, visible
+from gptlite.terminal import in_colour
 
 HELP = (
     "a line is continued; an empty one goes on from there; :again tries once more; "
@@ -125,15 +126,9 @@ def remember() -> Callable[[], None]:
     return keep
 
 
-def colours() -> bool:
-    """Only on a terminal that has some, and where nobody asked for none (no-color.org)."""
-    plain_ = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
-    return sys.stdout.isatty() and not plain_
-
-
 def bold(text: str) -> str:
     shown = visible(text, keep="\n\t")
-    return f"\x1b[1m{shown}\x1b[0m" if colours() else text
+    return f"\x1b[1m{shown}\x1b[0m" if in_colour(sys.stdout) else text
 
 
 def talk(generate: Callable[..., Any], options: SampleConfig, seed: int) -> None:

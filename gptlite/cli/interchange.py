@@ -6,9 +6,9 @@ from typing import Annotated, Literal
 import typer
 
 from gptlite.cli.options import CheckpointOption, RunOption, Verbose
+from gptlite.cli.printing import tell_passed_over
 from gptlite.errors import visible
-from gptlite.exits import user_errors
-from gptlite.output import tell, tell_passed_over
+from gptlite.terminal import tell, user_errors
 
 
 def export(

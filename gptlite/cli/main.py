@@ -24,11 +24,11 @@ from gptlite.cli.options import (
     examples,
     words,
 )
+from gptlite.cli.printing import print_json, print_results, stream, tell_passed_over
 from gptlite.distributed.torchrun import entered, refuse_ranks
 from gptlite.errors import ConfigError, UserError, at_step, visible
-from gptlite.exits import leave_when_terminated, user_errors
 from gptlite.machine import let_waiting_threads_sleep
-from gptlite.output import print_json, print_results, stream, tell, tell_lines, tell_passed_over
+from gptlite.terminal import leave_when_terminated, tell, tell_lines, user_errors
 
 app = typer.Typer(
     name="gptlite",

@@ -28,7 +28,7 @@ from gptlite.data.split import choose_documents
 from gptlite.data.tokenizers import Tokenizer
 from gptlite.data.unknown import count_unknown, place_of
 from gptlite.errors import DataError, UnknownCharacter
-from gptlite.output import tell
+from gptlite.terminal import tell
 
 WAITING_PIECES = 64
 """Pieces of text that are encoded ahead of the one that is written."""

@@ -43,8 +43,8 @@ from gptlite.data.encoding import (
 )
 from gptlite.data.tokenizers import Tokenizer
 from gptlite.errors import DataError
-from gptlite.output import tell
 from gptlite.runs import directory
+from gptlite.terminal import tell
 
 LARGE_BYTES = 1 << 26
 """Files that are smaller together go through one process."""

@@ -46,8 +46,8 @@ from gptlite.data.tokenizers import Tokenizer
 from gptlite.data.unknown import tell_lost
 from gptlite.digests import Looks, looks, unchanged
 from gptlite.errors import ConfigError, DataError, StorageError
-from gptlite.output import tell
 from gptlite.runs import directory, origin
+from gptlite.terminal import tell
 
 FORMAT, EARLIER_FORMAT = 3, 2
 """Of the earlier one are token files whose validation was a share of the documents, not of the

@@ -8,7 +8,7 @@ from gptlite.config.run import DataConfig
 from gptlite.data import readers
 from gptlite.data.tokenizers import CharTokenizer, Tokenizer
 from gptlite.errors import DataError, UnknownCharacter
-from gptlite.output import tell
+from gptlite.terminal import tell
 
 WORTH_TELLING = 0.01
 """Share of a text's bytes."""

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch.distributed as dist
 from torch._C._distributed_c10d import Store
 
-from gptlite.output import tell_problem
+from gptlite.terminal import tell_problem
 
 INTERVAL = 0.5
 """Seconds between beats."""

@@ -30,7 +30,7 @@ from gptlite.core.model import GPT
 from gptlite.core.world import Engine, World
 from gptlite.distributed.heartbeat import FAREWELL, Failure, Heartbeat, Process
 from gptlite.errors import ConfigError, UserError
-from gptlite.exits import ending
+from gptlite.terminal import ending
 
 CONNECT_SECONDS, JOIN_SECONDS = 5, 10
 """To reach the store (torch tries twice as long), and for all ranks to have come there."""

@@ -19,8 +19,8 @@ from gptlite.core.device import precision
 from gptlite.core.evaluate import eval_rows
 from gptlite.core.generate import Generation, encode_prompt, encoded
 from gptlite.errors import ConfigError, DivergedError, UserError, at_step
-from gptlite.runs.metrics import wants_bar
 from gptlite.runs.trained import Trained
+from gptlite.terminal import wants_bar
 
 try:
     from lm_eval import evaluator, utils

@@ -33,8 +33,8 @@ from gptlite.errors import ConfigError, DataError, at_step, did_you_mean
 from gptlite.measure import calibration, importance, knockout
 from gptlite.measure.intervals import Floats
 from gptlite.measure.knockout import ABLATIONS, KINDS, Subject
-from gptlite.runs.metrics import wants_bar
 from gptlite.runs.trained import Trained
+from gptlite.terminal import wants_bar
 
 MOST_ROWS = 4096
 """Rows of the calibration suite."""

@@ -19,7 +19,7 @@ from gptlite.data.batches import TokenFiles
 from gptlite.planning import auto
 from gptlite.planning.plan import flops_per_token
 from gptlite.planning.rehearsal import Costs, make_idle_trainer, time_updates
-from gptlite.runs.metrics import wants_bar
+from gptlite.terminal import wants_bar
 
 TOKENS_PER_PARAMETER = 4
 """That a model sees at least, or a smaller one is better."""

@@ -19,7 +19,7 @@ from gptlite.planning.rehearsal import (
     time_evaluation,
     time_updates,
 )
-from gptlite.runs.metrics import clock, human
+from gptlite.terminal import clock, human
 
 
 def flops_per_token(run: RunConfig, vocab_size: int) -> int:

@@ -23,10 +23,10 @@ from gptlite.data.tokenizers import Tokenizer
 from gptlite.errors import CheckpointError, ConfigError, StorageError
 from gptlite.interchange import foreign_tokenizer, hf, hf_config, nanogpt
 from gptlite.keys import key
-from gptlite.output import tell
 from gptlite.runs import checkpoint, origin
 from gptlite.runs import directory as run_directory
 from gptlite.runs.checkpoint import State
+from gptlite.terminal import is_watched, tell
 
 TORCH_FILES = (".pt", ".pth", ".ckpt")
 HUB_NAMES = {
@@ -139,7 +139,7 @@ def from_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
-    if not sys.stderr.isatty():
+    if not is_watched(sys.stderr):
         disable_progress_bars()
     try:
         return Path(snapshot_download(name, allow_patterns=list(HUB_FILES)))

@@ -6,7 +6,6 @@ back to its step, so that each step is there once.
 
 import json
 import math
-import os
 import shutil
 import sys
 import time
@@ -14,13 +13,14 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from tqdm import tqdm
 
 from gptlite import storage
 from gptlite.errors import StorageError, UserError, visible
 from gptlite.storage import write_bytes
+from gptlite.terminal import clock, human, wants_bar
 
 SECONDS_BETWEEN_LINES = 5.0
 
@@ -104,14 +104,6 @@ def append_line(path: Path, line: str) -> None:
         raise StorageError(f"{path}: {error.strerror}") from None
 
 
-def wants_bar(progress: str, stream: TextIO) -> bool:
-    """A bar only where someone can see it move."""
-    if progress != "auto":
-        return progress == "bar"
-    plain = os.environ.get("CI") or os.environ.get("TERM") == "dumb"
-    return stream.isatty() and not plain
-
-
 class Console:
     """Progress on stderr: a bar on a terminal, plain lines elsewhere; all lines go to train.log."""
 
@@ -174,16 +166,3 @@ class Console:
 
     def close(self) -> None:
         self.bar.close()
-
-
-def human(number: float) -> str:
-    for size, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:.3g}{suffix}"
-    return f"{number:.3g}"
-
-
-def clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

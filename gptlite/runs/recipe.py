@@ -34,7 +34,7 @@ from gptlite.planning.budget import (
 )
 from gptlite.planning.rehearsal import count_evaluated, rehearse
 from gptlite.runs import directory as run_directory
-from gptlite.runs.metrics import human
+from gptlite.terminal import human
 
 SURVEYED = 1 << 24
 """Characters that are looked at; of a longer text, its beginning."""

@@ -20,10 +20,11 @@ from gptlite.planning import plan as planning
 from gptlite.runs import checkpoint
 from gptlite.runs.checkpoint import Best, Found, State
 from gptlite.runs.interrupts import Cut, Interrupts
-from gptlite.runs.metrics import Meter, clock, finite
+from gptlite.runs.metrics import Meter, finite
 from gptlite.runs.records import Records, Unrecorded
 from gptlite.runs.resume import fingerprint, jumps, surroundings_changed
 from gptlite.runs.sinks import Place
+from gptlite.terminal import clock
 
 Watch = Callable[[int, int, float], None]
 """Is told step, last step and validation loss of each evaluation; what it raises ends the run."""

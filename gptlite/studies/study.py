@@ -21,16 +21,15 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from gptlite import machine, storage
+from gptlite.cli.printing import scalars
 from gptlite.config.reader import load_run
 from gptlite.config.run import RunConfig
 from gptlite.errors import DivergedError, RunInUseError, Stopped, UserError, visible
-from gptlite.exits import leave_when_terminated, user_errors
-from gptlite.output import scalars
 from gptlite.runs import directory as run_directory
-from gptlite.runs.metrics import clock
 from gptlite.studies.comparison import decide, over_seeds, paired
 from gptlite.studies.config import Job, Study, read_study
 from gptlite.studies.queue import Queue
+from gptlite.terminal import clock, leave_when_terminated, user_errors
 
 if TYPE_CHECKING:
     from gptlite.runs.session import Watch

@@ -1,15 +1,13 @@
 """What commands print: results on stdout, one JSON document or text; remarks on stderr."""
 
 import json
-import os
 import re
 import sys
 from collections.abc import Iterator
-from typing import Any, TextIO
-
-import typer
+from typing import Any
 
 from gptlite.errors import visible
+from gptlite.terminal import tell
 
 INTERVAL = {"value", "low", "high"}
 """What a number with its 95 % interval looks like in results."""
@@ -64,30 +62,6 @@ def stream(generation: Any) -> None:
         write("\n" if number else "")
         write(f"--- prompt {result['prompt']!r}, sample {result['sample']}\n")
         write(result["prompt"] + result["text"] + "\n")
-
-
-def tell(line: str) -> None:
-    print(visible(line), file=sys.stderr)
-
-
-def tell_problem(problem: str) -> None:
-    """One line of an error; on a terminal the place it names is red."""
-    place, colon, why = visible(problem).partition(": ")
-    if colon and in_colour(sys.stderr):
-        place = typer.style(place, fg="red")
-    print(f"{place}{colon}{why}", file=sys.stderr)
-
-
-def in_colour(stream: TextIO) -> bool:
-    """NO_COLOR and FORCE_COLOR decide, in this order; else terminals that a person looks at."""
-    if os.environ.get("NO_COLOR") or os.environ.get("FORCE_COLOR"):
-        return not os.environ.get("NO_COLOR")
-    plain = os.environ.get("CI") or os.environ.get("TERM") == "dumb"
-    return stream.isatty() and not plain
-
-
-def tell_lines(text: str) -> None:
-    print(visible(text.rstrip("\n"), keep="\n"), file=sys.stderr)
 
 
 def tell_passed_over(trained: Any) -> None:

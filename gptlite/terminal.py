@@ -1,4 +1,4 @@
-"""How a command ends: one line per problem on stderr, and the exit code that names its kind."""
+"""What a terminal is told: lines, problems, bars, numbers; and how a command ends. No torch."""
 
 import os
 import signal
@@ -6,12 +6,58 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TextIO
 
 import typer
 
-from gptlite.errors import StorageError, Terminated, UserError
-from gptlite.output import tell_problem
+from gptlite.errors import StorageError, Terminated, UserError, visible
+
+
+def tell(line: str) -> None:
+    print(visible(line), file=sys.stderr)
+
+
+def tell_problem(problem: str) -> None:
+    """One line of an error; on a terminal the place it names is red."""
+    place, colon, why = visible(problem).partition(": ")
+    if colon and in_colour(sys.stderr):
+        place = typer.style(place, fg="red")
+    print(f"{place}{colon}{why}", file=sys.stderr)
+
+
+def is_watched(stream: TextIO) -> bool:
+    """Whether this is a terminal that a person looks at."""
+    plain = os.environ.get("CI") or os.environ.get("TERM") == "dumb"
+    return stream.isatty() and not plain
+
+
+def in_colour(stream: TextIO) -> bool:
+    """NO_COLOR and FORCE_COLOR decide, in this order (no-color.org); else who watches."""
+    if os.environ.get("NO_COLOR") or os.environ.get("FORCE_COLOR"):
+        return not os.environ.get("NO_COLOR")
+    return is_watched(stream)
+
+
+def tell_lines(text: str) -> None:
+    print(visible(text.rstrip("\n"), keep="\n"), file=sys.stderr)
+
+
+def wants_bar(progress: str, stream: TextIO) -> bool:
+    """A bar only where someone can see it move."""
+    return progress == "bar" or (progress == "auto" and is_watched(stream))
+
+
+def human(number: float) -> str:
+    for size, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g}{suffix}"
+    return f"{number:.3g}"
+
+
+def clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 @contextmanager
