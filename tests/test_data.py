@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptlite import machine
+from gptlite import locks, machine
 from gptlite.data import encoding, prepare, readers, tokenizers, workers
 from gptlite.data import parts as shards
 from gptlite.data.batches import (
@@ -27,7 +27,6 @@ from gptlite.data.batches import (
 )
 from gptlite.errors import DataError
 from gptlite.keys import key, permuted, uniform
-from gptlite.runs import directory
 
 EOT = 1000
 examples = settings(max_examples=100, deadline=None, derandomize=True)
@@ -652,8 +651,8 @@ def test_what_a_killed_process_left_is_removed_and_what_lives_is_not(workshop, m
     for folder in (left, living):
         folder.mkdir(parents=True)
         (folder / "train.bin").write_bytes(b"half")
-    with directory.open_lock(living) as lock:
-        assert directory.take(lock)
+    with locks.open_lock(living) as lock:
+        assert locks.take(lock)
         files = made("A text that is read. " * 9)
         assert sorted(tokens.iterdir()) == sorted([living, files.folder])
     made("Another text that is read. " * 9)

@@ -14,6 +14,7 @@ import torch
 from conftest import Workshop
 from typer.testing import CliRunner
 
+from gptlite import locks
 from gptlite.cli.main import app
 from gptlite.config.reader import load_run
 from gptlite.core.train import MOST_SKIPPED, Trainer
@@ -406,9 +407,9 @@ def test_a_lock_file_holds_no_name_when_nobody_does(tmp_path: Path) -> None:
     with run_directory.locked(tmp_path):
         assert (tmp_path / ".lock").read_text()
     assert (tmp_path / ".lock").read_text() == ""
-    with run_directory.open_lock(tmp_path) as ours, run_directory.open_lock(tmp_path) as theirs:
-        assert run_directory.hold(ours) is None
-        assert run_directory.hold(theirs) == "another process"
+    with locks.open_lock(tmp_path) as ours, locks.open_lock(tmp_path) as theirs:
+        assert locks.hold(ours) is None
+        assert locks.hold(theirs) == "another process"
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd", "constant"])

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from gptlite import machine, storage
+from gptlite import locks, machine, storage
 from gptlite.config.run import RunConfig
 from gptlite.data import tokenizers, workers
 from gptlite.data.batches import part_name
@@ -43,7 +43,6 @@ from gptlite.data.encoding import (
 )
 from gptlite.data.tokenizers import Tokenizer
 from gptlite.errors import DataError
-from gptlite.runs import directory
 from gptlite.terminal import tell
 
 LARGE_BYTES = 1 << 26
@@ -110,12 +109,7 @@ def workplace(target: Path) -> Iterator[Path]:
     """
     work = target.with_name(f"{target.name}.unfinished")
     storage.make_folders(target.parent)
-    with directory.open_lock(target.parent) as lock:
-        waited = False
-        while directory.hold(lock):  # which itself waits a little
-            if not waited:
-                tell(f"{target.parent}: waiting for another process that makes token files there")
-            waited = True
+    with locks.held(target.parent, "waiting for another process that makes token files there"):
         try:
             yield work
         except DataError:

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from gptlite import digests as ledger
-from gptlite import storage
+from gptlite import locks, storage
 from gptlite.config.run import RunConfig
 from gptlite.data import parts as shards
 from gptlite.data import sources, tokenizers
@@ -46,7 +46,7 @@ from gptlite.data.tokenizers import Tokenizer
 from gptlite.data.unknown import tell_lost
 from gptlite.digests import Looks, looks, unchanged
 from gptlite.errors import ConfigError, DataError, StorageError
-from gptlite.runs import directory, origin
+from gptlite.runs import origin
 from gptlite.terminal import tell
 
 FORMAT, EARLIER_FORMAT = 3, 2
@@ -279,7 +279,7 @@ def make(
                 )
         check_splits(splits, run)
         finish(work, describe(run, built, splits, listing), built)
-        (work / directory.LOCK).unlink()
+        (work / locks.LOCK).unlink()
         with suppress(OSError):  # another process may have made the same folder meanwhile
             os.rename(work, target)
 
@@ -298,12 +298,12 @@ def scanned(files: list[Path], listing: list[dict[str, Any]], run: RunConfig) ->
 def workbench(target: Path) -> Iterator[Path]:
     """A folder beside the target that goes when it is left, and with it what killed ones left."""
     for left in target.parent.glob(".tmp-*"):
-        directory.discard_abandoned(left)
+        locks.discard_abandoned(left)
     lock = None
     while lock is None:  # else another process took the new folder for one that was left
         work = storage.temporary(target)
         work.mkdir(parents=True)
-        lock = directory.marked(work)
+        lock = locks.mark(work)
     try:
         yield work
     finally:

@@ -21,11 +21,10 @@ from urllib.parse import parse_qsl, urlsplit
 
 from tqdm import tqdm
 
-from gptlite import storage
+from gptlite import locks, storage
 from gptlite.config.run import DataConfig
 from gptlite.data.readers import CHUNK, is_searched
 from gptlite.errors import ConfigError, DataError, StorageError, UserError
-from gptlite.runs import directory
 
 TIMEOUT_SECONDS = 10
 MAX_DOWNLOAD = 1 << 37
@@ -172,12 +171,12 @@ def keep(target: Path, parts: Iterator[bytes], sha256: str | None, name: str) ->
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         for left in target.parent.glob(f".tmp-{glob.escape(target.name)}-*"):
-            directory.discard_abandoned(left)
+            locks.discard_abandoned(left)
         with (
             part.open("wb") as file,
             tqdm(unit="B", unit_scale=True, desc="fetch", disable=None, delay=2) as bar,
         ):
-            directory.take(file)  # so that it is not taken for one that was left
+            locks.take(file)  # so that it is not taken for one that was left
             for data in parts:
                 size += len(data)
                 if size > MAX_DOWNLOAD:

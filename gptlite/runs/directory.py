@@ -10,18 +10,16 @@ import os
 import platform
 import re
 import sys
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, TextIO
+from typing import Any
 
-from gptlite import __version__, storage
-from gptlite.errors import ConfigError, RunInUseError, StorageError, visible, without_passwords
+from gptlite import __version__, locks, storage
+from gptlite.errors import ConfigError, RunInUseError, StorageError, without_passwords
 
 RUNS = Path("runs")
 PARTS = ("checkpoints", "tokenizer", "samples", "eval")
-LOCK = ".lock"
 
 
 def name_of(configs: list[str]) -> str:
@@ -127,8 +125,8 @@ def locked(directory: Path) -> Iterator[None]:
 
     The lock ends with the process, however that ends.
     """
-    with open_lock(directory) as file:
-        refuse(directory, hold(file))
+    with locks.open_lock(directory) as file:
+        refuse(directory, locks.hold(file))
         file.truncate(0)
         file.write(f"pid {os.getpid()} on {platform.node()}")
         file.flush()
@@ -138,76 +136,15 @@ def locked(directory: Path) -> Iterator[None]:
 
 def refuse_if_held(directory: Path) -> None:
     """RunInUseError if a run is at work there."""
-    if os.path.isfile(directory / LOCK):
-        with open_lock(directory) as file:
-            refuse(directory, hold(file))
-
-
-def open_lock(directory: Path) -> TextIO:
-    """The lock's file; never what a link points to, as it is emptied and written."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND
-    return os.fdopen(storage.open_regular(directory / LOCK, flags), "a+", errors="replace")
+    if os.path.isfile(directory / locks.LOCK):
+        with locks.open_lock(directory) as file:
+            refuse(directory, locks.hold(file))
 
 
 def refuse(directory: Path, holder: str | None) -> None:
     """RunInUseError if another one has the lock."""
     if holder is not None:
         raise RunInUseError(f"{directory}: in use by {holder}; give another --out-dir")
-
-
-def hold(file: TextIO) -> str | None:
-    """Make the lock ours; else who has it. Where there are no locks, a warning must do.
-
-    Who holds it says so a moment after taking it and until just before the end; who only looks
-    holds it for a moment.
-    """
-    holder = ""
-    for _ in range(5):
-        try:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return None
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read(200).strip() or holder
-            time.sleep(0.05)
-        except (ImportError, OSError) as error:  # Windows, and some network file systems
-            why = getattr(error, "strerror", None) or "not on this system"
-            warning = f"{file.name}: cannot be locked ({why}); let no other run write here"
-            print(visible(warning), file=sys.stderr)
-            return None
-    return holder or "another process"
-
-
-def marked(folder: Path) -> TextIO | None:
-    """The lock of a new folder, which says that its process lives; None if the folder is gone."""
-    with suppress(FileNotFoundError):
-        lock = open_lock(folder)
-        if take(lock) is not False and folder.is_dir():
-            return lock
-        lock.close()
-    return None
-
-
-def discard_abandoned(path: Path) -> None:
-    """Remove a file or folder that nobody holds any more; where there are no locks, who knows."""
-    with suppress(OSError), open_lock(path) if path.is_dir() else path.open() as lock:
-        if take(lock):
-            storage.discard(path)
-
-
-def take(lock: IO[Any]) -> bool | None:
-    """Lock a file, if nobody has; whether that went well. None: there are no locks here."""
-    try:
-        import fcntl
-
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    except BlockingIOError:
-        return False
-    except (ImportError, OSError):
-        return None
 
 
 def environment() -> dict[str, Any]:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from gptlite import storage
+from gptlite import locks, storage
 from gptlite.errors import ConfigError, RunInUseError
 from gptlite.keys import key
 from gptlite.runs import directory
@@ -41,9 +41,7 @@ class Queue:
     @contextmanager
     def alone(self) -> Iterator[None]:
         """While one worker looks for work, the others on this disk wait."""
-        with directory.open_lock(self.folder) as file:
-            while directory.hold(file):
-                time.sleep(0.05)
+        with locks.held(self.folder):
             yield
 
     @contextmanager
