@@ -25,13 +25,13 @@ from gpu_runs import (
     tokens_per_second,
 )
 
-from gptlite.config.reader import load_run
 from gptlite.config.run import RunConfig
 from gptlite.core.evaluate import byte_lengths, eval_rows, measure
 from gptlite.core.train import Trainer
 from gptlite.planning.memory import COMPILER_BYTES, PROCESS_BYTES, training_bytes
 from gptlite.planning.plan import flops_per_token
 from gptlite.runs import start
+from gptlite.runs.origin import load_run
 
 LARGE_VOCABULARY = 50_257
 PUBLISHED, TOLERANCE = 1.4697, 0.02

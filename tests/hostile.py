@@ -382,7 +382,7 @@ def configs() -> Iterator[Case]:
 
         def sealed_as_well(lay: Callable[[], None] = lay) -> None:
             """The checkpoint says the same as the config."""
-            from gptlite.config.reader import load_run
+            from gptlite.runs.origin import load_run
 
             lay()
             try:

@@ -139,8 +139,8 @@ def test_early_stopping_is_for_runs_over_the_same_text(workshop: Workshop) -> No
 
 def test_epochs_become_updates(workshop: Workshop) -> None:
     run = workshop.run(train={"max_steps": None, "epochs": 2.5})
-    assert auto.planned_steps(run, n_rows=16) == 5
-    assert auto.planned_steps(run, n_rows=1) == 1
+    assert run.planned_steps(16) == 5
+    assert run.planned_steps(1) == 1
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "cuda"])

@@ -17,9 +17,10 @@ from typer.testing import CliRunner, Result
 
 from gptlite.cli.main import app
 from gptlite.config.dropout import PRESETS
-from gptlite.config.reader import dump, load_run, shipped_configs, validate
+from gptlite.config.reader import dump, shipped_configs, validate
 from gptlite.config.run import RunConfig
 from gptlite.config.strict_yaml import parse
+from gptlite.runs.origin import load_run
 
 COMMANDS = [
     [],

@@ -18,7 +18,6 @@ from torch.utils._pytree import tree_leaves
 from typer.testing import CliRunner
 
 from gptlite.cli.main import app
-from gptlite.config.reader import load_run
 from gptlite.core import device as devices
 from gptlite.core.world import World
 from gptlite.measure import suites
@@ -28,6 +27,7 @@ from gptlite.planning.audit import audit
 from gptlite.planning.plan import plan_run
 from gptlite.report.page import study_page
 from gptlite.runs import recipe, resume, start, trained
+from gptlite.runs.origin import load_run
 from gptlite.runs.trained import Trained, load_trained
 from gptlite.studies import study
 

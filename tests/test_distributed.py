@@ -21,6 +21,7 @@ from gptlite.core import tensor_files
 from gptlite.core.dropout import Dropout
 from gptlite.core.model import GPT
 from gptlite.core.train import Trainer
+from gptlite.core.weights import model_tensors
 from gptlite.core.world import World
 from gptlite.errors import ConfigError, StorageError
 from gptlite.planning.plan import plan_run, summary_lines
@@ -128,7 +129,7 @@ def test_a_checkpoint_of_two_ranks_goes_on_in_one_and_in_four(workshop: Workshop
     saved = checkpoint.chosen(directory, "last").path
     assert sorted(p.name for p in saved.iterdir()) == [*sorted(checkpoint.FILES), "state.json"]
     whole = {n: t.shape for n, t in tensor_files.read_tensors(saved / checkpoint.FILES[0]).items()}
-    names = checkpoint.model_tensors(GPT.of_run(half, workshop.files().meta["vocab_size"]))
+    names = model_tensors(GPT.of_run(half, workshop.files().meta["vocab_size"]))
     assert whole == {name: tensor.shape for name, tensor in names.items()}
     more = run_of(workshop, "fsdp", optim=constant, train={"max_steps": 25})
     together(4, partial(work, more, directory, resume=True), workshop.folder / "ranks")

@@ -27,18 +27,20 @@ from hypothesis.stateful import (
 )
 
 from gptlite import storage
-from gptlite.config.reader import dump, load_run
+from gptlite.config.reader import dump
 from gptlite.config.run import ModelConfig, OptimConfig, RunConfig, SampleConfig
 from gptlite.core import tensor_files
 from gptlite.core.generate import draw, probabilities
 from gptlite.core.model import GPT
 from gptlite.core.optim import lr_at
+from gptlite.core.weights import model_tensors
 from gptlite.data import tokenizers
 from gptlite.data.batches import Batch, Ids, batch_at
 from gptlite.errors import CheckpointError, ConfigError, DataError, visible
 from gptlite.runs import checkpoint
 from gptlite.runs.checkpoint import FILES
 from gptlite.runs.metrics import MetricsFile
+from gptlite.runs.origin import load_run
 from gptlite.storage import Disk
 
 SMALL = ModelConfig(n_layer=1, n_head=1, n_embd=4, context_length=4)
@@ -257,7 +259,7 @@ def test_any_bytes_are_a_tokenizer_or_an_error(folder: Path, raw: bytes) -> None
 
 
 def tensors() -> dict[str, dict[str, torch.Tensor]]:
-    model = checkpoint.model_tensors(GPT(SMALL, 5))
+    model = model_tensors(GPT(SMALL, 5))
     return dict(zip(FILES, (model, {"a:b": torch.ones(3)}), strict=True))
 
 

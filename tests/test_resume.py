@@ -16,7 +16,6 @@ from typer.testing import CliRunner
 
 from gptlite import locks
 from gptlite.cli.main import app
-from gptlite.config.reader import load_run
 from gptlite.core.train import MOST_SKIPPED, Trainer
 from gptlite.core.world import World
 from gptlite.errors import (
@@ -30,6 +29,7 @@ from gptlite.errors import (
 from gptlite.runs import checkpoint, resume
 from gptlite.runs import directory as run_directory
 from gptlite.runs.interrupts import Cut, Interrupts
+from gptlite.runs.origin import load_run
 from gptlite.runs.session import Session
 from gptlite.runs.start import train
 
@@ -136,14 +136,16 @@ def test_a_run_does_not_stand_on_the_file_it_came_from(workshop: Workshop, train
     """What safetensors reads is mapped; a file that changes meanwhile must not change the run."""
     found = checkpoint.chosen(trained, "last")
     resumed = Trainer(load_run([str(trained / "config.yaml")]), workshop.files())
-    resumed.restore(found.path, found.state)
-    before = {k: v.clone() for part in resumed.tensors().values() for k, v in part.items()}
+    checkpoint.restore(resumed, found)
+    before = {
+        k: v.clone() for part in checkpoint.tensors_of(resumed).values() for k, v in part.items()
+    }
     for name in checkpoint.FILES:
         size = (found.path / name).stat().st_size
         with (found.path / name).open("r+b") as file:
             file.seek(size // 2)
             file.write(bytes(size // 2))
-    after = {k: v for part in resumed.tensors().values() for k, v in part.items()}
+    after = {k: v for part in checkpoint.tensors_of(resumed).values() for k, v in part.items()}
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 

@@ -18,10 +18,11 @@ config_app = typer.Typer(help="Look at configs without running them.", no_args_i
 def show_config(config: ConfigFiles, overrides: Overrides = None, json_: Json = False) -> None:
     """Print every value of a config and where it was set."""
     with user_errors():
-        from gptlite.config.reader import origins, read_layers, validate
+        from gptlite.config.reader import origins, read_layers
+        from gptlite.runs.origin import complete
 
         document = read_layers(config, overrides or [])
-        rows = list(origins(document, validate(document)))
+        rows = list(origins(document, complete(document)))
         if json_:
             print_json({key: {"value": value, "origin": place} for key, value, place in rows})
             return
@@ -34,7 +35,7 @@ def show_config(config: ConfigFiles, overrides: Overrides = None, json_: Json = 
 def check(config: ConfigFiles, overrides: Overrides = None) -> None:
     """Validate a config; every problem is printed with its place."""
     with user_errors():
-        from gptlite.config.reader import load_run
+        from gptlite.runs.origin import load_run
 
         load_run(config, overrides or [])
         print("ok")

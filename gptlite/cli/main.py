@@ -87,8 +87,8 @@ def train(
     """Train a model: tokenize if needed, train, evaluate, sample, save."""
     began = time.perf_counter()  # what came before took less than a tenth of a second
     with user_errors(verbose), entered() as world:
-        from gptlite.config.reader import load_run
         from gptlite.runs.launch import agreed, launched, with_options
+        from gptlite.runs.origin import load_run
 
         configs, values, texts = config or [], overrides or [], data or []
         read = partial(load_run, configs, with_options(values, texts, out_dir))
@@ -280,12 +280,12 @@ def prepare(
 ) -> None:
     """Only tokenize: make the token files that training would make."""
     with user_errors(verbose):
-        from gptlite.config.reader import load_run
+        from gptlite.runs.origin import given_tokenizer, load_run
 
         run = load_run(config, overrides or [])
         from gptlite.data.prepare import prepare
 
-        files = prepare(run)
+        files = prepare(run, given_tokenizer(run))
         for split in files.meta["splits"]:
             files.rows(split, run.model.context_length)  # says so if there is too little text
         if json_:
@@ -315,15 +315,15 @@ def plan(
 ) -> None:
     """Say what a run would do: sizes, choices, dropout sites, time. Nothing is trained."""
     with user_errors(verbose):
-        from gptlite.config.reader import load_run
         from gptlite.runs.launch import look_at_text
+        from gptlite.runs.origin import given_tokenizer, load_run
 
         run = load_run(config, overrides or [])
         look_at_text(run)
         from gptlite.planning import audit as auditing
         from gptlite.planning.plan import plan_run, plan_table
 
-        planned = plan_run(run, world_size)
+        planned = plan_run(run, world_size, given_tokenizer(run))
         found = auditing.audit(planned.run, planned.model, planned.rows) if audit else None
         if json_:
             audited = {} if found is None else {"audit": found}

@@ -3,14 +3,11 @@
 import json
 import re
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 from gptlite.errors import visible
+from gptlite.runs.results import scalars
 from gptlite.terminal import tell
-
-INTERVAL = {"value", "low", "high"}
-"""What a number with its 95 % interval looks like in results."""
 
 
 def print_json(value: Any) -> None:
@@ -24,15 +21,6 @@ def print_results(results: dict[str, Any]) -> None:
         rows = [(name, written(value)) for name, value in scalars(result)]
         width = max(len(name) for name, _ in rows)
         print("\n".join([f"{suite}:", *(f"  {name:{width}}  {value}" for name, value in rows)]))
-
-
-def scalars(result: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every value by its dotted name, a number with its interval as one; lists are left out."""
-    for name, value in result.items():
-        if isinstance(value, dict) and set(value) != INTERVAL:
-            yield from scalars(value, f"{prefix}{name}.")
-        elif not isinstance(value, list):
-            yield prefix + name, value
 
 
 def written(value: Any) -> str:

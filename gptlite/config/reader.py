@@ -16,7 +16,7 @@ import yaml
 from pydantic import ValidationError
 
 from gptlite.config import strict_yaml
-from gptlite.config.run import ModelConfig, RunConfig, SampleConfig, contradictions, training_needs
+from gptlite.config.run import RunConfig, SampleConfig, contradictions, training_needs
 from gptlite.config.strict_yaml import Document, Path_, problem_line
 from gptlite.config.wording import explain, run_schema
 from gptlite.errors import ConfigError, did_you_mean
@@ -27,8 +27,6 @@ REPLACES = {
     ("train", "max_steps"): ("train", "epochs"),
     ("data", "source"): ("data", "sha256"),
 }
-MAY_DIFFER = {("model", "context_length")}
-"""What a run may have another value of than the one that it begins from."""
 
 
 def shipped_configs() -> Path:
@@ -118,7 +116,7 @@ def sample_options(run_dir: Path, given: dict[str, Any]) -> SampleConfig:
 
     Raises ConfigError naming the options that are out of range.
     """
-    stored = load_run([str(run_dir / "config.yaml")], to_train=False).sample
+    stored = validate(read_layers([str(run_dir / "config.yaml")], []), to_train=False).sample
     laid = {name: value for name, value in given.items() if value is not None}
     try:
         return SampleConfig.model_validate({**stored.model_dump(), **laid})
@@ -128,47 +126,6 @@ def sample_options(run_dir: Path, given: dict[str, Any]) -> SampleConfig:
         options = {name: "--" + name.replace("_", "-") for name in names}
         words = {name: explain((name,), "", document, schema) for name in names}
         raise ConfigError(*(f"{options[name]}: {words[name]}" for name in names)) from None
-
-
-def load_run(
-    files: Sequence[str], overrides: Sequence[str] = (), *, to_train: bool = True
-) -> RunConfig:
-    """The run that the files and overrides describe; one that is only used needs no data.
-
-    Raises ConfigError with one line per problem: `run.yaml:4:5: optim.lr: must be ...`.
-    """
-    document = read_layers(files, overrides)
-    inherit(document)
-    return validate(document, to_train=to_train)
-
-
-def inherit(document: Document) -> None:
-    """Model and tokenizer are those of what `init_from` names; a config may leave them out."""
-    source = document.value(("init_from",))
-    if not isinstance(source, str) or "\0" in source or is_complete(document):
-        return
-    from gptlite.runs import origin  # only now: it needs the tokenizers
-
-    for section, values in origin.sections(source).items():
-        asked = document.values.setdefault(section, {})
-        if not isinstance(asked, dict):
-            continue
-        for key, value in values.items():
-            path: Path_ = (section, key)
-            if key not in asked:
-                asked[key] = value
-                document.places[path] = f"init_from {source}"
-            elif asked[key] != value and path not in MAY_DIFFER:
-                place, has = document.places.get(path, "config"), f"init_from {source} has {value}"
-                why = f"is {asked[key]}, but {has}; leave it out"
-                document.problems.append(problem_line(place, path, why))
-                document.refused.add(path)
-
-
-def is_complete(document: Document) -> bool:
-    """Whether every key of the model is given, as in the stored config of a run."""
-    given = document.values.get("model")
-    return isinstance(given, dict) and set(given) >= set(ModelConfig.model_fields)
 
 
 def validate(document: Document, *, to_train: bool = True) -> RunConfig:

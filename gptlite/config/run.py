@@ -5,6 +5,7 @@ single field can know (two keys that contradict each other, sizes that cannot fi
 `contradictions`. `config_reader.py` makes a RunConfig from YAML and `--set`.
 """
 
+import math
 import os
 from collections.abc import Iterator
 from typing import Annotated, Literal
@@ -13,7 +14,6 @@ from pydantic import Field
 
 from gptlite.config.dropout import DropoutConfig, dropout_contradictions
 from gptlite.config.section import Auto, Count, Rate, Section
-from gptlite.machine import usable_memory_bytes
 
 Beta = Annotated[float, Field(ge=0, lt=1, strict=True)]
 # The titles of texts that have a form are what an error message calls for.
@@ -25,7 +25,7 @@ Delimiter = Annotated[str, Field(pattern=r"^[^\r\n\"]$", title="one character")]
 Ending = Annotated[str, Field(pattern=r"^\.[^\sA-Z./]+$", title="an ending, as in .html")]
 Texts = Annotated[tuple[Annotated[str, Field(strict=True)], ...], Field(strict=False)]
 
-BYTES_PER_PARAMETER = 4
+MOST_PARAMETERS = 10**12
 ASSUMED_VOCABULARY = {"byte": 257, "char": 64, "bpe": 4096, "tiktoken": 50257}
 
 
@@ -273,6 +273,13 @@ class RunConfig(Section):
             return self.data.split_by
         return "tail" if self.data.layout == "stream" else "document"
 
+    def planned_steps(self, n_rows: int) -> int:
+        """Updates of the run with so many rows of training text, at least one."""
+        if self.train.max_steps is not None:
+            return self.train.max_steps
+        assert self.train.epochs is not None
+        return max(1, math.ceil(self.train.epochs * n_rows / self.train.batch_size))
+
 
 def training_needs(run: RunConfig) -> Iterator[tuple[str, str]]:
     """(key, problem) for what a run must have to be trained, and a model made elsewhere lacks."""
@@ -362,18 +369,11 @@ def bad_paths(run: RunConfig) -> Iterator[tuple[str, str]]:
 
 
 def too_large(run: RunConfig) -> Iterator[tuple[str, str]]:
-    vocabulary = ASSUMED_VOCABULARY[run.tokenizer.kind]
-    parameters = run.model.n_parameters(vocabulary)
-    limit = usable_memory_bytes()
-    if parameters * BYTES_PER_PARAMETER > limit:
-        size, memory = (
-            f"{n / 2**40:.3g} TiB" if n >= 1 << 40 else f"{n / 2**30:.3g} GiB"
-            for n in (parameters * BYTES_PER_PARAMETER, limit)
-        )
-        why = f"model would need {parameters:.1e} parameters ({size} fp32)"
-        sizes = f"n_layer {run.model.n_layer}, n_embd {run.model.n_embd}"
-        largest = "n_layer" if run.model.n_layer > run.model.n_embd else "n_embd"
-        if run.model.context_length > max(run.model.n_layer, run.model.n_embd):
-            largest = "context_length"
-            sizes = f"context_length {run.model.context_length}"
-        yield f"model.{largest}", f"{why}; this machine has {memory} ({sizes})"
+    """What no machine holds; whether this one does is asked where a run is planned."""
+    model = run.model
+    n_parameters = model.n_parameters(ASSUMED_VOCABULARY[run.tokenizer.kind])
+    if n_parameters > MOST_PARAMETERS:
+        sizes = ("n_layer", "n_embd", "context_length")
+        largest = max(sizes, key=lambda name: int(getattr(model, name)))
+        why = f"model would need {n_parameters:.1e} parameters; the most is {MOST_PARAMETERS:.0e}"
+        yield f"model.{largest}", f"{why} ({largest} {getattr(model, largest)})"

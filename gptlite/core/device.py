@@ -18,6 +18,7 @@ from gptlite.core import loops
 from gptlite.core.world import World
 from gptlite.errors import ConfigError
 
+GIB = 1 << 30
 HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 """Precisions of 16 bits, by their name in a config."""
 X86 = ("x86_64", "AMD64")
@@ -36,6 +37,13 @@ def pick_device(wanted: str) -> tuple[str, str]:
     if (kind == "cuda" and int(number or 0) >= n_cuda) or (kind == "mps" and not has_mps):
         raise ConfigError(f"device: {wanted!r} not available ({n_cuda} CUDA devices)")
     return wanted, "asked for"
+
+
+def memory_bytes(device: torch.device) -> int:
+    """All memory of the device, not what is free now: choices must not depend on the moment."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return machine.usable_memory_bytes()
 
 
 def precisions(device: torch.device, own: set[str] | None = None) -> tuple[list[str], str]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gptlite.config.run import RunConfig
-from gptlite.core.device import precision
+from gptlite.core.device import GIB, memory_bytes, precision
 from gptlite.core.dropout import evaluating
 from gptlite.core.loss import nats_of
 from gptlite.core.masks import sample_keys
@@ -25,7 +25,6 @@ from gptlite.data.batches import IGNORED, Batch
 from gptlite.data.tokenizers import Tokenizer
 from gptlite.errors import DataError, DivergedError
 from gptlite.keys import key
-from gptlite.planning.memory import GIB, memory_bytes
 
 LOGIT_BYTES = 1 << 25
 """Largest block of logits that an evaluation makes on a CPU, whose caches hold it."""

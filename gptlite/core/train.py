@@ -5,8 +5,7 @@ functions of (seed, step), so nothing else has to be remembered for an exact res
 """
 
 import math
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +13,6 @@ import torch
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from gptlite.config.run import RunConfig
-from gptlite.core import tensor_files
 from gptlite.core.device import precision
 from gptlite.core.dropout import (
     check_every_rate_acts,
@@ -27,13 +25,12 @@ from gptlite.core.evaluate import tensors
 from gptlite.core.masks import sample_keys
 from gptlite.core.model import GPT
 from gptlite.core.optim import Optimizer, lr_at
-from gptlite.core.scaling import LossScaler
+from gptlite.core.scaling import LossScaler, Scale
+from gptlite.core.weights import fill, model_tensors
 from gptlite.core.world import ALONE, World
 from gptlite.data.batches import Batch, TokenFiles, batch_at
 from gptlite.errors import CheckpointError, DivergedError
 from gptlite.keys import key
-from gptlite.planning import auto
-from gptlite.runs.checkpoint import FILES, State, fill, model_tensors
 
 MOST_SKIPPED, SKIP_WINDOW = 10, 1000
 """Updates that `train.on_nonfinite: skip` may skip, in so many."""
@@ -55,6 +52,15 @@ class Update(NamedTuple):
     """In float16: `loss_scale`, and `overflows` of the run so far."""
 
 
+class Progress(NamedTuple):
+    """What a run remembers besides tensors."""
+
+    step: int
+    skipped: Sequence[int]
+    loss_scale: Scale | None
+    trained_length: int | None
+
+
 class Trainer:
     """Model, optimizer and step: all that an update changes.
 
@@ -68,7 +74,7 @@ class Trainer:
         self.own = slice(each * world.rank, each * (world.rank + 1))
         """The rows of a batch that this rank computes."""
         self.rows = files.rows("train", run.model.context_length)
-        self.max_steps = auto.planned_steps(run, self.rows.n_rows)
+        self.max_steps = run.planned_steps(self.rows.n_rows)
         self.trained_length = run.model.reached(self.rows.length)
         self.model = GPT.of_run(run, files.meta["vocab_size"])
         self.model.to(self.device).train()
@@ -156,28 +162,29 @@ class Trainer:
         if self.trained_length is not None:
             self.trained_length = reached and max(reached, self.trained_length)
 
-    def tensors(self) -> dict[str, dict[str, torch.Tensor]]:
-        """What a checkpoint stores, by file."""
-        model, optimizer = model_tensors(self.model), self.optimizer.state_tensors()
-        return dict(zip(FILES, (model, optimizer), strict=True))
+    def tensors(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """All that an update changes, besides the step and the scale: weights and moments."""
+        return model_tensors(self.model), self.optimizer.state_tensors()
 
-    def restore(self, path: Path, state: State) -> None:
-        """Go on from a verified checkpoint, which only the first rank reads.
+    def restore(
+        self,
+        weights: Mapping[str, torch.Tensor],
+        moments: Mapping[str, torch.Tensor],
+        progress: Progress,
+        where: object,
+    ) -> None:
+        """Go on from these tensors, which only the first rank needs to have.
 
-        Raises CheckpointError if it is of another model.
+        Raises CheckpointError that names `where` if they are of another model.
         """
-        if not any(tensor_files.is_part(name, FILES[1]) for name in state.files):
-            raise CheckpointError(f"{path}: has no optimizer state; use init_from for weights only")
-        read = tensor_files.read_tensors if self.world.first else lambda _: {}
-        fill(self.model, read(path / FILES[0]), path, self.world)
-        moments = read(path / FILES[1])
-        self.step, self.skipped = state.step, list(state.skipped)
-        self.trained_length = state.trained_length or self.trained_length
-        self.scaler.restore(state.loss_scale)
+        fill(self.model, weights, where, self.world)
+        self.step, self.skipped = progress.step, list(progress.skipped)
+        self.trained_length = progress.trained_length or self.trained_length
+        self.scaler.restore(progress.loss_scale)
         left_alone = len(self.skipped) + self.scaler.overflows
         try:
             # There are none before a first update of the weights.
             if self.world.largest(bool(moments) or self.step > left_alone):
                 self.optimizer.load_state_tensors(moments, self.world)
         except ValueError as error:
-            raise CheckpointError(f"{path}: {error}") from None
+            raise CheckpointError(f"{where}: {error}") from None

@@ -46,7 +46,6 @@ from gptlite.data.tokenizers import Tokenizer
 from gptlite.data.unknown import tell_lost
 from gptlite.digests import Looks, looks, unchanged
 from gptlite.errors import ConfigError, DataError, StorageError
-from gptlite.runs import origin
 from gptlite.terminal import tell
 
 FORMAT, EARLIER_FORMAT = 3, 2
@@ -64,13 +63,13 @@ FOREIGN_MAGIC = {
 def prepare(run: RunConfig, own: Tokenizer | None = None, trained_on: str = "") -> TokenFiles:
     """The token files of a run: from the cache, from a folder of .bin files, or made now.
 
-    A run that begins from another has its tokenizer; `own` is that one, if it is at hand.
+    `own` is the tokenizer of a run that begins from another.
     `trained_on` is the digest of the token files that a run was trained on.
     """
     if not run.sources[0]:
         raise ConfigError("data.source: this model was imported, without data; give --split FILE")
     if run.init_from is not None:
-        own = own or origin.tokenizer_of(run.init_from)
+        assert own is not None
         if run.data.layout == "documents" and own.eot is None:
             raise ConfigError(
                 "data.layout: documents need an end-of-text token; the tokenizer of init_from "

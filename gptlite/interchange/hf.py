@@ -16,10 +16,10 @@ from gptlite import storage
 from gptlite.config.run import ModelConfig
 from gptlite.core.tensor_files import read_tensors
 from gptlite.errors import CheckpointError
-from gptlite.runs.checkpoint import MOST_STATE_BYTES
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+MOST_INDEX_BYTES = 1 << 20
 PREFIXES = ("_orig_mod.", "module.")
 BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 """What some files hold beside weights."""
@@ -170,7 +170,7 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
             )
         return read_tensors((folder / WEIGHTS).resolve())
     try:
-        index = json.loads(storage.read_regular((folder / INDEX).resolve(), MOST_STATE_BYTES))[
+        index = json.loads(storage.read_regular((folder / INDEX).resolve(), MOST_INDEX_BYTES))[
             "weight_map"
         ]
         shards = sorted({Path(name).name for name in index.values()})

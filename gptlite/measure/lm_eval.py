@@ -18,8 +18,8 @@ from tqdm import tqdm
 from gptlite.core.device import precision
 from gptlite.core.evaluate import eval_rows
 from gptlite.core.generate import Generation, encode_prompt, encoded
+from gptlite.core.language_model import LanguageModel
 from gptlite.errors import ConfigError, DivergedError, UserError, at_step
-from gptlite.runs.trained import Trained
 from gptlite.terminal import wants_bar
 
 try:
@@ -37,7 +37,7 @@ Request = tuple[tuple[str, str], list[int], list[int]]
 class Subject(TemplateLM):  # type: ignore[misc]
     """A run as the harness sees a model."""
 
-    def __init__(self, trained: Trained) -> None:
+    def __init__(self, trained: LanguageModel) -> None:
         super().__init__()
         self.trained = trained
         self.context_length = trained.context_length
@@ -133,7 +133,7 @@ class Subject(TemplateLM):  # type: ignore[misc]
 
 
 def evaluate(
-    trained: Trained, tasks: list[str], include_path: Path | None, limit: int | None
+    trained: LanguageModel, tasks: list[str], include_path: Path | None, limit: int | None
 ) -> dict[str, Any]:
     """Results by task and metric. Raises ConfigError for a task that is not known."""
     if not all(tasks):
@@ -147,7 +147,7 @@ def evaluate(
         raise ConfigError(f"--tasks: the harness has no {', '.join(unknown)}")
     try:
         # The harness talks where only results belong.
-        with redirect_stdout(sys.stderr), at_step(trained.state.step):
+        with redirect_stdout(sys.stderr), at_step(trained.step):
             found = evaluator.simple_evaluate(
                 Subject(trained), tasks=tasks, task_manager=manager, limit=limit, log_samples=False
             )

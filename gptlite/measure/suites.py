@@ -27,13 +27,13 @@ from gptlite.core.evaluate import (
     eval_rows,
     measure,
 )
+from gptlite.core.language_model import LanguageModel
 from gptlite.core.world import ALONE, World, unlike_first
 from gptlite.data.batches import IGNORED, Batch, Layout, TokenFiles
 from gptlite.errors import ConfigError, DataError, at_step, did_you_mean
 from gptlite.measure import calibration, importance, knockout
 from gptlite.measure.intervals import Floats
 from gptlite.measure.knockout import ABLATIONS, KINDS, Subject
-from gptlite.runs.trained import Trained
 from gptlite.terminal import wants_bar
 
 MOST_ROWS = 4096
@@ -70,7 +70,7 @@ class Measurement:
 
     def __init__(
         self,
-        trained: Trained,
+        trained: LanguageModel,
         split: str,
         files: Callable[[], TokenFiles],
         *,
@@ -258,7 +258,7 @@ def named(suites: Iterable[str]) -> list[str]:
 
 
 def evaluate(
-    trained: Trained,
+    trained: LanguageModel,
     split: str,
     suites: Iterable[str],
     files: Callable[[], TokenFiles],
@@ -274,7 +274,7 @@ def evaluate(
     of = Measurement(
         *(trained, split, files), effort=effort, dropout_active=dropout_active, world=world
     )
-    with at_step(trained.state.step):
+    with at_step(trained.step):
         return {name: written(SUITES[name](of)) for name in names}
 
 

@@ -28,7 +28,6 @@ from gptlite.core.model import GPT, Attention
 from gptlite.core.scaling import LossScaler
 from gptlite.data.batches import Layout, batch_at
 from gptlite.errors import DivergedError
-from gptlite.planning.auto import planned_steps
 
 STANDARD_ERRORS = 4
 """Further than this from its rate, a site is off."""
@@ -42,7 +41,7 @@ def site_plan(run: RunConfig, model: GPT, n_rows: int) -> list[dict[str, Any]]:
 
     `n_rows` is the number of rows in an epoch.
     """
-    n_steps, part = planned_steps(run, n_rows), run.train.micro_batch_size
+    n_steps, part = run.planned_steps(n_rows), run.train.micro_batch_size
     assert isinstance(part, int)
     moments = {"start": 0, "middle": n_steps // 2, "end": n_steps - 1}
     strength = {m: strength_at(at, n_steps, run.dropout.schedule) for m, at in moments.items()}

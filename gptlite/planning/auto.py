@@ -60,7 +60,7 @@ def resolve(
         train["threads"] = usable_threads()
         reasons["train.threads"] = f"{train['threads']}: the cores that this process may use"
     use_threads(run.model_copy(update={"train": run.train.model_copy(update=train)}))
-    n_steps = planned_steps(run, n_rows)
+    n_steps = run.planned_steps(n_rows)
     epochs = n_steps * run.train.batch_size / n_rows
     if run.dropout.rate == "auto":
         rate, why = pick_dropout_rate(epochs)
@@ -158,18 +158,10 @@ def pick_engine(
     return whole, "ddp: the whole model fits into each process"
 
 
-def planned_steps(run: RunConfig, n_rows: int) -> int:
-    """Updates of the run, at least one."""
-    if run.train.max_steps is not None:
-        return run.train.max_steps
-    assert run.train.epochs is not None
-    return max(1, math.ceil(run.train.epochs * n_rows / run.train.batch_size))
-
-
 def check_warmup(run: RunConfig, n_rows: int) -> None:
     """Raises ConfigError if warm-up would take all updates of `train.epochs`, whose number is known
     only now; of `train.max_steps` it is known from the config."""
-    steps, warmup = planned_steps(run, n_rows), run.optim.warmup_steps
+    steps, warmup = run.planned_steps(n_rows), run.optim.warmup_steps
     if run.train.epochs is not None and warmup >= steps:
         raise ConfigError(
             f"optim.warmup_steps: {warmup} is not below the {steps} updates that train.epochs "

@@ -178,7 +178,7 @@ def fit(costs: Costs, rung: Rung, n_val: int, budget: Budget, asked: Document) -
         rest -= LOOKS * (look + costs.save)
     steps, why = int(rest / each), f"what fits into {budget.minutes:g} minutes"
     if is_asked(asked, "max_steps") or is_asked(asked, "epochs"):
-        steps, why = auto.planned_steps(rung.run, rung.n_rows), "asked for"
+        steps, why = rung.run.planned_steps(rung.n_rows), "asked for"
     elif steps < FEWEST_STEPS:
         steps, why = FEWEST_STEPS, f"the fewest: {budget.minutes:g} minutes are too short"
     elif steps > rung.most_steps:

@@ -9,15 +9,15 @@ from collections.abc import Iterator
 
 import torch
 
-from gptlite.config.run import RunConfig
+from gptlite.config.run import ASSUMED_VOCABULARY, RunConfig
 from gptlite.core import loops
+from gptlite.core.device import GIB, memory_bytes
 from gptlite.core.loss import PART_BYTES
 from gptlite.core.world import ALONE, World
 from gptlite.errors import ConfigError
 from gptlite.machine import usable_memory_bytes
 
-GIB = 1 << 30
-BYTES_PER_PARAMETER = 16
+TRAINING_BYTES_PER_PARAMETER = 16
 """In float32: weight, gradient and two moments."""
 PROCESS_BYTES = int(0.35 * GIB)
 """Python, torch and the rest, before anything is trained."""
@@ -30,13 +30,6 @@ AUTO_SHARE = 0.5
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """As in glibc's malloc.h: free memory at the heap's end above which it is given back, and the size
 of a block from which it is mapped by itself, and given back when it is freed."""
-
-
-def memory_bytes(device: torch.device) -> int:
-    """All memory of the device, not what is free now: choices must not depend on the moment."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return usable_memory_bytes()
 
 
 def block_bytes(run: RunConfig) -> int:
@@ -70,10 +63,10 @@ def weight_bytes(run: RunConfig, vocab_size: int, ranks: int) -> int:
     model, n_parameters = run.model, run.model.n_parameters(vocab_size)
     copies = 0 if run.dtype == "float32" else 2  # of the weights
     if run.distributed.engine != "fsdp" or ranks == 1:
-        return n_parameters * (BYTES_PER_PARAMETER + copies)
+        return n_parameters * (TRAINING_BYTES_PER_PARAMETER + copies)
     blocks = n_parameters - model.model_copy(update={"n_layer": 0}).n_parameters(vocab_size)
     gathered = n_parameters - blocks + 2 * blocks // model.n_layer  # the next is on its way
-    return n_parameters * BYTES_PER_PARAMETER // ranks + gathered * (8 + copies)
+    return n_parameters * TRAINING_BYTES_PER_PARAMETER // ranks + gathered * (8 + copies)
 
 
 def logit_bytes(run: RunConfig, vocab_size: int, tokens: int) -> int:
@@ -130,6 +123,17 @@ def fit(
         f"model: needs about {need / GIB:.2g} GiB to train {count}, {whose} has "
         f"{limit / GIB:.3g}; lower n_layer, n_embd, context_length or micro_batch_size{instead}"
     )
+
+
+def refuse_too_large(run: RunConfig) -> None:
+    """By arithmetic, before any text is read. Raises ConfigError."""
+    n_parameters = run.model.n_parameters(ASSUMED_VOCABULARY[run.tokenizer.kind])
+    memory, need = usable_memory_bytes(), 4 * n_parameters
+    if need > memory:
+        raise ConfigError(
+            f"model: {n_parameters:.1e} parameters need {need / GIB:.3g} GiB in float32, and this "
+            f"machine has {memory / GIB:.3g}; lower n_layer, n_embd or context_length"
+        )
 
 
 def ways(run: RunConfig, ranks: int) -> Iterator[tuple[int, bool]]:

@@ -10,9 +10,10 @@ from gptlite.core.train import Trainer
 from gptlite.core.world import World
 from gptlite.data.batches import Layout, TokenFiles
 from gptlite.data.prepare import prepare
+from gptlite.data.tokenizers import Tokenizer
 from gptlite.planning.audit import advice, site_plan, site_seconds
-from gptlite.planning.auto import check_ranks, check_warmup, planned_steps, resolve
-from gptlite.planning.memory import training_bytes
+from gptlite.planning.auto import check_ranks, check_warmup, resolve
+from gptlite.planning.memory import refuse_too_large, training_bytes
 from gptlite.planning.rehearsal import (
     count_evaluated,
     make_idle_trainer,
@@ -40,14 +41,15 @@ class Planned(NamedTuple):
     plan: dict[str, Any]
 
 
-def plan_run(run: RunConfig, world_size: int = 1) -> Planned:
+def plan_run(run: RunConfig, world_size: int = 1, own: Tokenizer | None = None) -> Planned:
     """The resolved run and its plan, with the time of an update and of every site measured.
 
     Of several ranks, what each of them would do; the time is without their talking. Nothing is
     compiled for it: that takes longer than the rest of the plan.
     """
     check_ranks(run, world_size)
-    files = prepare(run)
+    refuse_too_large(run)
+    files = prepare(run, own)
     rows = files.rows("train", run.model.context_length)
     vocab_size = files.meta["vocab_size"]
     world = World(world_size)
@@ -86,7 +88,7 @@ def make_plan(
 ) -> dict[str, Any]:
     """The plan of a resolved run, as it is written to plan.json."""
     vocab_size, train = files.meta["vocab_size"], run.train
-    n_steps = planned_steps(run, rows.n_rows)
+    n_steps = run.planned_steps(rows.n_rows)
     n_parameters = run.model.n_parameters(vocab_size)
     tokens_per_update = mean_targets(rows) * train.batch_size
     flops = flops_per_token(run, vocab_size)

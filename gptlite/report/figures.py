@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 from gptlite.report import charts
 from gptlite.report.charts import Line
 from gptlite.report.network import network
-from gptlite.report.verdict import number
-from gptlite.runs.results import DAMAGED, RunFiles
+from gptlite.runs.results import DAMAGED, RunFiles, number
 
 KINDS = {"head": "heads", "neuron": "neurons", "layer": "layers", "dimension": "dimensions"}
 Group = tuple[str, list["Figure"]]

@@ -4,15 +4,15 @@ Rules, not opinions: each names the numbers it rests on. Differences below NOTIC
 a word: another seed or another validation text moves the loss as much.
 """
 
-import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
+
+from gptlite.runs.results import number
 
 NOTICEABLE = 0.02
 """Nats."""
 WIDE_GAP = 0.1
 """Nats between training and validation text, dropout off on both."""
-LARGEST = sys.float_info.max
 Row = dict[str, Any]
 
 
@@ -108,9 +108,3 @@ def falling(evaluated: Sequence[Row]) -> float:
 def largest_rate(row: Row) -> float:
     rates = (number(value) for name, value in row.items() if name.startswith("dropout/"))
     return max((rate for rate in rates if rate is not None), default=0.0)
-
-
-def number(value: Any) -> float | None:
-    """A finite number, or None: a log may have a null where a loss was not finite."""
-    known = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if known and abs(value) <= LARGEST else None

@@ -12,20 +12,18 @@ sha256 of the other files. A bad folder is passed over, named, and set aside as 
 import errno
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from pydantic import Field, ValidationError, field_validator
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from gptlite import __version__, storage
-from gptlite.config.run import BYTES_PER_PARAMETER
 from gptlite.config.section import Section
 from gptlite.core.model import GPT
 from gptlite.core.scaling import Scale
@@ -38,6 +36,8 @@ from gptlite.core.tensor_files import (
     whole_files,
     write_indexes,
 )
+from gptlite.core.train import Progress, Trainer
+from gptlite.core.weights import fill
 from gptlite.core.world import ALONE, World
 from gptlite.errors import CheckpointError, ConfigError, DivergedError, StorageError
 
@@ -314,14 +314,6 @@ def chosen(run_dir: Path, which: str) -> Found:
     raise CheckpointError(*(problems or [lacks]))
 
 
-def model_tensors(model: GPT) -> dict[str, Tensor]:
-    """The weights by name; a tied output matrix is stored once."""
-    tensors = model.state_dict()
-    if model.config.tie_embeddings:
-        del tensors["head.weight"]
-    return tensors
-
-
 def check_size(path: Path, n_parameters: int) -> None:
     """Refuse by arithmetic a model that its weights cannot fill, before it takes any memory.
 
@@ -331,7 +323,7 @@ def check_size(path: Path, n_parameters: int) -> None:
         size = sum(file.stat().st_size for file in files_of(path / FILES[0]))
     except OSError as error:
         raise CheckpointError(f"{path}/{FILES[0]}: {error.strerror}") from None
-    if size + (1 << 16) < BYTES_PER_PARAMETER * n_parameters:
+    if size + (1 << 16) < 4 * n_parameters:
         raise CheckpointError(
             f"{path}: {size} bytes of weights do not fit this model of {n_parameters} parameters"
         )
@@ -342,27 +334,20 @@ def load_weights(model: GPT, path: Path) -> None:
     fill(model, read_tensors(path / FILES[0]), path)
 
 
-def fill(model: GPT, tensors: Mapping[str, Tensor], where: object, world: World = ALONE) -> None:
-    """Give the model these weights, which only the first rank has.
+def tensors_of(trainer: Trainer) -> dict[str, dict[str, Tensor]]:
+    """What `save` stores of a trainer, by file."""
+    return dict(zip(FILES, trainer.tensors(), strict=True))
 
-    Raises CheckpointError naming what does not fit.
+
+def restore(trainer: Trainer, found: Found) -> None:
+    """Let a trainer go on from a verified checkpoint, which only the first rank reads.
+
+    Raises CheckpointError if it is of another model.
     """
-    own = model_tensors(model)
-    have, want = (
-        {name: (tuple(t.shape), t.dtype) for name, t in each.items()} for each in (tensors, own)
-    )
-    if world.first and have != want:
-        odd = sorted(name for name in have.keys() | want.keys() if have.get(name) != want.get(name))
-        few = ", ".join(odd[:5]) + wrapped(tensors)
-        raise CheckpointError(f"{where}: {len(odd)} weights do not fit this model: {few}")
-    with torch.no_grad():
-        for name, target in own.items():
-            world.put(target, tensors.get(name))
-
-
-def wrapped(names: Iterable[str]) -> str:
-    """What to do if the names are those of a model inside another, as other programs save them."""
-    for prefix in ("_orig_mod.", "module."):
-        if all(name.startswith(prefix) for name in names):
-            return f"; every name begins with {prefix!r}: save the model inside the wrapper"
-    return ""
+    path, state = found.path, found.state
+    if not any(is_part(name, FILES[1]) for name in state.files):
+        raise CheckpointError(f"{path}: has no optimizer state; use init_from for weights only")
+    read = read_tensors if trainer.world.first else lambda _: {}
+    weights, moments = (read(path / name) for name in FILES)
+    progress = Progress(state.step, state.skipped, state.loss_scale, state.trained_length)
+    trainer.restore(weights, moments, progress, path)

@@ -12,10 +12,10 @@ from safetensors.torch import save_file
 from gptlite import __version__, storage
 from gptlite.config.reader import dump
 from gptlite.core.generate import first_token
+from gptlite.core.weights import model_tensors
 from gptlite.data.tokenizers import Tokenizer
 from gptlite.errors import ConfigError, StorageError
 from gptlite.interchange import hf, hf_config, hf_tokenizer
-from gptlite.runs.checkpoint import model_tensors
 from gptlite.runs.trained import Trained
 
 

@@ -18,6 +18,7 @@ from gptlite.config.run import RunConfig
 from gptlite.config.strict_yaml import Document
 from gptlite.core.device import use_threads
 from gptlite.core.model import GPT
+from gptlite.core.weights import fill, model_tensors
 from gptlite.data import tokenizers
 from gptlite.data.tokenizers import Tokenizer
 from gptlite.errors import CheckpointError, ConfigError, StorageError
@@ -167,7 +168,7 @@ def write_run(foreign: Foreign, directory: Path, source: str) -> None:
     run, text = validated(foreign.sections, foreign.tokenizer), foreign.tokenizer
     use_threads(run)
     model = GPT(run.model, text.vocab_size)
-    checkpoint.fill(model, foreign.tensors, source)
+    fill(model, foreign.tensors, source)
     state = State(
         step=0,
         run_id=f"{key(dump(run), source):016x}",
@@ -189,9 +190,7 @@ def write_run(foreign: Foreign, directory: Path, source: str) -> None:
             storage.write_json(directory / "env.json", run_directory.environment())
             saved = storage.sealed(text.to_json())
             storage.write_text(directory / "tokenizer" / "tokenizer.json", saved)
-            checkpoint.save(
-                directory, {checkpoint.FILES[0]: checkpoint.model_tensors(model)}, state
-            )
+            checkpoint.save(directory, {checkpoint.FILES[0]: model_tensors(model)}, state)
             for name in ("best", "last"):
                 checkpoint.point(directory, name, 0)
             storage.write_text(directory / "config.yaml", dump(run))

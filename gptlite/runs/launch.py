@@ -8,12 +8,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gptlite.config.reader import load_run
 from gptlite.config.run import RunConfig
 from gptlite.core.world import World
 from gptlite.data import readers, sources
 from gptlite.errors import ConfigError, DataError
 from gptlite.runs import directory as run_directory
+from gptlite.runs.origin import load_run
 
 LOOKED_AT = 1 << 22
 """Characters at the beginning of a text that are read before anything is loaded for training."""

@@ -34,6 +34,7 @@ from gptlite.planning.budget import (
 )
 from gptlite.planning.rehearsal import count_evaluated, rehearse
 from gptlite.runs import directory as run_directory
+from gptlite.runs.origin import given_tokenizer, inherit
 from gptlite.terminal import human
 
 SURVEYED = 1 << 24
@@ -296,9 +297,10 @@ def compose(
     """
     budget = Budget(minutes, began)
     asked = read_layers([], overrides)
+    inherit(asked)
     choices, longest_line = look_at(source, asked)
     runs = candidates(choices, asked, longest_line)
-    files = prepare(runs[0][1])
+    files = prepare(runs[0][1], given_tokenizer(runs[0][1]))
     rung = climb((make_rung(size, run, files) for size, run in runs), files, budget)
     size = f"{human(rung.n_parameters)} parameters; "
     size += "the largest there is" if rung.size == LADDER[-1] else "the next sees too little text"

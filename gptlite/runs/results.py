@@ -2,13 +2,14 @@
 
 import json
 import re
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from gptlite.config import strict_yaml
 from gptlite.errors import ConfigError
-from gptlite.report.verdict import number
 
 SAMPLES = 6
 """Shown at most, spread over the run."""
@@ -18,6 +19,9 @@ LARGEST = 1 << 26
 """Bytes of a file that is read."""
 DAMAGED = (KeyError, TypeError, ValueError, IndexError, AttributeError, ArithmeticError)
 """What comes of numbers that are not what they should be."""
+
+INTERVAL = {"value", "low", "high"}
+"""What a number with its 95 % interval looks like in results."""
 
 
 @dataclass
@@ -134,3 +138,18 @@ def shown(value: Any) -> str:
     if value is None:
         return "–"
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def number(value: Any) -> float | None:
+    """A finite number, or None: a log may have a null where a loss was not finite."""
+    known = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if known and abs(value) <= sys.float_info.max else None
+
+
+def scalars(result: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value by its dotted name, a number with its interval as one; lists are left out."""
+    for name, value in result.items():
+        if isinstance(value, dict) and set(value) != INTERVAL:
+            yield from scalars(value, f"{prefix}{name}.")
+        elif not isinstance(value, list):
+            yield prefix + name, value

@@ -14,7 +14,6 @@ from gptlite.core.dropout import strength_at
 from gptlite.core.optim import lr_at
 from gptlite.data.batches import TokenFiles
 from gptlite.errors import ConfigError
-from gptlite.planning.auto import planned_steps
 from gptlite.runs import checkpoint, importing, origin
 from gptlite.runs import directory as run_directory
 from gptlite.runs.checkpoint import Found, State
@@ -129,7 +128,7 @@ def surroundings_changed(run: RunConfig, before: dict[str, Any], ranks: int) -> 
 def jumps(run: RunConfig, state: State, n_rows: int, directory: Path) -> Iterator[str]:
     """What changes at once where a run goes on towards another last update: schedules span all."""
     before, step = RunConfig.model_validate(state.config), state.step
-    old, new = (planned_steps(one, n_rows) for one in (before, run))
+    old, new = (one.planned_steps(n_rows) for one in (before, run))
     spans = f"as its schedule spans {new} updates instead of {old}"
     was, now = (lr_at(min(step, steps - 1), steps, run.optim) for steps in (old, new))
     if abs(now - was) > NOTICEABLE * was:

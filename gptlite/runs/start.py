@@ -9,22 +9,24 @@ from pathlib import Path
 from typing import Any
 
 from gptlite import storage
-from gptlite.config.reader import dump, load_run
+from gptlite.config.reader import dump
 from gptlite.config.run import RunConfig
 from gptlite.core import device
 from gptlite.core.generate import encode_prompt
 from gptlite.core.train import Trainer
+from gptlite.core.weights import fill
 from gptlite.core.world import ALONE, World, unlike_first
 from gptlite.data.batches import TokenFiles
 from gptlite.data.prepare import prepare
 from gptlite.errors import CheckpointError, ConfigError, DataError
 from gptlite.planning import auto
 from gptlite.planning import plan as planning
-from gptlite.planning.memory import keep_freed
+from gptlite.planning.memory import keep_freed, refuse_too_large
 from gptlite.runs import checkpoint
 from gptlite.runs import directory as run_directory
 from gptlite.runs.checkpoint import Found, State
 from gptlite.runs.interrupts import Interrupts
+from gptlite.runs.origin import given_tokenizer, load_run
 from gptlite.runs.resume import adopt, initial_weights, reached_before, start_point
 from gptlite.runs.session import Session, Watch, unwatched
 from gptlite.runs.sinks import check_installed
@@ -46,6 +48,7 @@ def train(
     checkpoint saved. `strict`: not to resume where surroundings have changed.
     """
     auto.check_ranks(run, world.size)
+    refuse_too_large(run)
     world.expects_life(run.distributed.timeout_seconds)
     stored = load_run([str(directory / "config.yaml")]) if world.first and resume else None
     files = opened(run, directory, resume, world)
@@ -63,9 +66,9 @@ def train(
         )
         trainer = Trainer(resolved, files, world)
         if found is not None:
-            trainer.restore(found.path, found.state)
+            checkpoint.restore(trainer, found)
         elif run.init_from is not None:
-            checkpoint.fill(trainer.model, weights or {}, f"init_from: {run.init_from}", world)
+            fill(trainer.model, weights or {}, f"init_from: {run.init_from}", world)
             trainer.know_positions(reached_before(run.init_from))
         plan = planning.make_plan(resolved, trainer.model, files, trainer.rows, reasons, world.size)
         if world.first:
@@ -90,7 +93,7 @@ def opened(run: RunConfig, directory: Path, resume: bool, world: World) -> Token
     before = ""
     if resume and run.split_by == "document":  # by which rule, only the digest says
         before = world.shared(lambda: trained_on(directory))
-    files = world.in_turn(lambda: prepare(run, own, before))
+    files = world.in_turn(lambda: prepare(run, own or given_tokenizer(run), before))
     files.rows("train", run.model.context_length)
     files.tokens("val")  # too little text for validation is better known before training
     for prompt in run.sample.prompts:

@@ -3,9 +3,8 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from gptlite.config.reader import load_run
-from gptlite.config.run import RunConfig
 from gptlite.core.device import adapt, use_threads
+from gptlite.core.language_model import LanguageModel
 from gptlite.core.model import GPT
 from gptlite.core.world import World, unlike_first
 from gptlite.data import tokenizers
@@ -13,27 +12,19 @@ from gptlite.data.tokenizers import Tokenizer
 from gptlite.errors import CheckpointError, DataError
 from gptlite.runs import checkpoint
 from gptlite.runs.checkpoint import Found, State
+from gptlite.runs.origin import load_run
 
 READS = 5
 """Times to look again where a run saves and prunes meanwhile."""
 
 
 @dataclass(frozen=True)
-class Trained:
-    run: RunConfig
-    model: GPT
-    tokenizer: Tokenizer
+class Trained(LanguageModel):
     state: State
     problems: list[str]
     """Checkpoints that were passed over, and why."""
     notes: list[str]
     """What is computed in another way than in training, for what this machine lacks."""
-
-    @property
-    def context_length(self) -> int:
-        """Positions that the model can read and has been trained on."""
-        whole = self.run.model.context_length
-        return min(self.state.trained_length or whole, whole)
 
 
 def load_trained(run_dir: Path, which: str) -> Trained:
@@ -83,7 +74,9 @@ def load(run_dir: Path, found: Found) -> Trained:
     checkpoint.check_size(path, run.model.n_parameters(text.vocab_size))
     model = GPT.of_run(run, text.vocab_size)
     checkpoint.load_weights(model, path)
-    return Trained(run, model.to(run.device).eval(), text, state, problems, notes)
+    model = model.to(run.device).eval()
+    about = state.step, state.trained_length, state, problems, notes
+    return Trained(run, model, text, *about)
 
 
 def load_tokenizer(run_dir: Path) -> Tokenizer:

@@ -23,12 +23,13 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag, ValidationError
 
 from gptlite.config import strict_yaml
-from gptlite.config.reader import merge, read_layers, trimmed, validate
+from gptlite.config.reader import merge, read_layers, trimmed
 from gptlite.config.run import RunConfig, Texts
 from gptlite.config.section import Count, Section
 from gptlite.config.strict_yaml import Document, Path_, problem_line
 from gptlite.config.wording import branches, explain, schema_at
 from gptlite.errors import ConfigError, did_you_mean
+from gptlite.runs.origin import complete
 
 POINT = "point"
 """The axis of the named points."""
@@ -166,7 +167,7 @@ class Study:
         for layer in self.layers(point):
             merge(document, layer)
         merge(document, Document({"seed": seed}))
-        return Job(point, seed, validate(document))
+        return Job(point, seed, complete(document))
 
     def layers(self, point: Point) -> Iterator[Document]:
         """The study's own values, with the places where they stand."""

@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from gptlite import machine, storage
-from gptlite.cli.printing import scalars
-from gptlite.config.reader import load_run
 from gptlite.config.run import RunConfig
 from gptlite.errors import DivergedError, RunInUseError, Stopped, UserError, visible
 from gptlite.runs import directory as run_directory
+from gptlite.runs.origin import given_tokenizer, load_run
+from gptlite.runs.results import scalars
 from gptlite.studies.comparison import decide, over_seeds, paired
 from gptlite.studies.config import Job, Study, read_study
 from gptlite.studies.queue import Queue
@@ -165,7 +165,7 @@ def train(queue: Queue, run: RunConfig, directory: Path, threads: int, watch: "W
     from gptlite.runs import start
 
     def fastest() -> str:
-        files = prepare(run)
+        files = prepare(run, given_tokenizer(run))
         sizes = files.meta["vocab_size"], files.rows("train", run.model.context_length).n_rows
         return auto.resolve(run, vocab_size=sizes[0], n_rows=sizes[1])[0].dtype
 
