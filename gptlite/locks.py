@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import IO, Any, TextIO
 
 from gptlite import storage
-from gptlite.errors import visible
 from gptlite.terminal import tell
+from gptlite.words import visible
 
 LOCK = ".lock"
 """The file in a folder that is locked."""

@@ -10,7 +10,8 @@ from typing import Any, TextIO
 
 import typer
 
-from gptlite.errors import StorageError, Terminated, UserError, visible
+from gptlite.errors import StorageError, Terminated, UserError
+from gptlite.words import visible
 
 
 def tell(line: str) -> None:

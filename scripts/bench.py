@@ -51,9 +51,10 @@ from bench_peers import (
 from gptlite.config.reader import validate
 from gptlite.config.run import ModelConfig, SampleConfig
 from gptlite.config.strict_yaml import Document
-from gptlite.core.device import HALF, precisions
+from gptlite.core.device import precisions
 from gptlite.core.generate import continuations, halve
 from gptlite.core.model import GPT
+from gptlite.core.precision import HALF
 from gptlite.data.prepare import prepare
 from gptlite.data.tokenizers import train_bpe
 from gptlite.planning.plan import flops_per_token

@@ -101,7 +101,8 @@ def trainer(shape: dict[str, Any], folder: Path, *, vocab_size: int = 65, **top:
     )
     files = prepare(run)
     rows = files.rows("train", run.model.context_length)
-    return Trainer(auto.resolve(run, vocab_size=vocab_size, n_rows=rows.n_rows)[0], files)
+    resolved, _ = auto.resolve(run, vocab_size=vocab_size, n_rows=rows.n_rows)
+    return Trainer(resolved, rows, files.meta["vocab_size"])
 
 
 def hugging_face(model: dict[str, int], vocab_size: int, rate: float = 0.2) -> Any:

@@ -26,9 +26,10 @@ from typer.testing import CliRunner
 from gptlite.cli.main import app
 from gptlite.config.dropout import SITES, SitePlan
 from gptlite.config.run import RunConfig
-from gptlite.core.device import HALF, native_precisions
+from gptlite.core.device import native_precisions
 from gptlite.core.dropout import Dropout
 from gptlite.core.masks import MaskKeys, mask_keys, sample_keys
+from gptlite.core.precision import HALF
 from gptlite.runs import start
 from gptlite.runs.checkpoint import folder_name
 

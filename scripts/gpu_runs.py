@@ -81,7 +81,9 @@ def resolve_run(run: RunConfig) -> RunConfig:
 
 def make_trainer(run: RunConfig) -> Trainer:
     """As `gptlite train` makes it."""
-    return Trainer(resolve_run(run), prepare(run))
+    files = prepare(run)
+    rows = files.rows("train", run.model.context_length)
+    return Trainer(resolve_run(run), rows, files.meta["vocab_size"])
 
 
 def tokens_per_second(trainer: Trainer, n: int, warm: int = 3) -> float:

@@ -18,7 +18,7 @@ from torture_runs import Outcome, Workplace, digest, on_disk
 from gptlite import storage
 from gptlite.core import tensor_files
 from gptlite.core.train import Trainer
-from gptlite.data.batches import open_token_files
+from gptlite.data.token_files import open_token_files
 from gptlite.errors import CheckpointError, DataError
 from gptlite.runs import checkpoint
 

@@ -15,8 +15,10 @@ from gptlite.config.dropout import SITES, DropoutConfig
 from gptlite.config.reader import validate
 from gptlite.config.run import RunConfig
 from gptlite.config.strict_yaml import Document
-from gptlite.data.batches import TokenFiles
+from gptlite.core.train import Trainer
+from gptlite.core.world import ALONE, World
 from gptlite.data.prepare import prepare
+from gptlite.data.token_files import TokenFiles
 from gptlite.runs.checkpoint import State
 from gptlite.studies import study
 
@@ -102,6 +104,11 @@ class Workshop:
 
     def files(self, **sections: Any) -> TokenFiles:
         return prepare(self.run(**sections))
+
+
+def trainer_on(run: RunConfig, files: TokenFiles, world: World = ALONE) -> Trainer:
+    rows = files.rows("train", run.model.context_length)
+    return Trainer(run, rows, files.meta["vocab_size"], world)
 
 
 @pytest.fixture

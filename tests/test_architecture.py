@@ -16,7 +16,7 @@ PACKAGE = ROOT / "gptlite"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 FLOORS = (
-    "errors keys storage digests locks terminal machine",
+    "errors words keys storage digests locks terminal machine",
     "config",
     "data",
     "core",
@@ -30,13 +30,13 @@ one package, import each other without a circle."""
 GROUND = frozenset(FLOORS[0].split())
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names.split()}
 TORCH_FREE = (
-    "cli config data interchange.foreign_config interchange.foreign_tokenizer interchange.hf_config "
-    "interchange.hf_tokenizer "
+    "cli config data interchange.foreign_config interchange.foreign_tokenizer "
+    "interchange.hf_config interchange.hf_tokenizer "
     "report runs.directory runs.interrupts runs.launch runs.origin runs.results studies.config "
     "studies.queue"
 )
 """Packages and modules that describe; those on the lowest floor do too."""
-CORE_FILES, CORE_LINES = 18, 2600
+CORE_FILES, CORE_LINES = 18, 2800
 """At most to read for who wants to understand core/train.py with all that it imports."""
 UNPICKLERS = {"pickle", "_pickle", "shelve", "marshal", "dill", "cloudpickle", "joblib", "code"}
 ONLY_IN = {
@@ -74,7 +74,7 @@ run = validate(Document({
     "train": {"max_steps": 60, "batch_size": 8, "micro_batch_size": 8, "recompute": False},
 }))
 files = prepare(run)
-trainer = Trainer(run, files)
+trainer = Trainer(run, files.rows("train", 16), files.meta["vocab_size"])
 for update in trainer.updates(trainer.max_steps):
     pass
 batches = files.rows("val", 16).sweep(8, None)

@@ -269,7 +269,7 @@ def test_the_command_fails_on_a_dead_site(
 
     original = planning.plan_run
 
-    def plan_run(run: RunConfig, world_size: int) -> planning.Planned:
+    def plan_run(run: RunConfig, world_size: int, own: Any) -> planning.Planned:
         planned = original(run, world_size)
         dead(planned.rows, planned.model)
         return planned

@@ -183,7 +183,7 @@ def test_thousands_of_unknown_keys_are_told_one_by_one() -> None:
 def test_a_config_error_needs_no_torch() -> None:
     Path("train.yaml").write_text(BASE + "optim:\n  lr: abc\n")
     code = (
-        "import sys\nfrom gptlite.cli import app\n"
+        "import sys\nfrom gptlite.cli.main import app\n"
         "for command in ('train', 'prepare', 'plan'):\n"
         "    try: app([command, '--config', 'train.yaml'])\n"
         "    except SystemExit as error: assert error.code == 2\n"
@@ -204,7 +204,7 @@ BAD_TEXT: dict[str, tuple[str | None, str]] = {
 }
 WITHOUT_TORCH = """
 import json, sys
-from gptlite.cli import app
+from gptlite.cli.main import app
 for arguments in json.loads(sys.argv[1]):
     try: app(arguments)
     except SystemExit as error: assert error.code == 2, error.code
@@ -338,7 +338,7 @@ def test_damaged_token_files_say_what_to_do(name: str, harm: Any, why: str) -> N
 def test_two_byte_ids_are_refused_for_a_vocabulary_of_four(monkeypatch: pytest.MonkeyPatch) -> None:
     ranks = {bytes([i]): i for i in range(256)}
     large = tokenizers.BPETokenizer("tiktoken", "large", tokenizers.GPT2_PATTERN, ranks, 100_256)
-    monkeypatch.setattr(prepare.tokenizer, "pretrained", lambda name: large)
+    monkeypatch.setattr(prepare.tokenizers, "pretrained", lambda name: large)
     Path("ids").mkdir()
     for name in ("train", "val"):
         np.arange(101, dtype="<u2").tofile(Path("ids") / f"{name}.bin")

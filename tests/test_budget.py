@@ -8,7 +8,7 @@ from conftest import Workshop
 
 from gptlite.config.reader import read_layers
 from gptlite.config.strict_yaml import Document
-from gptlite.data.batches import TokenFiles
+from gptlite.data.token_files import TokenFiles
 from gptlite.planning import budget
 from gptlite.planning.budget import Budget, Fit, Rung, climb, fit, guess_fit, make_rung
 from gptlite.planning.rehearsal import Costs, EvaluationPace

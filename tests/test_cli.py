@@ -54,7 +54,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_help_needs_no_torch(command: list[str]) -> None:
     code = (
-        "import sys\nfrom gptlite.cli import app\n"
+        "import sys\nfrom gptlite.cli.main import app\n"
         f"try: app({[*command, '--help']!r})\n"
         "except SystemExit as e: assert not e.code\n"
         "assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
@@ -96,13 +96,13 @@ def test_a_resumed_run_equals_the_uninterrupted_one(trained: Path, tmp_path: Pat
     config = trained.parent / "tiny.yaml"
     half, rest = tmp_path / "half", ["--config", str(config), "--out-dir"]
     script = (
-        "from gptlite import session\nold = session.Session.train\n"
+        "from gptlite.runs import session\nold = session.Session.train\n"
         "def train(self):\n"
         "    made = self.trainer.updates\n"
         "    self.trainer.updates = lambda until: made(4)\n"
         "    old(self)\n    self.save()\n    raise KeyboardInterrupt\n"
         "session.Session.train = train\n"
-        "from gptlite.cli import app\n"
+        "from gptlite.cli.main import app\n"
         f"app(['train', *{rest!r}, {str(half)!r}])"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)

@@ -14,17 +14,8 @@ from hypothesis import strategies as st
 from gptlite import locks, machine
 from gptlite.data import encoding, prepare, readers, tokenizers, workers
 from gptlite.data import parts as shards
-from gptlite.data.batches import (
-    IGNORED,
-    Batch,
-    Documents,
-    Layout,
-    Stream,
-    TokenFiles,
-    batch_at,
-    open_token_files,
-    token_dtype,
-)
+from gptlite.data.batches import IGNORED, Batch, Documents, Layout, Stream, batch_at
+from gptlite.data.token_files import TokenFiles, open_token_files, token_dtype
 from gptlite.errors import DataError
 from gptlite.keys import key, permuted, uniform
 

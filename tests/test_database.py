@@ -12,12 +12,13 @@ from conftest import RATES, Bench
 from typer.testing import CliRunner
 
 from gptlite.cli.main import app
-from gptlite.errors import ConfigError, StorageError, UserError, passwords, without_passwords
+from gptlite.errors import ConfigError, StorageError, UserError
 from gptlite.runs import directory
 from gptlite.studies import study
 from gptlite.studies.config import read_study
 from gptlite.studies.database import Place
 from gptlite.studies.queue import Queue
+from gptlite.words import passwords, without_passwords
 
 optuna = pytest.importorskip("optuna", reason="the study extra is not installed")
 sqlalchemy = pytest.importorskip("sqlalchemy", reason="the study extra is not installed")

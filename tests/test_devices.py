@@ -404,7 +404,7 @@ def test_ranks_take_what_all_of_them_have(
 
 def test_ranks_measure_in_what_all_of_them_have(workshop: Workshop) -> None:
     run = workshop.run(dtype="bfloat16")
-    one = Trained(run, *([None] * 3), problems=[], notes=[])  # type: ignore[call-arg]
+    one = Trained(run, *([None] * 5), problems=[], notes=[])  # type: ignore[call-arg]
     assert trained.alike(one, Unlike("bfloat16")) is one
     unlike = trained.alike(one, Unlike("float32"))
     assert unlike.run.dtype == "float32"

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Workshop
+from conftest import Workshop, trainer_on
 from ranks import NOISE, begun, ended, together
 
 from gptlite.config.dropout import SITES
@@ -87,7 +87,7 @@ def test_any_number_of_ranks_comes_to_the_losses_of_one(
 def dropped(run: RunConfig, workshop: Workshop, world: World) -> list[list[str]]:
     """Of two updates, for each row of the batch that this rank has, what was in it and fell."""
     resolved, _ = resolved_alike(run, workshop.files(), World(world.size), {"float32"})
-    trainer = Trainer(resolved, workshop.files(), world)
+    trainer = trainer_on(resolved, workshop.files(), world)
     seen: list[list[bytes]] = []
 
     def note(module: Any, inputs: Any, output: torch.Tensor) -> None:

@@ -36,12 +36,13 @@ from gptlite.core.optim import lr_at
 from gptlite.core.weights import model_tensors
 from gptlite.data import tokenizers
 from gptlite.data.batches import Batch, Ids, batch_at
-from gptlite.errors import CheckpointError, ConfigError, DataError, visible
+from gptlite.errors import CheckpointError, ConfigError, DataError
 from gptlite.runs import checkpoint
 from gptlite.runs.checkpoint import FILES
 from gptlite.runs.metrics import MetricsFile
 from gptlite.runs.origin import load_run
 from gptlite.storage import Disk
+from gptlite.words import visible
 
 SMALL = ModelConfig(n_layer=1, n_head=1, n_embd=4, context_length=4)
 CONFIGS = [path.read_bytes() for path in sorted(Path("configs").glob("*.yaml"))]

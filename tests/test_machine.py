@@ -292,7 +292,7 @@ import platform, sys
 lacking = "fcntl resource termios tty pty pwd grp readline"
 sys.modules |= dict.fromkeys(lacking.split())
 platform.system = lambda: "Windows"
-from gptlite.cli import main
+from gptlite.cli.main import main
 main()
 """
 
@@ -306,7 +306,7 @@ COUNT_THREADS = """
 import json, os, sys
 os.sched_setaffinity(0, list(os.sched_getaffinity(0))[:1])
 import torch
-from gptlite.cli import main
+from gptlite.cli.main import main
 found = []
 for arguments in json.loads(sys.argv[1]):
     torch.set_num_threads(3)  # whatever it would take by itself

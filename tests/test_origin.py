@@ -17,8 +17,8 @@ from gptlite.cli.main import app
 from gptlite.config.run import RunConfig
 from gptlite.core import tensor_files
 from gptlite.core.weights import model_tensors
-from gptlite.data.batches import TokenFiles
 from gptlite.data.prepare import prepare
+from gptlite.data.token_files import TokenFiles
 from gptlite.errors import ConfigError, DataError
 from gptlite.runs import origin
 from gptlite.runs.export import export
@@ -164,7 +164,7 @@ def test_documents_are_parted_by_what_the_model_ends_with(first: Path, desk: Des
     several = desk.folder / "several.jsonl"
     several.write_text("".join(json.dumps({"text": prose(40, seed=i)}) + "\n" for i in range(50)))
     run = load_run([str(desk.config(hugging_face, data={"source": str(several)}))])
-    files = prepare(run)
+    files = prepare_with_origin(run)
     counts = {i: int((files.tokens("train") == i).sum()) for i in (n - 1, n, n + 1)}
     assert counts[n + 1] > 40
     assert (counts[n - 1], counts[n], files.meta["vocab_size"]) == (0, 0, n + 2)

@@ -8,6 +8,7 @@ from conftest import Workshop
 from gptlite.config.run import RunConfig
 from gptlite.core.model import GPT
 from gptlite.core.train import Trainer
+from gptlite.data.token_files import TokenFiles
 from gptlite.planning import plan as planning
 from gptlite.planning.plan import make_plan, plan_run, plan_table
 from gptlite.planning.rehearsal import EvaluationPace, Pace
@@ -19,7 +20,7 @@ def _paces(monkeypatch: pytest.MonkeyPatch) -> None:
     def time_updates(trainer: Trainer) -> Pace:
         return Pace(2.0, 4)
 
-    def time_evaluation(trainer: Trainer) -> EvaluationPace:
+    def time_evaluation(trainer: Trainer, files: TokenFiles) -> EvaluationPace:
         return EvaluationPace(1.0, 64)
 
     monkeypatch.setattr(planning, "time_updates", time_updates)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Workshop
+from conftest import Workshop, trainer_on
 from typer.testing import CliRunner
 
 from gptlite import locks
@@ -135,7 +135,7 @@ def test_a_compiled_run_goes_on_where_there_is_no_compiler(
 def test_a_run_does_not_stand_on_the_file_it_came_from(workshop: Workshop, trained: Path) -> None:
     """What safetensors reads is mapped; a file that changes meanwhile must not change the run."""
     found = checkpoint.chosen(trained, "last")
-    resumed = Trainer(load_run([str(trained / "config.yaml")]), workshop.files())
+    resumed = trainer_on(load_run([str(trained / "config.yaml")]), workshop.files())
     checkpoint.restore(resumed, found)
     before = {
         k: v.clone() for part in checkpoint.tensors_of(resumed).values() for k, v in part.items()

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import EVERYWHERE, Workshop
+from conftest import EVERYWHERE, Workshop, trainer_on
 from ranks import begun, ended, together
 from test_resume import poison, timeless, weights
 from test_train import trainer
@@ -19,9 +19,9 @@ from test_train import trainer
 from gptlite import storage
 from gptlite.config.run import RunConfig
 from gptlite.core import device as devices
-from gptlite.core import scaling
+from gptlite.core import precision as scaling
 from gptlite.core.optim import OPTIMIZERS
-from gptlite.core.scaling import FIRST_SCALE, LossScaler, Scale
+from gptlite.core.precision import FIRST_SCALE, LossScaler, Scale
 from gptlite.core.train import Trainer
 from gptlite.core.world import World
 from gptlite.errors import CheckpointError, ConfigError, DivergedError
@@ -317,7 +317,7 @@ def updated(run: RunConfig, workshop: Workshop, scale: float, world: World) -> A
     weights."""
     scaling.FIRST_SCALE = scale
     resolved, _ = resolved_alike(run, workshop.files(), World(world.size), {"float32"})
-    one = Trainer(resolved, workshop.files(), world)
+    one = trainer_on(resolved, workshop.files(), world)
     losses = [update.loss for update in one.updates(24)]
     raw = b"".join(p.detach().numpy().tobytes() for p in one.parameters)
     state = one.scaler.state()

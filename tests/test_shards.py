@@ -26,13 +26,8 @@ from gptlite import machine, storage
 from gptlite.config.run import RunConfig
 from gptlite.data import parts as shards
 from gptlite.data import prepare, tokenizers, workers
-from gptlite.data.batches import (
-    Joined,
-    TokenFiles,
-    batch_at,
-    open_token_files,
-    places_of,
-)
+from gptlite.data.batches import Joined, batch_at, places_of
+from gptlite.data.token_files import TokenFiles, open_token_files
 from gptlite.errors import DataError, StorageError, UserError
 
 EVERY_FILE = {"LARGE_BYTES": 1, "PART_BYTES": 0, "MOST_PARTS": 1 << 20}
@@ -510,10 +505,12 @@ def test_results_are_in_the_order_of_the_jobs(tmp_path):
 
 COMMAND = """
 import os
-from gptlite import machine, shards, workers
+from gptlite import machine
+from gptlite.data import parts as shards
+from gptlite.data import workers
 shards.LARGE_BYTES, shards.PART_BYTES = 1, 1 << 20
 machine.count_cores = lambda: 2
-from gptlite.cli import main
+from gptlite.cli.main import main
 main()
 """
 

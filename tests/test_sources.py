@@ -259,7 +259,7 @@ def test_a_list_is_read_in_the_order_given(workshop, write):
         ("table.npz", ".npz is not text"),
         ("a.txt/b.txt", "Not a directory"),
         ("a" * 300, "File name too long"),
-        ("a\0.txt", "null"),
+        ("a\0.txt", "NUL"),
     ],
 )
 def test_a_source_that_cannot_be_read_is_one_line_that_names_it(workshop, write, source, why):

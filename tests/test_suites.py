@@ -324,7 +324,7 @@ OTHER_THREADS = """
 import os, types
 import numpy as np
 import torch
-from gptlite import calibration, importance
+from gptlite.measure import calibration; from gptlite.measure import importance
 torch.set_num_threads(1)
 
 def seconds(): # of each thread of this process

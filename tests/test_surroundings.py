@@ -134,7 +134,7 @@ def test_too_little_memory_is_one_line(
     def fail(*args: Any) -> None:
         raise error
 
-    monkeypatch.setattr("gptlite.config.reader.load_run", fail)
+    monkeypatch.setattr("gptlite.runs.origin.load_run", fail)
     result = CliRunner().invoke(app, ["config", "check", "-c", "debug"])
     assert result.exit_code == 1
     (line,) = result.stderr.splitlines()

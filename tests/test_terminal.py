@@ -12,7 +12,7 @@ import yaml
 from test_bad_input import invoke
 
 from gptlite.cli.main import app
-from gptlite.errors import CONTROL, visible
+from gptlite.words import CONTROL, visible
 
 ESCAPES = "\x1b[31m\x1b]0;title\x07\x9b2J\r\x08\x7f"
 SHOWN = r"\x1b[31m\x1b]0;title\x07\x9b2J\r\x08\x7f"

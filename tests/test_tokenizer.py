@@ -421,7 +421,7 @@ def test_a_process_learns_the_same_bpe(monkeypatch, capsys):
 
 INTERRUPTED = """
 import _thread, sys, threading, time
-from gptlite import bpe, workers
+from gptlite.data import bpe; from gptlite.data import workers
 
 def begin(worker, *job):
     hand_over(worker, *job)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Workshop, prose, state_at
+from conftest import Workshop, prose, state_at, trainer_on
 
 from gptlite.config.run import RunConfig
 from gptlite.core.evaluate import byte_lengths, measure, nats_of
@@ -27,7 +27,7 @@ def trainer(run: RunConfig) -> Trainer:
     files = prepare(run)
     n_rows = files.rows("train", run.model.context_length).n_rows
     resolved, _ = auto.resolve(run, vocab_size=files.meta["vocab_size"], n_rows=n_rows)
-    return Trainer(resolved, files)
+    return trainer_on(resolved, files)
 
 
 def weights(one: Trainer) -> dict[str, torch.Tensor]:
@@ -91,9 +91,9 @@ def test_what_happens_between_updates_changes_nothing(workshop: Workshop) -> Non
     quiet, busy = trainer(run), trainer(run)
     for _ in quiet.updates(6):
         pass
-    lengths = byte_lengths(busy.files.tokenizer)
+    lengths = byte_lengths(workshop.files().tokenizer)
     for _ in busy.updates(6):
-        val = busy.files.rows("val", run.model.context_length).sweep(8)
+        val = workshop.files().rows("val", run.model.context_length).sweep(8)
         measure(busy.model, val, busy.run, lengths)
         torch.rand(7)
     assert equal(quiet, busy)
@@ -167,11 +167,11 @@ def test_a_known_source_is_learned_to_its_entropy_and_not_below(workshop: Worksh
         optim={"lr": 1e-2, "min_lr": 1e-4, "warmup_steps": 20},
         train={"max_steps": 300, "batch_size": 32},
     )
-    one = trainer(run)
+    one, files = trainer(run), prepare(run)
     for _ in one.updates(300):
         pass
-    val = one.files.rows("val", 32).sweep(64)
-    result = measure(one.model, val, one.run, byte_lengths(one.files.tokenizer)).report()
+    val = files.rows("val", 32).sweep(64)
+    result = measure(one.model, val, one.run, byte_lengths(files.tokenizer)).report()
     noise = 3 * result["loss_standard_error"]
     assert entropy - noise <= result["loss"] <= entropy + 0.02
 

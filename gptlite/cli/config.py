@@ -8,8 +8,8 @@ import typer
 
 from gptlite.cli.options import ConfigFiles, Json, Overrides
 from gptlite.cli.printing import print_json
-from gptlite.errors import visible
 from gptlite.terminal import user_errors
+from gptlite.words import visible
 
 config_app = typer.Typer(help="Look at configs without running them.", no_args_is_help=True)
 

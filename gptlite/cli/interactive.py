@@ -16,8 +16,9 @@ from pydantic import ValidationError
 
 from gptlite.config.run import SampleConfig
 from gptlite.config.strict_yaml import plain
-from gptlite.errors import UserError, visible
+from gptlite.errors import UserError
 from gptlite.terminal import in_colour
+from gptlite.words import visible
 
 HELP = (
     "a line is continued; an empty one goes on from there; :again tries once more; "

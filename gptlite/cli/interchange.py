@@ -7,8 +7,8 @@ import typer
 
 from gptlite.cli.options import CheckpointOption, RunOption, Verbose
 from gptlite.cli.printing import tell_passed_over
-from gptlite.errors import visible
 from gptlite.terminal import tell, user_errors
+from gptlite.words import visible
 
 
 def export(

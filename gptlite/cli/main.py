@@ -10,7 +10,6 @@ from typing import Annotated
 
 import typer
 
-from gptlite import __version__
 from gptlite.cli.config import config_app
 from gptlite.cli.interchange import export, import_
 from gptlite.cli.options import (
@@ -22,13 +21,15 @@ from gptlite.cli.options import (
     RunOption,
     Verbose,
     examples,
+    print_version,
     words,
 )
 from gptlite.cli.printing import print_json, print_results, stream, tell_passed_over
 from gptlite.distributed.torchrun import entered, refuse_ranks
-from gptlite.errors import ConfigError, UserError, at_step, visible
+from gptlite.errors import ConfigError, UserError, at_step
 from gptlite.machine import let_waiting_threads_sleep
 from gptlite.terminal import leave_when_terminated, tell, tell_lines, user_errors
+from gptlite.words import visible
 
 app = typer.Typer(
     name="gptlite",
@@ -41,17 +42,12 @@ app = typer.Typer(
 app.add_typer(config_app, name="config")
 
 
-def version(asked: bool) -> None:
-    if asked:
-        print(f"gptlite {__version__}")
-        raise typer.Exit
-
-
 @app.callback()
 def main_options(
     context: typer.Context,
     version: Annotated[
-        bool, typer.Option("--version", callback=version, is_eager=True, help="Print the version.")
+        bool,
+        typer.Option("--version", callback=print_version, is_eager=True, help="Print the version."),
     ] = False,
 ) -> None:
     if context.invoked_subcommand not in ("train", "eval"):

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from gptlite import __version__
+
 EXAMPLES = {
     "train": (
         "gptlite train --config quickstart",
@@ -91,3 +93,9 @@ Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show tracebacks.
 def words(text: str) -> list[str]:
     """The parts of a comma list."""
     return text.replace(" ", "").split(",")
+
+
+def print_version(asked: bool) -> None:
+    if asked:
+        print(f"gptlite {__version__}")
+        raise typer.Exit

@@ -5,9 +5,9 @@ import re
 import sys
 from typing import Any
 
-from gptlite.errors import visible
 from gptlite.runs.results import scalars
 from gptlite.terminal import tell
+from gptlite.words import visible
 
 
 def print_json(value: Any) -> None:

@@ -3,7 +3,6 @@
 Shapes: B samples, T positions, S positions of keys, H heads, C features, D per head, F in the MLP.
 """
 
-from collections.abc import Iterator
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Discriminator, Field, Tag
@@ -205,41 +204,3 @@ class DropoutConfig(Section):
         if self.masks == "native":
             return tuple(site for site, rate in self.rates().items() if rate > 0)
         return self.fused_sites(kernel)
-
-
-def dropout_contradictions(dropout: DropoutConfig, n_layer: int) -> Iterator[tuple[str, str]]:
-    """(key below `dropout`, problem) for all that no single field can know."""
-    if dropout.preset == "none" and dropout.rate:
-        yield "rate", f"{dropout.rate} has no effect: preset none has no sites"
-    for name, kind in SITES.items():
-        site = dropout.site(name)
-        whole = f"{name} drops {'layers' if name == 'layer' else name + 's'} whole"
-        if site.granularity is not None and not kind.by_feature:
-            yield f"sites.{name}.granularity", f"means nothing here: {whole}"
-        if site.scale is not None and name != "layer":
-            yield f"sites.{name}.scale", "only layer has it"
-        if site.profile is not None and not kind.per_layer:
-            yield f"sites.{name}.profile", f"means nothing here: {name} is in no layer"
-        elif isinstance(site.profile, tuple) and len(site.profile) != n_layer:
-            why = f"has {len(site.profile)} values for model.n_layer {n_layer}"
-            yield f"sites.{name}.profile", why
-        elif isinstance(site.profile, tuple) and not any(site.profile):
-            yield f"sites.{name}.profile", "is 0 in every layer, so that the rate reaches nothing"
-        at = f"sites.{name}.rate" if isinstance(getattr(dropout.sites, name), SiteConfig) else None
-        yield from inexact(at or f"sites.{name}", site.rate)
-    yield from inexact("rate", None if dropout.rate == "auto" else dropout.rate)
-    schedule = dropout.schedule
-    if schedule.mode == "late" and schedule.until == 1:
-        yield "schedule.until", "mode late until 1.0 would never drop; give a smaller fraction"
-    if schedule.mode == "early" and schedule.shape == "constant" and schedule.until == 1:
-        yield "schedule.until", "mode early until 1.0 would never end; give a smaller fraction"
-    if schedule.mode == "standard" and schedule.shape == "constant" and schedule.until != 1:
-        why = f"{schedule.until} has no effect in mode standard with shape constant"
-        yield "schedule.until", why
-
-
-def inexact(key: str, rate: float | None) -> Iterator[tuple[str, str]]:
-    """Rates that 16 bits would turn into never or always."""
-    if rate and not 0 < round(rate * RATES) < RATES:
-        extreme = "never" if rate < 0.5 else "always"
-        yield key, f"{rate:g} would {extreme} drop: rates are multiples of 1/{RATES}"

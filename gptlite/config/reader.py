@@ -16,10 +16,12 @@ import yaml
 from pydantic import ValidationError
 
 from gptlite.config import strict_yaml
-from gptlite.config.run import RunConfig, SampleConfig, contradictions, training_needs
+from gptlite.config.contradictions import contradictions, training_needs
+from gptlite.config.run import RunConfig, SampleConfig
 from gptlite.config.strict_yaml import Document, Path_, problem_line
 from gptlite.config.wording import explain, run_schema
-from gptlite.errors import ConfigError, did_you_mean
+from gptlite.errors import ConfigError
+from gptlite.words import did_you_mean
 
 # Setting one of these in a later layer takes back the other of an earlier one.
 REPLACES = {

@@ -12,7 +12,7 @@ from typing import Any
 
 from gptlite.config.run import RunConfig
 from gptlite.config.strict_yaml import Document, Path_, plain
-from gptlite.errors import did_you_mean
+from gptlite.words import did_you_mean
 
 FOREIGN = {
     "block_size": "model.context_length",

@@ -6,7 +6,6 @@ Whoever asks names the device that will be used; what is emulated in software do
 import platform
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -15,12 +14,11 @@ import torch
 from gptlite import machine
 from gptlite.config.run import RunConfig
 from gptlite.core import loops
+from gptlite.core.precision import HALF
 from gptlite.core.world import World
 from gptlite.errors import ConfigError
 
 GIB = 1 << 30
-HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-"""Precisions of 16 bits, by their name in a config."""
 X86 = ("x86_64", "AMD64")
 
 
@@ -157,13 +155,6 @@ def adapt(run: RunConfig, own: set[str] | None = None) -> tuple[RunConfig, list[
     changed = {"device": device, "dtype": dtype, "attention": attention}
     train = run.train.model_copy(update={"threads": threads})
     return run.model_copy(update={**changed, "train": train}), notes
-
-
-def precision(run: RunConfig) -> AbstractContextManager[Any]:
-    """Where matrix products take the precision that the resolved run names."""
-    if run.dtype not in HALF:
-        return nullcontext()
-    return torch.autocast(torch.device(run.device).type, HALF[run.dtype])
 
 
 def usable_threads() -> int:

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from gptlite.config.run import RunConfig
-from gptlite.core.device import GIB, memory_bytes, precision
+from gptlite.core.device import GIB, memory_bytes
 from gptlite.core.dropout import evaluating
 from gptlite.core.loss import nats_of
 from gptlite.core.masks import sample_keys
-from gptlite.core.model import GPT
+from gptlite.core.model import GPT, to_device
+from gptlite.core.precision import precision
 from gptlite.core.world import ALONE, World, grouped
 from gptlite.data import tokenizers
 from gptlite.data.batches import IGNORED, Batch
@@ -109,12 +110,6 @@ def byte_lengths(text: Tokenizer, counts: Mapping[str, int] | None = None) -> Te
     return lengths
 
 
-def tensors(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
-    real = None if batch.real is None or batch.real.all() else torch.from_numpy(batch.real)
-    inputs, targets = torch.from_numpy(batch.inputs), torch.from_numpy(batch.targets)
-    return inputs.to(device), targets.to(device), None if real is None else real.to(device)
-
-
 @torch.no_grad()
 def measure(
     model: GPT,
@@ -188,7 +183,7 @@ def dealt(
             if place != own:
                 yield batch, None
                 continue
-            inputs, _, real = tensors(batch, device)
+            inputs, _, real = to_device(batch, device)
             if dropout_active:  # native masks: those of this batch, at each call and in any rank
                 torch.manual_seed(key(run.seed, "evaluation", number * world.size + place) >> 1)
             samples = sample_keys(run.seed, 0, rows).to(device) if dropout_active else None

@@ -22,6 +22,7 @@ from gptlite.core.dropout import Dropout, SiteMaker, site_maker
 from gptlite.core.kernels import Linear, causal_attention, fits, gelu, read, reads_one
 from gptlite.core.loss import total_nats
 from gptlite.core.masks import MaskKeys, mask_keys
+from gptlite.data.batches import Batch
 from gptlite.keys import key
 
 ROPE_BASE = 10_000.0
@@ -358,3 +359,10 @@ def init_weights(model: GPT, seed: int) -> None:
             std = 0.02 / math.sqrt(2 * model.config.n_layer) if residual else 0.02
             std = 1.0 if model.config.init == "torch" else std
             nn.init.normal_(parameter, std=std, generator=generator)
+
+
+def to_device(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Inputs, targets, and which of them are real (None: all), each (B, T)."""
+    real = None if batch.real is None or batch.real.all() else torch.from_numpy(batch.real)
+    inputs, targets = torch.from_numpy(batch.inputs), torch.from_numpy(batch.targets)
+    return inputs.to(device), targets.to(device), None if real is None else real.to(device)

@@ -13,7 +13,6 @@ import torch
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from gptlite.config.run import RunConfig
-from gptlite.core.device import precision
 from gptlite.core.dropout import (
     check_every_rate_acts,
     live_sites,
@@ -21,14 +20,13 @@ from gptlite.core.dropout import (
     set_strength,
     strength_at,
 )
-from gptlite.core.evaluate import tensors
 from gptlite.core.masks import sample_keys
-from gptlite.core.model import GPT
+from gptlite.core.model import GPT, to_device
 from gptlite.core.optim import Optimizer, lr_at
-from gptlite.core.scaling import LossScaler, Scale
+from gptlite.core.precision import LossScaler, Scale, precision
 from gptlite.core.weights import fill, model_tensors
 from gptlite.core.world import ALONE, World
-from gptlite.data.batches import Batch, TokenFiles, batch_at
+from gptlite.data.batches import Batch, Layout, batch_at
 from gptlite.errors import CheckpointError, DivergedError
 from gptlite.keys import key
 
@@ -67,16 +65,15 @@ class Trainer:
     Of several ranks each computes its rows of every batch; their gradients are added up.
     """
 
-    def __init__(self, run: RunConfig, files: TokenFiles, world: World = ALONE) -> None:
-        self.run, self.files, self.world = run, files, world
+    def __init__(self, run: RunConfig, rows: Layout, vocab_size: int, world: World = ALONE) -> None:
+        self.run, self.rows, self.world = run, rows, world
         self.device = world.device(run)
         each = run.train.batch_size // world.size
         self.own = slice(each * world.rank, each * (world.rank + 1))
         """The rows of a batch that this rank computes."""
-        self.rows = files.rows("train", run.model.context_length)
         self.max_steps = run.planned_steps(self.rows.n_rows)
         self.trained_length = run.model.reached(self.rows.length)
-        self.model = GPT.of_run(run, files.meta["vocab_size"])
+        self.model = GPT.of_run(run, vocab_size)
         self.model.to(self.device).train()
         self.rates = {site: rate for site, rate in run.dropout.rates().items() if rate > 0}
         check_every_rate_acts(self.model, self.rates)
@@ -145,7 +142,7 @@ class Trainer:
         total = torch.zeros((), device=self.device)
         for start in range(self.own.start, stop, size):
             rows = np.arange(start, min(start + size, stop))
-            inputs, targets, real = tensors(batch.part(start, rows[-1] + 1), self.device)
+            inputs, targets, real = to_device(batch.part(start, rows[-1] + 1), self.device)
             samples = sample_keys(self.run.seed, self.step, rows).to(self.device)
             if self.native:
                 torch.manual_seed(key(self.run.seed, "dropout", self.step, start) >> 1)

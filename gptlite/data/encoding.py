@@ -22,9 +22,9 @@ from tqdm import tqdm
 from gptlite import machine
 from gptlite.config.run import RunConfig
 from gptlite.data import readers, tokenizers
-from gptlite.data.batches import token_dtype
 from gptlite.data.readers import Chunk
 from gptlite.data.split import choose_documents
+from gptlite.data.token_files import token_dtype
 from gptlite.data.tokenizers import Tokenizer
 from gptlite.data.unknown import count_unknown, place_of
 from gptlite.errors import DataError, UnknownCharacter

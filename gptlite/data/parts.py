@@ -26,7 +26,6 @@ import numpy as np
 from gptlite import locks, machine, storage
 from gptlite.config.run import RunConfig
 from gptlite.data import tokenizers, workers
-from gptlite.data.batches import part_name
 from gptlite.data.encoding import (
     Cut,
     Moved,
@@ -41,6 +40,7 @@ from gptlite.data.encoding import (
     read,
     with_progress,
 )
+from gptlite.data.token_files import part_name
 from gptlite.data.tokenizers import Tokenizer
 from gptlite.errors import DataError
 from gptlite.terminal import tell

@@ -27,7 +27,6 @@ from gptlite import locks, storage
 from gptlite.config.run import RunConfig
 from gptlite.data import parts as shards
 from gptlite.data import sources, tokenizers
-from gptlite.data.batches import TokenFiles, check_ids, open_token_files, token_dtype
 from gptlite.data.encoding import (
     Scan,
     cut_of,
@@ -42,6 +41,7 @@ from gptlite.data.encoding import (
 )
 from gptlite.data.parts import SPLITS
 from gptlite.data.split import is_near
+from gptlite.data.token_files import TokenFiles, check_ids, open_token_files, token_dtype
 from gptlite.data.tokenizers import Tokenizer
 from gptlite.data.unknown import tell_lost
 from gptlite.digests import Looks, looks, unchanged

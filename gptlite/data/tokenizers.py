@@ -21,7 +21,8 @@ from gptlite import storage
 from gptlite.config.run import TokenizerConfig
 from gptlite.data import bpe
 from gptlite.data.marks import NO_MARKS, Marks
-from gptlite.errors import ConfigError, DataError, UnknownCharacter, did_you_mean
+from gptlite.errors import ConfigError, DataError, UnknownCharacter
+from gptlite.words import did_you_mean
 
 UNKNOWN = get_args(TokenizerConfig.model_fields["unknown"].annotation)
 EOT = "<|endoftext|>"

@@ -17,11 +17,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gptlite.config.run import RunConfig
-from gptlite.core.device import precision
 from gptlite.core.dropout import evaluating
-from gptlite.core.evaluate import tensors
 from gptlite.core.masks import sample_keys
-from gptlite.core.model import GPT
+from gptlite.core.model import GPT, to_device
+from gptlite.core.precision import precision
 from gptlite.data.batches import IGNORED, Batch
 from gptlite.errors import DivergedError
 from gptlite.keys import key
@@ -48,7 +47,7 @@ def guesses(model: GPT, batches: Iterable[Batch], run: RunConfig) -> Guesses:
     device, parts, n_rows = model.token_embedding.weight.device, [], 0
     with evaluating(model), precision(run):
         for batch in batches:
-            inputs, targets, real = tensors(batch, device)
+            inputs, targets, real = to_device(batch, device)
             scored = targets != IGNORED
             p = model(inputs, real)[scored].float().softmax(-1)  # (n, V)
             confidence, best = p.max(-1)
@@ -135,7 +134,7 @@ def mc_dropout(
     sums: dict[str, list[Tensor]] = {}
     n_rows = 0
     for batch in batches:
-        inputs, targets, real = tensors(batch, model.token_embedding.weight.device)
+        inputs, targets, real = to_device(batch, model.token_embedding.weight.device)
         rows = np.arange(n_rows, n_rows := n_rows + len(inputs))
 
         def predicted(number: int | None, args: Any = (inputs, real), rows: Any = rows) -> Tensor:

@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from gptlite.config.run import RunConfig
-from gptlite.core.device import precision
 from gptlite.core.dropout import evaluating
-from gptlite.core.evaluate import eval_rows, tensors
+from gptlite.core.evaluate import eval_rows
 from gptlite.core.loss import nats_of
-from gptlite.core.model import GPT, Block, Scene
+from gptlite.core.model import GPT, Block, Scene, to_device
+from gptlite.core.precision import precision
 from gptlite.data.batches import IGNORED, Batch
 from gptlite.errors import DivergedError
 from gptlite.keys import key, uniform
@@ -126,7 +126,7 @@ class Subject:
     def __init__(self, model: GPT, run: RunConfig, batch: Batch, watch: Any = quietly) -> None:
         self.model, self.run, self.watch = model, run, watch
         device = model.token_embedding.weight.device
-        self.ids, self.targets, self.real = tensors(batch, device)
+        self.ids, self.targets, self.real = to_device(batch, device)
         self.n_targets: Floats = (batch.targets != IGNORED).sum(1).astype(np.float64)
         self.at_once = max(1, TOKENS_AT_ONCE // self.ids.numel())
         self.rows_at_once = eval_rows(run, model.vocab_size)

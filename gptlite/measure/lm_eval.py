@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from gptlite.core.device import precision
 from gptlite.core.evaluate import eval_rows
 from gptlite.core.generate import Generation, encode_prompt, encoded
 from gptlite.core.language_model import LanguageModel
+from gptlite.core.precision import precision
 from gptlite.errors import ConfigError, DivergedError, UserError, at_step
 from gptlite.terminal import wants_bar
 

@@ -29,12 +29,14 @@ from gptlite.core.evaluate import (
 )
 from gptlite.core.language_model import LanguageModel
 from gptlite.core.world import ALONE, World, unlike_first
-from gptlite.data.batches import IGNORED, Batch, Layout, TokenFiles
-from gptlite.errors import ConfigError, DataError, at_step, did_you_mean
+from gptlite.data.batches import IGNORED, Batch, Layout
+from gptlite.data.token_files import TokenFiles
+from gptlite.errors import ConfigError, DataError, at_step
 from gptlite.measure import calibration, importance, knockout
 from gptlite.measure.intervals import Floats
 from gptlite.measure.knockout import ABLATIONS, KINDS, Subject
 from gptlite.terminal import wants_bar
+from gptlite.words import did_you_mean
 
 MOST_ROWS = 4096
 """Rows of the calibration suite."""

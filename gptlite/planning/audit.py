@@ -19,13 +19,11 @@ from torch import Tensor, nn
 
 from gptlite.config.dropout import RATES, SITES
 from gptlite.config.run import RunConfig
-from gptlite.core.device import HALF, precision
 from gptlite.core.dropout import Dropout, dropouts, evaluating, set_strength, strength_at
-from gptlite.core.evaluate import tensors
 from gptlite.core.loss import mean_nats
 from gptlite.core.masks import cut_of, mask_keys, sample_keys
-from gptlite.core.model import GPT, Attention
-from gptlite.core.scaling import LossScaler
+from gptlite.core.model import GPT, Attention, to_device
+from gptlite.core.precision import HALF, LossScaler, precision
 from gptlite.data.batches import Layout, batch_at
 from gptlite.errors import DivergedError
 
@@ -197,7 +195,7 @@ def audit(run: RunConfig, model: GPT, rows: Layout) -> dict[str, Any]:
     assert isinstance(run.train.micro_batch_size, int)
     batch, device = batch.part(0, run.train.micro_batch_size), torch.device(run.device)
     model.to(device).train()
-    inputs, targets, real = tensors(batch, device)
+    inputs, targets, real = to_device(batch, device)
 
     def logits(step: int = 0) -> Tensor:
         torch.manual_seed(step)  # for native masks; keyed ones have no generator

@@ -18,12 +18,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from gptlite.config.run import RunConfig, fused_cannot_drop
+from gptlite.config.contradictions import fused_cannot_drop
+from gptlite.config.run import RunConfig
 from gptlite.core import loops
-from gptlite.core.device import HALF, cost_of, pick_device, precisions, usable_threads, use_threads
+from gptlite.core.device import cost_of, pick_device, precisions, usable_threads, use_threads
 from gptlite.core.dropout import site_maker
 from gptlite.core.masks import mask_keys, sample_keys
 from gptlite.core.model import Block, Scene, angles
+from gptlite.core.precision import HALF
 from gptlite.core.world import ALONE, World
 from gptlite.errors import ConfigError
 from gptlite.planning import memory

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from gptlite.config.run import RunConfig
 from gptlite.config.strict_yaml import Document
-from gptlite.data.batches import TokenFiles
+from gptlite.data.token_files import TokenFiles
 from gptlite.planning import auto
 from gptlite.planning.plan import flops_per_token
 from gptlite.planning.rehearsal import Costs, make_idle_trainer, time_updates

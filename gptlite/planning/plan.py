@@ -8,8 +8,9 @@ from gptlite.config.run import RunConfig
 from gptlite.core.model import GPT
 from gptlite.core.train import Trainer
 from gptlite.core.world import World
-from gptlite.data.batches import Layout, TokenFiles
+from gptlite.data.batches import Layout
 from gptlite.data.prepare import prepare
+from gptlite.data.token_files import TokenFiles
 from gptlite.data.tokenizers import Tokenizer
 from gptlite.planning.audit import advice, site_plan, site_seconds
 from gptlite.planning.auto import check_ranks, check_warmup, resolve
@@ -57,7 +58,7 @@ def plan_run(run: RunConfig, world_size: int = 1, own: Tokenizer | None = None) 
     resolved, reasons = resolve(run, vocab_size=vocab_size, n_rows=rows.n_rows, world=world)
     trainer = make_idle_trainer(resolved.model_copy(update={"compile": False}), files, world)
     plan = make_plan(resolved, trainer.model, files, rows, reasons, world_size)
-    plan |= measure_time(trainer)
+    plan |= measure_time(trainer, files)
     for site in plan["dropout"]:
         cost = site_seconds(resolved, trainer.model, site) / world_size
         share = cost / plan["seconds_per_update"]
@@ -65,11 +66,13 @@ def plan_run(run: RunConfig, world_size: int = 1, own: Tokenizer | None = None) 
     return Planned(resolved, trainer.model, rows, plan)
 
 
-def measure_time(trainer: Trainer) -> dict[str, Any]:
+def measure_time(trainer: Trainer, files: TokenFiles) -> dict[str, Any]:
     """Seconds that a rank takes for an update and for an evaluation, and how many there are."""
-    run, files = trainer.run, trainer.files
+    run = trainer.run
     pace = time_updates(trainer)
-    evaluation = time_evaluation(trainer).whole(count_evaluated(run, files), trainer.rows.n_rows)
+    evaluation = time_evaluation(trainer, files).whole(
+        count_evaluated(run, files), trainer.rows.n_rows
+    )
     return {
         "seconds_per_update": pace.seconds,
         "timed_sequences": pace.n_rows,

@@ -23,7 +23,8 @@ from gptlite.core.evaluate import TRAIN_SUBSET_ROWS, byte_lengths, eval_rows, me
 from gptlite.core.generate import Generation
 from gptlite.core.train import Trainer
 from gptlite.core.world import ALONE, World
-from gptlite.data.batches import TokenFiles
+from gptlite.data.token_files import TokenFiles
+from gptlite.data.tokenizers import Tokenizer
 from gptlite.planning import auto
 from gptlite.planning.memory import keep_freed
 
@@ -78,7 +79,9 @@ def make_idle_trainer(run: RunConfig, files: TokenFiles, world: World = ALONE) -
     still = run.optim.model_copy(update={"lr": 0.0, "min_lr": 0.0})
     full = run.dropout.model_copy(update={"schedule": DropoutSchedule()})
     with keep_generators(torch.device(run.device)):
-        return Trainer(run.model_copy(update={"optim": still, "dropout": full}), files, world)
+        run = run.model_copy(update={"optim": still, "dropout": full})
+        rows = files.rows("train", run.model.context_length)
+        return Trainer(run, rows, files.meta["vocab_size"], world)
 
 
 def keep_generators(device: torch.device) -> AbstractContextManager[None]:
@@ -117,10 +120,10 @@ def step_optimizer(trainer: Trainer) -> None:
         torch.cuda.synchronize(trainer.device)
 
 
-def time_evaluation(trainer: Trainer, seconds: float = 0.5) -> EvaluationPace:
+def time_evaluation(trainer: Trainer, files: TokenFiles, seconds: float = 0.5) -> EvaluationPace:
     """The model measured on a few batches of its text, for so long; where that would take long, as
     with updates, on a few sequences."""
-    files, run = trainer.files, trainer.run
+    run = trainer.run
     n_rows, lengths = eval_rows(run, files.meta["vocab_size"]), byte_lengths(files.tokenizer)
 
     def per_pass(rows: int, count: int, seconds: float) -> float:
@@ -148,7 +151,8 @@ def time_save(trainer: Trainer) -> float:
 
     def save() -> None:
         storage.disk.make_folder(work)
-        for name, tensors in zip("ab", trainer.tensors(), strict=True):
+        names = ("model.safetensors", "optimizer.safetensors")
+        for name, tensors in zip(names, trainer.tensors(), strict=True):
             storage.disk.fill(work / name, partial(save_file, tensors))
             storage.disk.sync(work / name)
             storage.file_digest(work / name)
@@ -162,12 +166,12 @@ def time_save(trainer: Trainer) -> float:
         storage.discard(work)
 
 
-def time_sample(trainer: Trainer) -> float:
+def time_sample(trainer: Trainer, text: Tokenizer) -> float:
     """The run's own sample, as long as it may become: an untrained model often ends it early."""
     run, documents = trainer.run, trainer.run.data.layout == "documents"
     generation = Generation(
         trainer.model,
-        trainer.files.tokenizer,
+        text,
         run.sample.prompts,
         run.sample,
         seed=run.seed,
@@ -192,9 +196,9 @@ def rehearse(run: RunConfig, files: TokenFiles, seconds: float) -> Costs:
         return Costs(
             begin=max(0.0, begin - update),
             update=update,
-            evaluation=time_evaluation(trainer),
+            evaluation=time_evaluation(trainer, files),
             save=time_save(trainer),
-            sample=time_sample(trainer),
+            sample=time_sample(trainer, files.tokenizer),
         )
 
 

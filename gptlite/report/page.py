@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from gptlite import __version__, storage
-from gptlite.errors import ConfigError, UserError, visible
+from gptlite.errors import ConfigError, UserError
 from gptlite.report import charts
 from gptlite.report.figures import Figure, run_figures, runs_figures, study_figures
 from gptlite.report.verdict import Verdict, verdict
 from gptlite.runs import directory as run_directory
 from gptlite.runs.results import DAMAGED, RunFiles, read_run, read_study, shown
+from gptlite.words import visible
 
 HINT = "figures need matplotlib: pip install 'gptlite[plot]'"
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from gptlite import __version__, storage
 from gptlite.config.section import Section
 from gptlite.core.model import GPT
-from gptlite.core.scaling import Scale
+from gptlite.core.precision import Scale
 from gptlite.core.tensor_files import (
     files_of,
     is_part,

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from gptlite import __version__, locks, storage
-from gptlite.errors import ConfigError, RunInUseError, StorageError, without_passwords
+from gptlite.errors import ConfigError, RunInUseError, StorageError
+from gptlite.words import without_passwords
 
 RUNS = Path("runs")
 PARTS = ("checkpoints", "tokenizer", "samples", "eval")

@@ -18,9 +18,10 @@ from typing import Any
 from tqdm import tqdm
 
 from gptlite import storage
-from gptlite.errors import StorageError, UserError, visible
+from gptlite.errors import StorageError, UserError
 from gptlite.storage import write_bytes
 from gptlite.terminal import clock, human, wants_bar
+from gptlite.words import visible
 
 SECONDS_BETWEEN_LINES = 5.0
 

@@ -18,8 +18,8 @@ from gptlite.config.run import DataConfig, RunConfig
 from gptlite.config.strict_yaml import Document
 from gptlite.core.device import pick_device
 from gptlite.data import readers, sources
-from gptlite.data.batches import TokenFiles
 from gptlite.data.prepare import prepare
+from gptlite.data.token_files import TokenFiles
 from gptlite.errors import ConfigError
 from gptlite.planning.budget import (
     LOOKS,

@@ -12,7 +12,7 @@ from gptlite.config.run import RunConfig
 from gptlite.core import loops, tensor_files
 from gptlite.core.dropout import strength_at
 from gptlite.core.optim import lr_at
-from gptlite.data.batches import TokenFiles
+from gptlite.data.token_files import TokenFiles
 from gptlite.errors import ConfigError
 from gptlite.runs import checkpoint, importing, origin
 from gptlite.runs import directory as run_directory

@@ -13,6 +13,7 @@ from gptlite.core.evaluate import TRAIN_SUBSET_ROWS, byte_lengths, eval_rows, me
 from gptlite.core.generate import Generation
 from gptlite.core.train import MOST_SKIPPED, SKIP_WINDOW, Trainer, Update
 from gptlite.data.batches import Batch
+from gptlite.data.token_files import TokenFiles
 from gptlite.data.tokenizers import digest
 from gptlite.errors import DivergedError, Stopped, at_step
 from gptlite.keys import key
@@ -43,15 +44,16 @@ class Session:
     def __init__(
         self,
         trainer: Trainer,
+        files: TokenFiles,
         directory: Path,
         saved: State | None,
         interrupts: Interrupts,
         watch: Watch = unwatched,
     ) -> None:
         run, self.watch, self.world = trainer.run, watch, trainer.world
-        self.trainer, self.directory, self.run = trainer, directory, run
+        self.trainer, self.files, self.directory, self.run = trainer, files, directory, run
         self.interrupts = interrupts
-        self.run_id = f"{key(dump(run), trainer.files.digest):016x}"
+        self.run_id = f"{key(dump(run), self.files.digest):016x}"
         self.best: Best | None = None
         self.val_loss: float | None = None
         self.worse = 0
@@ -69,8 +71,8 @@ class Session:
         if self.world.first:
             place = Place(run, directory, self.run_id, known)
             self.records = Records(place, trainer.max_steps, trainer.step)
-        self.val_rows = trainer.files.rows("val", run.model.context_length)
-        self.lengths = byte_lengths(trainer.files.tokenizer, trainer.files.meta["splits"]["val"])
+        self.val_rows = self.files.rows("val", run.model.context_length)
+        self.lengths = byte_lengths(self.files.tokenizer, self.files.meta["splits"]["val"])
         self.verified = False
 
     def row(self, update: Update) -> dict[str, Any]:
@@ -202,7 +204,7 @@ class Session:
     def evaluate(self, step: int) -> dict[str, float]:
         """Both losses without dropout; a validation loss that is the best so far is remembered."""
         run, trainer = self.run, self.trainer
-        rows = eval_rows(run, trainer.files.meta["vocab_size"], self.world)
+        rows = eval_rows(run, self.files.meta["vocab_size"], self.world)
         batches = run.train.eval_batches
         limit = None if batches == "all" else batches * run.train.batch_size
         val, subset = self.val_rows.sweep(rows, limit), trainer.rows.sweep(rows, TRAIN_SUBSET_ROWS)
@@ -248,8 +250,8 @@ class Session:
             trained_length=trainer.trained_length,
             loss_scale=trainer.scaler.state(),
             pending=None if self.pending is None else finite(self.pending),
-            data_digest=trainer.files.digest,
-            tokenizer_sha256=digest(trainer.files.tokenizer),
+            data_digest=self.files.digest,
+            tokenizer_sha256=digest(self.files.tokenizer),
             config=self.run.model_dump(mode="json"),
             environment=fingerprint(self.run, self.world.size),
         )
@@ -265,7 +267,7 @@ class Session:
         with self.interrupts.cutting(), at_step(trainer.step), trainer.engine.whole():
             generation = Generation(
                 trainer.model,
-                trainer.files.tokenizer,
+                self.files.tokenizer,
                 run.sample.prompts,
                 run.sample,
                 seed=run.seed,

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple, Protocol
 
 from gptlite.config.reader import dump
 from gptlite.config.run import RunConfig
-from gptlite.errors import UserError, visible
+from gptlite.errors import UserError
+from gptlite.words import visible
 
 
 class Place(NamedTuple):

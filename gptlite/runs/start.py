@@ -16,8 +16,9 @@ from gptlite.core.generate import encode_prompt
 from gptlite.core.train import Trainer
 from gptlite.core.weights import fill
 from gptlite.core.world import ALONE, World, unlike_first
-from gptlite.data.batches import TokenFiles
 from gptlite.data.prepare import prepare
+from gptlite.data.token_files import TokenFiles
+from gptlite.data.tokenizers import Tokenizer
 from gptlite.errors import CheckpointError, ConfigError, DataError
 from gptlite.planning import auto
 from gptlite.planning import plan as planning
@@ -64,7 +65,8 @@ def train(
         found = found_by_first(
             lambda: begun(resolved, stored, directory, files, strict, world), world
         )
-        trainer = Trainer(resolved, files, world)
+        rows = files.rows("train", resolved.model.context_length)
+        trainer = Trainer(resolved, rows, files.meta["vocab_size"], world)
         if found is not None:
             checkpoint.restore(trainer, found)
         elif run.init_from is not None:
@@ -72,9 +74,9 @@ def train(
             trainer.know_positions(reached_before(run.init_from))
         plan = planning.make_plan(resolved, trainer.model, files, trainer.rows, reasons, world.size)
         if world.first:
-            write_description(trainer, directory, plan)
+            write_description(trainer.run, files.tokenizer, directory, plan)
         saved = found.state if found else None
-        session = Session(trainer, directory, saved, interrupts, watch)
+        session = Session(trainer, files, directory, saved, interrupts, watch)
         try:
             session.introduce(plan, found, resume)
             return session.work()
@@ -172,10 +174,11 @@ def found_by_first(find: Callable[[], Found | None], world: World) -> Found | No
     return Found(Path(path), State.model_validate(state), problems)
 
 
-def write_description(trainer: Trainer, directory: Path, plan: dict[str, Any]) -> None:
+def write_description(
+    run: RunConfig, text: Tokenizer, directory: Path, plan: dict[str, Any]
+) -> None:
     """config.yaml, env.json, plan.json and the tokenizer: what the run is."""
-    tokenizer = trainer.files.tokenizer.to_json()
     storage.write_json(directory / "env.json", run_directory.environment())
     storage.write_json(directory / "plan.json", plan)
-    storage.write_text(directory / "tokenizer" / "tokenizer.json", storage.sealed(tokenizer))
-    storage.write_text(directory / "config.yaml", dump(trainer.run))
+    storage.write_text(directory / "tokenizer" / "tokenizer.json", storage.sealed(text.to_json()))
+    storage.write_text(directory / "config.yaml", dump(run))

@@ -28,8 +28,9 @@ from gptlite.config.run import RunConfig, Texts
 from gptlite.config.section import Count, Section
 from gptlite.config.strict_yaml import Document, Path_, problem_line
 from gptlite.config.wording import branches, explain, schema_at
-from gptlite.errors import ConfigError, did_you_mean
+from gptlite.errors import ConfigError
 from gptlite.runs.origin import complete
+from gptlite.words import did_you_mean
 
 POINT = "point"
 """The axis of the named points."""

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from gptlite.errors import ConfigError, StorageError, UserError, passwords, without_passwords
+from gptlite.errors import ConfigError, StorageError, UserError
+from gptlite.words import passwords, without_passwords
 
 CONNECT = {
     "sqlite": {"timeout": 60},

@@ -22,7 +22,7 @@ import typer
 
 from gptlite import machine, storage
 from gptlite.config.run import RunConfig
-from gptlite.errors import DivergedError, RunInUseError, Stopped, UserError, visible
+from gptlite.errors import DivergedError, RunInUseError, Stopped, UserError
 from gptlite.runs import directory as run_directory
 from gptlite.runs.origin import given_tokenizer, load_run
 from gptlite.runs.results import scalars
@@ -30,6 +30,7 @@ from gptlite.studies.comparison import decide, over_seeds, paired
 from gptlite.studies.config import Job, Study, read_study
 from gptlite.studies.queue import Queue
 from gptlite.terminal import clock, leave_when_terminated, user_errors
+from gptlite.words import visible
 
 if TYPE_CHECKING:
     from gptlite.runs.session import Watch

@@ -1,4 +1,5 @@
-"""Loss scaling for float16, whose smallest number is 6e-8: most gradients of a GPT are smaller.
+"""The precision of matrix products, and the scaled loss that float16 needs: its smallest number is
+6e-8, and most gradients of a GPT are smaller.
 
 The scale is torch's (`torch.amp.GradScaler`). An update whose gradients pass float16's largest
 number, 65504, overflows: it leaves the weights alone and halves the scale. After 2000 without an
@@ -8,16 +9,28 @@ precisions nothing is scaled.
 
 import math
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from gptlite.config.run import RunConfig
 from gptlite.config.section import Section
 
 FIRST_SCALE = 2.0**16
 LEAST_SCALE = 1.0
 """An overflow with this scale is not the scale's: the gradients themselves are too large."""
+HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+"""Precisions of 16 bits, by their name in a config."""
+
+
+def precision(run: RunConfig) -> AbstractContextManager[Any]:
+    """Where matrix products take the precision that the resolved run names."""
+    if run.dtype not in HALF:
+        return nullcontext()
+    return torch.autocast(torch.device(run.device).type, HALF[run.dtype])
 
 
 class Scale(Section):
