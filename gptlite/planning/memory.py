@@ -131,8 +131,8 @@ def refuse_too_large(run: RunConfig) -> None:
     memory, need = usable_memory_bytes(), 4 * n_parameters
     if need > memory:
         raise ConfigError(
-            f"model: would need {n_parameters:.1e} parameters, {need / GIB:,.0f} GiB in float32, and "
-            f"this machine has {memory / GIB:.1f}; lower n_layer, n_embd or context_length"
+            f"model: would need {n_parameters:.1e} parameters, {need / GIB:,.0f} GiB in float32, "
+            f"and this machine has {memory / GIB:.1f}; lower n_layer, n_embd or context_length"
         )
 
 
