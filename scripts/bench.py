@@ -48,15 +48,16 @@ from bench_peers import (
     row,
 )
 
-from gptlite.config import ModelConfig, SampleConfig
-from gptlite.config_reader import validate
-from gptlite.devices import HALF, precisions
-from gptlite.generate import continuations, halve
-from gptlite.model import GPT
-from gptlite.plan import flops_per_token
-from gptlite.prepare import prepare
-from gptlite.strict_yaml import Document
-from gptlite.tokenizer import train_bpe
+from gptlite.config.reader import validate
+from gptlite.config.run import ModelConfig, SampleConfig
+from gptlite.config.strict_yaml import Document
+from gptlite.core.device import precisions
+from gptlite.core.generate import continuations, halve
+from gptlite.core.model import GPT
+from gptlite.core.precision import HALF
+from gptlite.data.prepare import prepare
+from gptlite.data.tokenizers import train_bpe
+from gptlite.planning.plan import flops_per_token
 
 PEAK = """
 import resource, subprocess, sys

@@ -30,8 +30,9 @@ from bench_peers import (
 )
 from torch import Tensor
 
-from gptlite import auto, loops, masks
-from gptlite.masks import GAMMA, Mask, mix
+from gptlite.core import loops, masks
+from gptlite.core.masks import GAMMA, Mask, mix
+from gptlite.planning import auto
 
 SITE = (64, 1024, 384)  # 25.2 M values
 SIX = (

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from bench_peers import DROPOUT, GPT2, hugging_face_update, row, trainer
 
-from gptlite.config import ModelConfig
-from gptlite.memory import keep_freed, training_bytes
-from gptlite.plan import flops_per_token
+from gptlite.config.run import ModelConfig
+from gptlite.planning.memory import keep_freed, training_bytes
+from gptlite.planning.plan import flops_per_token
 
 
 def measured(**what: Any) -> dict[str, float]:

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from bench_peers import row
 from torch import Tensor
 
-from gptlite import devices, kernels, loops, masks
-from gptlite.masks import Mask
+from gptlite.core import device, kernels, loops, masks
+from gptlite.core.masks import Mask
 
 LEVELS = {
     "SSE (x86-64-v2)": {"CC": "cc -march=x86-64-v2", "ATEN_CPU_CAPABILITY": "default"},
@@ -53,7 +53,7 @@ def measure() -> dict[str, list[float]]:
     }
     with torch.no_grad():
         return {
-            name: [size / devices.shortest(run, TURNS) / 1e9 for run in both]
+            name: [size / device.shortest(run, TURNS) / 1e9 for run in both]
             for name, (size, *both) in todo.items()
         }
 

@@ -18,7 +18,7 @@ from bench_dropout import SIX
 from bench_peers import DROPOUT, SHAPES, Away, gptlite_update, in_turn, ratio, row
 
 from gptlite import machine
-from gptlite.config_reader import shipped_configs
+from gptlite.config.reader import shipped_configs
 
 WAITING: dict[str, dict[str, str]] = {
     "gptlite, alone at its start": {"GOMP_SPINCOUNT": str(machine.SPIN_ALONE)},

@@ -15,14 +15,14 @@ import numpy as np
 import torch
 from torch.nn.utils import clip_grad_norm_
 
-from gptlite import auto
-from gptlite.config_reader import validate
-from gptlite.data import batch_at
-from gptlite.devices import cpu_has_bfloat16
-from gptlite.memory import keep_freed
-from gptlite.prepare import prepare
-from gptlite.strict_yaml import Document
-from gptlite.train import Trainer
+from gptlite.config.reader import validate
+from gptlite.config.strict_yaml import Document
+from gptlite.core.device import cpu_has_bfloat16
+from gptlite.core.train import Trainer
+from gptlite.data.batches import batch_at
+from gptlite.data.prepare import prepare
+from gptlite.planning import auto
+from gptlite.planning.memory import keep_freed
 
 LESSER = {
     "ATEN_CPU_CAPABILITY": "avx2",
@@ -101,7 +101,8 @@ def trainer(shape: dict[str, Any], folder: Path, *, vocab_size: int = 65, **top:
     )
     files = prepare(run)
     rows = files.rows("train", run.model.context_length)
-    return Trainer(auto.resolve(run, vocab_size=vocab_size, n_rows=rows.n_rows)[0], files)
+    resolved, _ = auto.resolve(run, vocab_size=vocab_size, n_rows=rows.n_rows)
+    return Trainer(resolved, rows, files.meta["vocab_size"])
 
 
 def hugging_face(model: dict[str, int], vocab_size: int, rate: float = 0.2) -> Any:

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from gptlite import loops
+from gptlite.core import loops
 
 HERE = Path(__file__).resolve().parent
 EMULATOR = "qemu-aarch64"

@@ -23,14 +23,15 @@ from gpu_runs import (
 from torch import Tensor
 from typer.testing import CliRunner
 
-from gptlite import start
-from gptlite.checkpoint import folder_name
-from gptlite.cli import app
-from gptlite.config import RunConfig
-from gptlite.devices import HALF, native_precisions
-from gptlite.dropout import Dropout
-from gptlite.dropout_config import SITES, SitePlan
-from gptlite.masks import MaskKeys, mask_keys, sample_keys
+from gptlite.cli.main import app
+from gptlite.config.dropout import SITES, SitePlan
+from gptlite.config.run import RunConfig
+from gptlite.core.device import native_precisions
+from gptlite.core.dropout import Dropout
+from gptlite.core.masks import MaskKeys, mask_keys, sample_keys
+from gptlite.core.precision import HALF
+from gptlite.runs import start
+from gptlite.runs.checkpoint import folder_name
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PLANS = (SitePlan(0.1), SitePlan(0.5), SitePlan(1 / 65536))

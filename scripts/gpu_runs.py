@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from gptlite import auto
-from gptlite.config import RunConfig
-from gptlite.config_reader import validate
-from gptlite.prepare import prepare
-from gptlite.strict_yaml import Document
-from gptlite.train import Trainer
+from gptlite.config.reader import validate
+from gptlite.config.run import RunConfig
+from gptlite.config.strict_yaml import Document
+from gptlite.core.train import Trainer
+from gptlite.data.prepare import prepare
+from gptlite.planning import auto
 
 Row = tuple[str, ...]
 Steps = Generator[Row, None, str]
@@ -81,7 +81,9 @@ def resolve_run(run: RunConfig) -> RunConfig:
 
 def make_trainer(run: RunConfig) -> Trainer:
     """As `gptlite train` makes it."""
-    return Trainer(resolve_run(run), prepare(run))
+    files = prepare(run)
+    rows = files.rows("train", run.model.context_length)
+    return Trainer(resolve_run(run), rows, files.meta["vocab_size"])
 
 
 def tokens_per_second(trainer: Trainer, n: int, warm: int = 3) -> float:

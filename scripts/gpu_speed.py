@@ -25,13 +25,14 @@ from gpu_runs import (
     tokens_per_second,
 )
 
-from gptlite import start
-from gptlite.config import RunConfig
-from gptlite.config_reader import load_run
-from gptlite.evaluate import byte_lengths, eval_rows, measure
-from gptlite.memory import COMPILER_BYTES, PROCESS_BYTES, training_bytes
-from gptlite.plan import flops_per_token
-from gptlite.train import Trainer
+from gptlite.config.run import RunConfig
+from gptlite.core.evaluate import byte_lengths, eval_rows, measure
+from gptlite.core.train import Trainer
+from gptlite.data.prepare import prepare
+from gptlite.planning.memory import COMPILER_BYTES, PROCESS_BYTES, training_bytes
+from gptlite.planning.plan import flops_per_token
+from gptlite.runs import start
+from gptlite.runs.origin import load_run
 
 LARGE_VOCABULARY = 50_257
 PUBLISHED, TOLERANCE = 1.4697, 0.02
@@ -130,7 +131,7 @@ def check_memory(place: Place) -> Steps:
         if place.on_gpu:
             torch.cuda.reset_peak_memory_stats(place.device)
         list(made.updates(3))
-        run, peak, vocabulary = made.run, peak_bytes(place), made.files.meta["vocab_size"]
+        run, peak, vocabulary = made.run, peak_bytes(place), prepare(made.run).meta["vocab_size"]
         need = training_bytes(run, vocabulary, int(size["micro_batch_size"]), recompute=False)
         # On a GPU Python and the compiler are not in the way.
         need -= PROCESS_BYTES + COMPILER_BYTES * compiled if place.on_gpu else 0
@@ -152,9 +153,9 @@ def check_evaluation(place: Place) -> Steps:
         forget_graphs()
         sections = {"dropout": at_four_places(0), "compile": False, **sections}
         made = make_trainer(describe_sized(place, RECIPE, 64, **sections))
-        vocabulary = made.files.meta["vocab_size"]
-        lengths = byte_lengths(made.files.tokenizer)
-        val = made.files.rows("val", made.run.model.context_length)
+        vocabulary = prepare(made.run).meta["vocab_size"]
+        lengths = byte_lengths(prepare(made.run).tokenizer)
+        val = prepare(made.run).rows("val", made.run.model.context_length)
         on_cpu = made.run.model_copy(update={"device": "cpu"})
         ways = [eval_rows(run, vocabulary) for run in (on_cpu, made.run)]
         losses, seconds = list[float](), list[float]()
@@ -245,7 +246,7 @@ def check_gpt2(place: Place) -> Steps:
         half = getattr(torch, made.run.dtype)
         product = product or matmul_tflops(place, half)
         speed = tokens_per_second(made, 2 if place.small else 8, warm=2)
-        tflops = speed * flops_per_token(made.run, made.files.meta["vocab_size"]) / 1e12
+        tflops = speed * flops_per_token(made.run, prepare(made.run).meta["vocab_size"]) / 1e12
         best = max(best, tflops)
         shares = [f"{tflops / peak:.1%}" if peak else "peak unknown", f"{tflops / product:.1%}"]
         words = (f"{rate:g}", str(compiled).lower())
@@ -261,8 +262,8 @@ def plain_speed(place: Place, made: Trainer, rate: float, compiled: bool, n: int
     run = made.run
     update = plain_update(
         place.sizes(RECIPE),
-        made.files.tokens("train")[:],
-        made.files.meta["vocab_size"],
+        prepare(made.run).tokens("train")[:],
+        prepare(made.run).meta["vocab_size"],
         batch_size=run.train.batch_size,
         rate=rate,
         device=place.device,
@@ -297,9 +298,11 @@ def describe_recipe(place: Place, text: Path, n: int) -> RunConfig:
 def affordable_updates(made: Trainer, speed: float, seconds: float, wanted: int) -> int:
     """How many updates fit into so many seconds, with their evaluations; an evaluation is timed."""
     run, began = made.run, time.perf_counter()
-    vocabulary = made.files.meta["vocab_size"]
-    batches = made.files.rows("val", run.model.context_length).sweep(eval_rows(run, vocabulary))
-    measure(made.model, batches, run, byte_lengths(made.files.tokenizer))
+    vocabulary = prepare(made.run).meta["vocab_size"]
+    batches = (
+        prepare(made.run).rows("val", run.model.context_length).sweep(eval_rows(run, vocabulary))
+    )
+    measure(made.model, batches, run, byte_lengths(prepare(made.run).tokenizer))
     evaluation = time.perf_counter() - began
     tokens = run.train.batch_size * run.model.context_length
     return min(wanted, int(seconds / (tokens / speed + evaluation / run.train.eval_interval)))

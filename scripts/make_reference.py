@@ -7,9 +7,9 @@ from typing import Any
 
 from typer.main import get_command
 
-from gptlite.cli import app
-from gptlite.config_words import all_keys, describe, resolve, run_schema, schema_at
-from gptlite.dropout_config import PRESETS
+from gptlite.cli.main import app
+from gptlite.config.dropout import PRESETS
+from gptlite.config.wording import all_keys, describe, resolve, run_schema, schema_at
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 

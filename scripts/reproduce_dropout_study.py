@@ -16,8 +16,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from gptlite import charts, comparison
-from gptlite.charts import Line
+from gptlite.report import charts
+from gptlite.report.charts import Line
+from gptlite.studies import comparison
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs" / "dropout-study"

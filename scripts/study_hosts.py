@@ -24,7 +24,7 @@ from typing import Any
 
 import yaml
 
-from gptlite.database import Place
+from gptlite.studies.database import Place
 
 NETS = {"a": "203.0.113", "b": "198.51.100"}
 """For a wire from each host to the server; addresses for examples, unless in use here."""

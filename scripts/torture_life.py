@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 from torture_runs import Outcome, Workplace, child, digest, wait
 
-from gptlite import checkpoint, storage
-from gptlite.exits import leave_when_terminated
-from gptlite.session import Session
+from gptlite import storage
+from gptlite.runs import checkpoint
+from gptlite.runs.session import Session
+from gptlite.runs.trained import load_trained
 from gptlite.storage import Disk
-from gptlite.trained import load_trained
+from gptlite.terminal import leave_when_terminated
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 BUSY = {

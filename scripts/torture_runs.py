@@ -19,9 +19,12 @@ import numpy as np
 import torch
 import yaml
 
-from gptlite import charts, loops, session, storage
-from gptlite.cli import app
-from gptlite.metrics import Meter
+from gptlite import storage
+from gptlite.cli.main import app
+from gptlite.core import loops
+from gptlite.report import charts
+from gptlite.runs import session
+from gptlite.runs.metrics import Meter
 
 WORDS = "the of and to a in is it you that he was for on are with as his they be at one have this"
 TINY: dict[str, Any] = {

@@ -28,11 +28,12 @@ from faults import (
 )
 from torture_runs import Outcome, Workplace, digest, on_disk, wait
 
-from gptlite import checkpoint, start, storage
-from gptlite.config_reader import load_run
+from gptlite import storage
+from gptlite.data.prepare import prepare
 from gptlite.errors import UserError
-from gptlite.prepare import prepare
-from gptlite.session import Session
+from gptlite.runs import checkpoint, start
+from gptlite.runs.origin import load_run
+from gptlite.runs.session import Session
 
 CLOCKS = ("elapsed_seconds", "tokens_per_second")
 

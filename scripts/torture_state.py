@@ -15,10 +15,12 @@ import torch
 from faults import Dying, Watched
 from torture_runs import Outcome, Workplace, digest, on_disk
 
-from gptlite import checkpoint, storage, tensor_files
-from gptlite.data import open_token_files
+from gptlite import storage
+from gptlite.core import tensor_files
+from gptlite.core.train import Trainer
+from gptlite.data.token_files import open_token_files
 from gptlite.errors import CheckpointError, DataError
-from gptlite.train import Trainer
+from gptlite.runs import checkpoint
 
 STEPS = 16
 PRESETS: dict[str, dict[str, Any]] = {

@@ -11,14 +11,16 @@ import torch
 import yaml
 from hypothesis import HealthCheck, settings
 
-from gptlite import study
-from gptlite.checkpoint import State
-from gptlite.config import RunConfig
-from gptlite.config_reader import validate
-from gptlite.data import TokenFiles
-from gptlite.dropout_config import SITES, DropoutConfig
-from gptlite.prepare import prepare
-from gptlite.strict_yaml import Document
+from gptlite.config.dropout import SITES, DropoutConfig
+from gptlite.config.reader import validate
+from gptlite.config.run import RunConfig
+from gptlite.config.strict_yaml import Document
+from gptlite.core.train import Trainer
+from gptlite.core.world import ALONE, World
+from gptlite.data.prepare import prepare
+from gptlite.data.token_files import TokenFiles
+from gptlite.runs.checkpoint import State
+from gptlite.studies import study
 
 for name, examples in (("short", 300), ("long", 20_000)):
     settings.register_profile(
@@ -102,6 +104,11 @@ class Workshop:
 
     def files(self, **sections: Any) -> TokenFiles:
         return prepare(self.run(**sections))
+
+
+def trainer_on(run: RunConfig, files: TokenFiles, world: World = ALONE) -> Trainer:
+    rows = files.rows("train", run.model.context_length)
+    return Trainer(run, rows, files.meta["vocab_size"], world)
 
 
 @pytest.fixture

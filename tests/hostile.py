@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gptlite import storage
-from gptlite.checkpoint import FILES
 from gptlite.errors import ConfigError
+from gptlite.runs.checkpoint import FILES
 
 STEP = Path("copy/checkpoints/step-00000002")
 SECRET = Path("../secret")
@@ -382,7 +382,7 @@ def configs() -> Iterator[Case]:
 
         def sealed_as_well(lay: Callable[[], None] = lay) -> None:
             """The checkpoint says the same as the config."""
-            from gptlite.config_reader import load_run
+            from gptlite.runs.origin import load_run
 
             lay()
             try:
@@ -403,7 +403,7 @@ def ranks(more: dict[bytes, Any] | None = None) -> dict[str, Any]:
 
 
 def bpe(**values: Any) -> dict[str, Any]:
-    from gptlite.tokenizer import GPT2_PATTERN
+    from gptlite.data.tokenizers import GPT2_PATTERN
 
     plain = {"kind": "bpe", "name": "bpe", "pattern": GPT2_PATTERN, "eot": 256, "ranks": ranks()}
     return {**plain, **values}
@@ -446,7 +446,7 @@ TOKENIZERS: dict[str, Callable[[], Any]] = {
 
 
 def tokenizers() -> Iterator[Case]:
-    from gptlite.tokenizer import TOKENIZERS as KINDS
+    from gptlite.data.tokenizers import TOKENIZERS as KINDS
 
     assert set(KINDS) == {"byte", "char", "bpe", "tiktoken"}
     for name, make in TOKENIZERS.items():

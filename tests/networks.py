@@ -3,9 +3,9 @@
 import numpy as np
 import torch
 
-from gptlite.config import ModelConfig
-from gptlite.data import Batch
-from gptlite.model import GPT
+from gptlite.config.run import ModelConfig
+from gptlite.core.model import GPT
+from gptlite.data.batches import Batch
 
 CRITICAL = 5
 

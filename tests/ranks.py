@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from gptlite.exits import user_errors
-from gptlite.torchrun import entered
-from gptlite.world import World
+from gptlite.core.world import World
+from gptlite.distributed.torchrun import entered
+from gptlite.terminal import user_errors
 
 NOISE = re.compile(
     r"^(\[.*\bc10d\b|Exception raised from|frame #|<omitting python).*\n+", re.MULTILINE

@@ -12,12 +12,14 @@ import torch
 from apple import apple_gpu
 from conftest import EVERYWHERE, Workshop
 
-from gptlite import audit, loss, plan, suites
-from gptlite.generate import Generation
-from gptlite.prepare import prepare
-from gptlite.start import train
-from gptlite.suites import SUITES, Effort
-from gptlite.trained import Trained, load_trained
+from gptlite.core import loss
+from gptlite.core.generate import Generation
+from gptlite.data.prepare import prepare
+from gptlite.measure import suites
+from gptlite.measure.suites import SUITES, Effort
+from gptlite.planning import audit, plan
+from gptlite.runs.start import train
+from gptlite.runs.trained import Trained, load_trained
 
 SMALL = Effort(64, 32, (0, 0.5, 1), 2, (1, 3))
 DROPOUT = EVERYWHERE.model_dump(mode="json")

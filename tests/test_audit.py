@@ -11,15 +11,15 @@ from conftest import EVERYWHERE, Workshop, only
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from gptlite import plan as planning
-from gptlite.audit import advice, audit, audit_lines, site_plan
-from gptlite.cli import app
-from gptlite.config import RunConfig
-from gptlite.config_reader import dump
-from gptlite.data import Layout
-from gptlite.dropout import Dropout, dropouts
-from gptlite.dropout_config import SITES, DropoutConfig
-from gptlite.model import GPT, NO_DROPOUT
+from gptlite.cli.main import app
+from gptlite.config.dropout import SITES, DropoutConfig
+from gptlite.config.reader import dump
+from gptlite.config.run import RunConfig
+from gptlite.core.dropout import Dropout, dropouts
+from gptlite.core.model import GPT, NO_DROPOUT
+from gptlite.data.batches import Layout
+from gptlite.planning import plan as planning
+from gptlite.planning.audit import advice, audit, audit_lines, site_plan
 
 PARTS = {"attention": "math", "compile": False}
 
@@ -269,7 +269,7 @@ def test_the_command_fails_on_a_dead_site(
 
     original = planning.plan_run
 
-    def plan_run(run: RunConfig, world_size: int) -> planning.Planned:
+    def plan_run(run: RunConfig, world_size: int, own: Any) -> planning.Planned:
         planned = original(run, world_size)
         dead(planned.rows, planned.model)
         return planned

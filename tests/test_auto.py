@@ -7,12 +7,14 @@ import pytest
 import torch
 from conftest import Workshop
 
-from gptlite import auto, devices, loops
-from gptlite.config import RunConfig
-from gptlite.dropout_config import DropoutConfig
+from gptlite.config.dropout import DropoutConfig
+from gptlite.config.run import RunConfig
+from gptlite.core import device as devices
+from gptlite.core import loops
 from gptlite.errors import ConfigError
-from gptlite.plan import plan_run
-from gptlite.start import train
+from gptlite.planning import auto
+from gptlite.planning.plan import plan_run
+from gptlite.runs.start import train
 
 
 def resolve(run: RunConfig, n_rows: int = 100) -> tuple[RunConfig, dict[str, str]]:
@@ -137,8 +139,8 @@ def test_early_stopping_is_for_runs_over_the_same_text(workshop: Workshop) -> No
 
 def test_epochs_become_updates(workshop: Workshop) -> None:
     run = workshop.run(train={"max_steps": None, "epochs": 2.5})
-    assert auto.planned_steps(run, n_rows=16) == 5
-    assert auto.planned_steps(run, n_rows=1) == 1
+    assert run.planned_steps(16) == 5
+    assert run.planned_steps(1) == 1
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "cuda"])

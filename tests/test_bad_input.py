@@ -23,9 +23,10 @@ import yaml
 from conftest import prose
 from typer.testing import CliRunner, Result
 
-from gptlite import prepare, storage, tokenizer
-from gptlite.cli import app
-from gptlite.data import Stream
+from gptlite import storage
+from gptlite.cli.main import app
+from gptlite.data import prepare, tokenizers
+from gptlite.data.batches import Stream
 
 CORPUS = Path(__file__).parent / "corpus"
 BASE = "data:\n  source: text.txt\ntrain:\n  max_steps: 500\n"
@@ -182,7 +183,7 @@ def test_thousands_of_unknown_keys_are_told_one_by_one() -> None:
 def test_a_config_error_needs_no_torch() -> None:
     Path("train.yaml").write_text(BASE + "optim:\n  lr: abc\n")
     code = (
-        "import sys\nfrom gptlite.cli import app\n"
+        "import sys\nfrom gptlite.cli.main import app\n"
         "for command in ('train', 'prepare', 'plan'):\n"
         "    try: app([command, '--config', 'train.yaml'])\n"
         "    except SystemExit as error: assert error.code == 2\n"
@@ -203,11 +204,11 @@ BAD_TEXT: dict[str, tuple[str | None, str]] = {
 }
 WITHOUT_TORCH = """
 import json, sys
-from gptlite.cli import app
+from gptlite.cli.main import app
 for arguments in json.loads(sys.argv[1]):
     try: app(arguments)
     except SystemExit as error: assert error.code == 2, error.code
-    assert not {"torch", "gptlite.recipe"} & set(sys.modules), arguments
+    assert not {"torch", "gptlite.runs.recipe"} & set(sys.modules), arguments
 """
 
 
@@ -336,8 +337,8 @@ def test_damaged_token_files_say_what_to_do(name: str, harm: Any, why: str) -> N
 
 def test_two_byte_ids_are_refused_for_a_vocabulary_of_four(monkeypatch: pytest.MonkeyPatch) -> None:
     ranks = {bytes([i]): i for i in range(256)}
-    large = tokenizer.BPETokenizer("tiktoken", "large", tokenizer.GPT2_PATTERN, ranks, 100_256)
-    monkeypatch.setattr(prepare.tokenizer, "pretrained", lambda name: large)
+    large = tokenizers.BPETokenizer("tiktoken", "large", tokenizers.GPT2_PATTERN, ranks, 100_256)
+    monkeypatch.setattr(prepare.tokenizers, "pretrained", lambda name: large)
     Path("ids").mkdir()
     for name in ("train", "val"):
         np.arange(101, dtype="<u2").tofile(Path("ids") / f"{name}.bin")
@@ -395,7 +396,7 @@ def test_a_vocabulary_that_cannot_be_had_is_told_in_time(
     proxy = no_network if answers is None else "http://127.0.0.1:9"
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
         monkeypatch.setenv(name, proxy)
-    monkeypatch.setattr(tokenizer, "DOWNLOAD_SECONDS", 0.3 if answers is None else 8.0)
+    monkeypatch.setattr(tokenizers, "DOWNLOAD_SECONDS", 0.3 if answers is None else 8.0)
     if cached is not None:
         Path("vocabularies").mkdir()
         for name in TIKTOKEN_NAMES:

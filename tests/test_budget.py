@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 from conftest import Workshop
 
-from gptlite import budget
-from gptlite.budget import Budget, Fit, Rung, climb, fit, guess_fit, make_rung
-from gptlite.config_reader import read_layers
-from gptlite.data import TokenFiles
-from gptlite.rehearsal import Costs, EvaluationPace
-from gptlite.strict_yaml import Document
+from gptlite.config.reader import read_layers
+from gptlite.config.strict_yaml import Document
+from gptlite.data.token_files import TokenFiles
+from gptlite.planning import budget
+from gptlite.planning.budget import Budget, Fit, Rung, climb, fit, guess_fit, make_rung
+from gptlite.planning.rehearsal import Costs, EvaluationPace
 
 COSTS = Costs(begin=2.0, update=0.04, evaluation=EvaluationPace(0.01, 64), save=0.1, sample=0.5)
 NOTHING = Document({})

@@ -7,11 +7,11 @@ import pytest
 import torch
 from conftest import EVERYWHERE, Workshop
 
-from gptlite import calibration
-from gptlite.calibration import BINS, Guesses, binned, guesses, mc_dropout
-from gptlite.evaluate import byte_lengths, measure
-from gptlite.masks import sample_keys
-from gptlite.model import GPT
+from gptlite.core.evaluate import byte_lengths, measure
+from gptlite.core.masks import sample_keys
+from gptlite.core.model import GPT
+from gptlite.measure import calibration
+from gptlite.measure.calibration import BINS, Guesses, binned, guesses, mc_dropout
 
 
 def drawn(n: int, honest: float, seed: int = 1) -> Guesses:

@@ -9,18 +9,21 @@ import torch
 from conftest import state_at
 from safetensors.torch import save_file
 
-from gptlite import checkpoint, storage, tensor_files
-from gptlite.checkpoint import FILES, Found
-from gptlite.config import ModelConfig
+from gptlite import storage
+from gptlite.config.run import ModelConfig
+from gptlite.core import tensor_files
+from gptlite.core.model import GPT
+from gptlite.core.weights import model_tensors
 from gptlite.errors import CheckpointError, ConfigError, DivergedError, StorageError
-from gptlite.model import GPT
+from gptlite.runs import checkpoint
+from gptlite.runs.checkpoint import FILES, Found
 
 SMALL = ModelConfig(n_layer=1, n_head=2, n_embd=16, context_length=8)
 
 
 def tensors(seed: int = 0) -> dict[str, dict[str, torch.Tensor]]:
     model = GPT(SMALL, 20, seed=seed)
-    return dict(zip(FILES, (checkpoint.model_tensors(model), {"a:b": torch.ones(3)}), strict=True))
+    return dict(zip(FILES, (model_tensors(model), {"a:b": torch.ones(3)}), strict=True))
 
 
 @pytest.fixture

@@ -15,11 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
 
-from gptlite.cli import app
-from gptlite.config import RunConfig
-from gptlite.config_reader import dump, load_run, shipped_configs, validate
-from gptlite.dropout_config import PRESETS
-from gptlite.strict_yaml import parse
+from gptlite.cli.main import app
+from gptlite.config.dropout import PRESETS
+from gptlite.config.reader import dump, shipped_configs, validate
+from gptlite.config.run import RunConfig
+from gptlite.config.strict_yaml import parse
+from gptlite.runs.origin import load_run
 
 COMMANDS = [
     [],
@@ -53,7 +54,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_help_needs_no_torch(command: list[str]) -> None:
     code = (
-        "import sys\nfrom gptlite.cli import app\n"
+        "import sys\nfrom gptlite.cli.main import app\n"
         f"try: app({[*command, '--help']!r})\n"
         "except SystemExit as e: assert not e.code\n"
         "assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
@@ -95,13 +96,13 @@ def test_a_resumed_run_equals_the_uninterrupted_one(trained: Path, tmp_path: Pat
     config = trained.parent / "tiny.yaml"
     half, rest = tmp_path / "half", ["--config", str(config), "--out-dir"]
     script = (
-        "from gptlite import session\nold = session.Session.train\n"
+        "from gptlite.runs import session\nold = session.Session.train\n"
         "def train(self):\n"
         "    made = self.trainer.updates\n"
         "    self.trainer.updates = lambda until: made(4)\n"
         "    old(self)\n    self.save()\n    raise KeyboardInterrupt\n"
         "session.Session.train = train\n"
-        "from gptlite.cli import app\n"
+        "from gptlite.cli.main import app\n"
         f"app(['train', *{rest!r}, {str(half)!r}])"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
@@ -160,7 +161,7 @@ def test_runs_without_a_directory_get_numbered_ones(
 
 
 def test_two_runs_in_one_directory_are_one_too_many(trained: Path) -> None:
-    from gptlite.run_directory import locked
+    from gptlite.runs.directory import locked
 
     with locked(trained):
         result = call("train", "--resume", str(trained), code=6)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from gptlite.comparison import NOISE, decide, over_seeds, paired
+from gptlite.studies.comparison import NOISE, decide, over_seeds, paired
 
 SEED_NOISE, PAIR_NOISE = 0.02, 0.004
 """Standard deviations in nats: between seeds, and of a difference between runs of one seed."""

@@ -11,27 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptlite import (
-    encoding,
-    machine,
-    prepare,
-    readers,
-    run_directory,
-    shards,
-    tokenizer,
-    workers,
-)
-from gptlite.data import (
-    IGNORED,
-    Batch,
-    Documents,
-    Layout,
-    Stream,
-    TokenFiles,
-    batch_at,
-    open_token_files,
-    token_dtype,
-)
+from gptlite import locks, machine
+from gptlite.data import encoding, prepare, readers, tokenizers, workers
+from gptlite.data import parts as shards
+from gptlite.data.batches import IGNORED, Batch, Documents, Layout, Stream, batch_at
+from gptlite.data.token_files import TokenFiles, open_token_files, token_dtype
 from gptlite.errors import DataError
 from gptlite.keys import key, permuted, uniform
 
@@ -355,7 +339,7 @@ def documents_of(files: TokenFiles, split: str) -> list[str]:
     ends = [i for i, token in enumerate(ids) if token == files.meta["eot"]]
     starts = [0, *(end + 1 for end in ends[:-1])]
     parts = [ids[start:end] for start, end in zip(starts, ends, strict=True)]
-    return [tokenizer.decode(files.tokenizer, part) for part in parts]
+    return [tokenizers.decode(files.tokenizer, part) for part in parts]
 
 
 BYTE = {"kind": "byte"}
@@ -557,7 +541,7 @@ def stamps(files: TokenFiles) -> dict[str, tuple[int, int]]:
 def test_the_same_text_is_prepared_once(made, monkeypatch):
     first = made("A text that is read twice. " * 9)
     before = stamps(first)
-    monkeypatch.setattr("gptlite.prepare.make", lambda *args: pytest.fail("made again"))
+    monkeypatch.setattr("gptlite.data.prepare.make", lambda *args: pytest.fail("made again"))
     second = made("A text that is read twice. " * 9)
     assert second.folder == first.folder
     assert second.digest == first.digest
@@ -658,8 +642,8 @@ def test_what_a_killed_process_left_is_removed_and_what_lives_is_not(workshop, m
     for folder in (left, living):
         folder.mkdir(parents=True)
         (folder / "train.bin").write_bytes(b"half")
-    with run_directory.open_lock(living) as lock:
-        assert run_directory.take(lock)
+    with locks.open_lock(living) as lock:
+        assert locks.take(lock)
         files = made("A text that is read. " * 9)
         assert sorted(tokens.iterdir()) == sorted([living, files.folder])
     made("Another text that is read. " * 9)
@@ -714,7 +698,7 @@ DAMAGE = {
     "meta no mapping": ("meta.json", lambda path: path.write_text("[]")),
     "meta no UTF-8": ("meta.json", lambda path: path.write_bytes(b"\xff")),
 }
-OTHER_TOKENIZER = json.dumps(tokenizer.ByteTokenizer(eot=True).to_json())
+OTHER_TOKENIZER = json.dumps(tokenizers.ByteTokenizer(eot=True).to_json())
 
 
 @pytest.mark.parametrize(("name", "harm"), DAMAGE.values(), ids=DAMAGE)
@@ -768,8 +752,8 @@ def test_the_token_files_of_nanogpt_are_a_source(workshop, nanogpt):
 
 
 def test_the_bytes_of_adopted_token_files_are_counted(workshop, nanogpt, monkeypatch):
-    bpe = tokenizer.train_bpe(["To be, or not to be. That is it. " * 20], 270)
-    monkeypatch.setattr(tokenizer, "pretrained", lambda name: bpe)
+    bpe = tokenizers.train_bpe(["To be, or not to be. That is it. " * 20], 270)
+    monkeypatch.setattr(tokenizers, "pretrained", lambda name: bpe)
     for split, text in (("train", "To be, or not to be. " * 20), ("val", "That is it. ")):
         np.array(bpe.encode(text), dtype="<u2").tofile(nanogpt / f"{split}.bin")
     files = adopted(workshop, nanogpt, tokenizer={"kind": "tiktoken", "name": "gpt2"})
@@ -806,7 +790,7 @@ def peak_bytes(workshop, n_bytes: int, *, to_evaluate: bool) -> int:
     tracemalloc.start()
     try:
         if to_evaluate:
-            prepare.open_split(run, tokenizer.ByteTokenizer(eot=False), str(workshop.text))
+            prepare.open_split(run, tokenizers.ByteTokenizer(eot=False), str(workshop.text))
         else:
             prepare.prepare(run)
         return tracemalloc.get_traced_memory()[1]
@@ -826,11 +810,13 @@ def test_memory_does_not_grow_with_the_text(workshop, monkeypatch, to_evaluate):
 
 @pytest.mark.parametrize("kind", ["byte", "char", "bpe"])
 def test_threads_write_what_one_piece_after_the_other_gives(workshop, monkeypatch, kind):
-    monkeypatch.setattr(tokenizer, "PIECE", 64)
+    monkeypatch.setattr(tokenizers, "PIECE", 64)
     monkeypatch.setattr(encoding, "WAITING_PIECES", 3)
     folder = workshop.folder / "texts"
     folder.mkdir()
-    for number, text in enumerate(["Ä long one. " * 300 + "😀", "short", f"{tokenizer.EOT} " * 40]):
+    for number, text in enumerate(
+        ["Ä long one. " * 300 + "😀", "short", f"{tokenizers.EOT} " * 40]
+    ):
         (folder / f"{number}.txt").write_text(text, encoding="utf-8")
     written = []
     for threads, worth in ((1, 1 << 30), (3, 16)):
@@ -848,7 +834,7 @@ def test_an_error_in_a_thread_is_the_same_one_line_and_leaves_nothing(workshop, 
     def refuse(self, text: str) -> None:
         raise DataError("cannot encode this")
 
-    monkeypatch.setattr(tokenizer.ByteTokenizer, "encode_array", refuse)
+    monkeypatch.setattr(tokenizers.ByteTokenizer, "encode_array", refuse)
     with pytest.raises(DataError, match="^cannot encode this$"):
         workshop.files(tokenizer=BYTE)
     assert not [*(workshop.folder / "cache" / "tokens").iterdir()]

@@ -11,12 +11,14 @@ import pytest
 from conftest import RATES, Bench
 from typer.testing import CliRunner
 
-from gptlite import run_directory, study
-from gptlite.cli import app
-from gptlite.database import Place
-from gptlite.errors import ConfigError, StorageError, UserError, passwords, without_passwords
-from gptlite.study_config import read_study
-from gptlite.trials import Queue
+from gptlite.cli.main import app
+from gptlite.errors import ConfigError, StorageError, UserError
+from gptlite.runs import directory
+from gptlite.studies import study
+from gptlite.studies.config import read_study
+from gptlite.studies.database import Place
+from gptlite.studies.queue import Queue
+from gptlite.words import passwords, without_passwords
 
 optuna = pytest.importorskip("optuna", reason="the study extra is not installed")
 sqlalchemy = pytest.importorskip("sqlalchemy", reason="the study extra is not installed")
@@ -180,4 +182,4 @@ def test_who_is_still_at_work_elsewhere_is_told(
 
 def test_the_run_does_not_write_the_password_down(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["gptlite", "study", "--storage", "p://me:secret@h/db"])
-    assert "secret" not in json.dumps(run_directory.environment())
+    assert "secret" not in json.dumps(directory.environment())

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from gptlite import loops
-from gptlite.config import ModelConfig, SampleConfig
-from gptlite.decode import Decoder
-from gptlite.generate import continuations, halve, padded
-from gptlite.model import GPT, KVCache
+from gptlite.config.run import ModelConfig, SampleConfig
+from gptlite.core import loops
+from gptlite.core.decode import Decoder
+from gptlite.core.generate import continuations, halve, padded
+from gptlite.core.model import GPT, KVCache
 
 pytestmark = pytest.mark.skipif(loops.library() is None, reason="no C compiler here")
 SIZES = {"n_layer": 2, "context_length": 24}

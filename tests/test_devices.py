@@ -17,15 +17,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from typer.testing import CliRunner
 
-from gptlite import auto, devices, recipe, resume, start, study, suites, trained
-from gptlite.audit import audit
-from gptlite.cli import app
-from gptlite.config_reader import load_run
-from gptlite.plan import plan_run
-from gptlite.report import study_page
-from gptlite.suites import SUITES, Effort
-from gptlite.trained import Trained, load_trained
-from gptlite.world import World
+from gptlite.cli.main import app
+from gptlite.core import device as devices
+from gptlite.core.world import World
+from gptlite.measure import suites
+from gptlite.measure.suites import SUITES, Effort
+from gptlite.planning import auto
+from gptlite.planning.audit import audit
+from gptlite.planning.plan import plan_run
+from gptlite.report.page import study_page
+from gptlite.runs import recipe, resume, start, trained
+from gptlite.runs.origin import load_run
+from gptlite.runs.trained import Trained, load_trained
+from gptlite.studies import study
 
 CPU = torch.device("cpu")
 SMALL = Effort(64, 32, (0, 0.5, 1), 2, (1, 2))
@@ -147,7 +151,7 @@ def test_a_run_in_bfloat16_generates_in_float32(in_half: Path) -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_a_run_in_bfloat16_answers_the_harness_in_float32(in_half: Path) -> None:
     pytest.importorskip("lm_eval", reason="the eval extra is not installed")
-    from gptlite.harness import Subject
+    from gptlite.measure.lm_eval import Subject
 
     subject = Subject(load_trained(in_half, "best"))
     request = SimpleNamespace(args=("The", {"until": ["e"], "max_gen_toks": 3}))
@@ -400,7 +404,7 @@ def test_ranks_take_what_all_of_them_have(
 
 def test_ranks_measure_in_what_all_of_them_have(workshop: Workshop) -> None:
     run = workshop.run(dtype="bfloat16")
-    one = Trained(run, *([None] * 3), problems=[], notes=[])  # type: ignore[call-arg]
+    one = Trained(run, *([None] * 5), problems=[], notes=[])  # type: ignore[call-arg]
     assert trained.alike(one, Unlike("bfloat16")) is one
     unlike = trained.alike(one, Unlike("float32"))
     assert unlike.run.dtype == "float32"

@@ -12,19 +12,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Workshop
+from conftest import Workshop, trainer_on
 from ranks import NOISE, begun, ended, together
 
-from gptlite import checkpoint, tensor_files
-from gptlite.config import RunConfig
-from gptlite.dropout import Dropout
-from gptlite.dropout_config import SITES
+from gptlite.config.dropout import SITES
+from gptlite.config.run import RunConfig
+from gptlite.core import tensor_files
+from gptlite.core.dropout import Dropout
+from gptlite.core.model import GPT
+from gptlite.core.train import Trainer
+from gptlite.core.weights import model_tensors
+from gptlite.core.world import World
 from gptlite.errors import ConfigError, StorageError
-from gptlite.model import GPT
-from gptlite.plan import plan_run, summary_lines
-from gptlite.start import resolved_alike, train
-from gptlite.train import Trainer
-from gptlite.world import World
+from gptlite.planning.plan import plan_run, summary_lines
+from gptlite.runs import checkpoint
+from gptlite.runs.start import resolved_alike, train
 
 STEPS = 50
 SHAPE = {"batch_size": 8, "max_steps": STEPS, "eval_interval": 25, "log_interval": 1}
@@ -85,7 +87,7 @@ def test_any_number_of_ranks_comes_to_the_losses_of_one(
 def dropped(run: RunConfig, workshop: Workshop, world: World) -> list[list[str]]:
     """Of two updates, for each row of the batch that this rank has, what was in it and fell."""
     resolved, _ = resolved_alike(run, workshop.files(), World(world.size), {"float32"})
-    trainer = Trainer(resolved, workshop.files(), world)
+    trainer = trainer_on(resolved, workshop.files(), world)
     seen: list[list[bytes]] = []
 
     def note(module: Any, inputs: Any, output: torch.Tensor) -> None:
@@ -127,7 +129,7 @@ def test_a_checkpoint_of_two_ranks_goes_on_in_one_and_in_four(workshop: Workshop
     saved = checkpoint.chosen(directory, "last").path
     assert sorted(p.name for p in saved.iterdir()) == [*sorted(checkpoint.FILES), "state.json"]
     whole = {n: t.shape for n, t in tensor_files.read_tensors(saved / checkpoint.FILES[0]).items()}
-    names = checkpoint.model_tensors(GPT.of_run(half, workshop.files().meta["vocab_size"]))
+    names = model_tensors(GPT.of_run(half, workshop.files().meta["vocab_size"]))
     assert whole == {name: tensor.shape for name, tensor in names.items()}
     more = run_of(workshop, "fsdp", optim=constant, train={"max_steps": 25})
     together(4, partial(work, more, directory, resume=True), workshop.folder / "ranks")

@@ -13,15 +13,18 @@ from conftest import TINY, Workshop, merged, prose
 from test_nanogpt import saved, write_meta
 from typer.testing import CliRunner
 
-from gptlite import budget, config_reader, options, recipe
-from gptlite.budget import Rung
-from gptlite.cli import app
-from gptlite.config import RunConfig
-from gptlite.export import export
-from gptlite.options import EXAMPLES
-from gptlite.rehearsal import Costs, EvaluationPace
-from gptlite.start import train
-from gptlite.trained import load_trained
+from gptlite.cli import options
+from gptlite.cli.main import app
+from gptlite.cli.options import EXAMPLES
+from gptlite.config import reader
+from gptlite.config.run import RunConfig
+from gptlite.planning import budget
+from gptlite.planning.budget import Rung
+from gptlite.planning.rehearsal import Costs, EvaluationPace
+from gptlite.runs import recipe
+from gptlite.runs.export import export
+from gptlite.runs.start import train
+from gptlite.runs.trained import load_trained
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ["README.md", "data/README.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
@@ -65,7 +68,7 @@ def desk(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> Path:
     saved(folder / "out", vocab_size=10, bias=False)
     (folder / "data" / "shakespeare_char").mkdir(parents=True)
     write_meta(folder / "data" / "shakespeare_char" / "meta.pkl")
-    find = config_reader.find
+    find = reader.find
     shipped = {path.stem for path in (ROOT / "configs").glob("*.yaml")}
 
     def small(name: str) -> Path:
@@ -77,7 +80,7 @@ def desk(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> Path:
     def rehearse(*_: Any) -> Costs:
         return Costs(0.0, 10.0, EvaluationPace(0.0, 64), 0.0, 0.0)
 
-    monkeypatch.setattr(config_reader, "find", small)
+    monkeypatch.setattr(reader, "find", small)
     monkeypatch.setattr(recipe, "LADDER", ((1, 32, 16),))
     monkeypatch.setattr(budget, "time_rung", time_rung)
     monkeypatch.setattr(recipe, "rehearse", rehearse)

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 
-from gptlite import auto
-from gptlite import model as network
-from gptlite.config import ModelConfig
-from gptlite.dropout import (
+from gptlite.config.dropout import PRESETS, RATES, SITES, DropoutConfig, DropoutSchedule, SitePlan
+from gptlite.config.run import ModelConfig
+from gptlite.core import model as network
+from gptlite.core.dropout import (
     Dropout,
     check_every_rate_acts,
     dropouts,
@@ -31,10 +31,10 @@ from gptlite.dropout import (
     set_strength,
     strength_at,
 )
-from gptlite.dropout_config import PRESETS, RATES, SITES, DropoutConfig, DropoutSchedule, SitePlan
+from gptlite.core.masks import cut_of, mask_keys, sample_keys
+from gptlite.core.model import GPT, Block, Scene
 from gptlite.errors import ConfigError
-from gptlite.masks import cut_of, mask_keys, sample_keys
-from gptlite.model import GPT, Block, Scene
+from gptlite.planning import auto
 
 SMALL = ModelConfig(n_layer=2, n_head=2, n_embd=16, context_length=8)
 IDS = torch.arange(16).view(2, 8)

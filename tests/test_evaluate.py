@@ -7,13 +7,13 @@ import pytest
 import torch
 from conftest import EVERYWHERE, Workshop
 
-from gptlite import evaluate
-from gptlite.data import IGNORED
-from gptlite.dropout import evaluating
+from gptlite.core import evaluate
+from gptlite.core.dropout import evaluating
+from gptlite.core.evaluate import byte_lengths, measure
+from gptlite.core.model import GPT
+from gptlite.core.world import World
+from gptlite.data.batches import IGNORED
 from gptlite.errors import DataError, DivergedError
-from gptlite.evaluate import byte_lengths, measure
-from gptlite.model import GPT
-from gptlite.world import World
 
 
 @pytest.mark.parametrize("layout", ["stream", "documents"])

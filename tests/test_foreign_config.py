@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from gptlite.config import RunConfig
-from gptlite.config_reader import load_run
+from gptlite.config.run import RunConfig
 from gptlite.errors import ConfigError
-from gptlite.foreign_config import translated
+from gptlite.interchange.foreign_config import translated
+from gptlite.runs.origin import load_run
 
 NANOGPT = r"""
 # a comment

@@ -8,10 +8,18 @@ from typing import Any
 import pytest
 from conftest import prose
 
-from gptlite import foreign_tokenizer, hf_tokenizer, storage
+from gptlite import storage
+from gptlite.core.generate import TextStream, encode_prompt
+from gptlite.data.tokenizers import (
+    GPT2_PATTERN,
+    CharTokenizer,
+    Tokenizer,
+    decode,
+    from_json,
+    train_bpe,
+)
 from gptlite.errors import ConfigError, DataError
-from gptlite.generate import TextStream, encode_prompt
-from gptlite.tokenizer import GPT2_PATTERN, CharTokenizer, Tokenizer, decode, from_json, train_bpe
+from gptlite.interchange import foreign_tokenizer, hf_tokenizer
 
 LEARNED = train_bpe([prose()], 300)
 N = LEARNED.vocab_size - 1

@@ -26,17 +26,23 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from gptlite import checkpoint, storage, tensor_files, tokenizer
-from gptlite.checkpoint import FILES
-from gptlite.config import ModelConfig, OptimConfig, RunConfig, SampleConfig
-from gptlite.config_reader import dump, load_run
-from gptlite.data import Batch, Ids, batch_at
-from gptlite.errors import CheckpointError, ConfigError, DataError, visible
-from gptlite.generate import draw, probabilities
-from gptlite.metrics import MetricsFile
-from gptlite.model import GPT
-from gptlite.optim import lr_at
+from gptlite import storage
+from gptlite.config.reader import dump
+from gptlite.config.run import ModelConfig, OptimConfig, RunConfig, SampleConfig
+from gptlite.core import tensor_files
+from gptlite.core.generate import draw, probabilities
+from gptlite.core.model import GPT
+from gptlite.core.optim import lr_at
+from gptlite.core.weights import model_tensors
+from gptlite.data import tokenizers
+from gptlite.data.batches import Batch, Ids, batch_at
+from gptlite.errors import CheckpointError, ConfigError, DataError
+from gptlite.runs import checkpoint
+from gptlite.runs.checkpoint import FILES
+from gptlite.runs.metrics import MetricsFile
+from gptlite.runs.origin import load_run
 from gptlite.storage import Disk
+from gptlite.words import visible
 
 SMALL = ModelConfig(n_layer=1, n_head=1, n_embd=4, context_length=4)
 CONFIGS = [path.read_bytes() for path in sorted(Path("configs").glob("*.yaml"))]
@@ -193,24 +199,24 @@ def test_any_values_are_a_config_or_an_error_with_its_place(
 
 # Tokenizers
 
-BPE = tokenizer.train_bpe(["the end of the letter, and the other end. " * 20], 280)
+BPE = tokenizers.train_bpe(["the end of the letter, and the other end. " * 20], 280)
 DOCUMENTS = [
-    tokenizer.ByteTokenizer(eot=True).to_json(),
-    tokenizer.CharTokenizer("abc é漢", eot=True, unknown="error").to_json(),
-    tokenizer.CharTokenizer("abc é漢", eot=False, unknown="replace").to_json(),
+    tokenizers.ByteTokenizer(eot=True).to_json(),
+    tokenizers.CharTokenizer("abc é漢", eot=True, unknown="error").to_json(),
+    tokenizers.CharTokenizer("abc é漢", eot=False, unknown="replace").to_json(),
     BPE.to_json(),
 ]
 
 
 def use(document: Any, text: str, *, exactly: bool) -> None:
     try:
-        built = tokenizer.from_json(document)
+        built = tokenizers.from_json(document)
         ids = built.encode(text)
     except (DataError, ConfigError) as error:
         assert len(str(error)) < 1500  # noqa: PT017
         return
     assert all(0 <= token < built.vocab_size for token in ids)
-    decoded = tokenizer.decode(built, ids)
+    decoded = tokenizers.decode(built, ids)
     assert not exactly or getattr(built, "unknown", "error") != "error" or decoded == text
 
 
@@ -247,14 +253,14 @@ def test_any_bytes_are_a_tokenizer_or_an_error(folder: Path, raw: bytes) -> None
     path.write_bytes(raw)
     if raw.decode("utf-8", "replace") != storage.sealed(DOCUMENTS[1]):
         with pytest.raises(DataError, match="tokenizer.json: "):
-            tokenizer.read(path)
+            tokenizers.read(path)
 
 
 # Checkpoints
 
 
 def tensors() -> dict[str, dict[str, torch.Tensor]]:
-    model = checkpoint.model_tensors(GPT(SMALL, 5))
+    model = model_tensors(GPT(SMALL, 5))
     return dict(zip(FILES, (model, {"a:b": torch.ones(3)}), strict=True))
 
 

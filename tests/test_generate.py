@@ -10,10 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_model import loud
 
-from gptlite.config import ModelConfig, SampleConfig
-from gptlite.dropout import live_sites
-from gptlite.errors import ConfigError, DivergedError
-from gptlite.generate import (
+from gptlite.config.run import ModelConfig, SampleConfig
+from gptlite.core.dropout import live_sites
+from gptlite.core.generate import (
     Generation,
     TextStream,
     continuations,
@@ -26,8 +25,9 @@ from gptlite.generate import (
     penalise,
     probabilities,
 )
-from gptlite.model import GPT
-from gptlite.tokenizer import ByteTokenizer, CharTokenizer, decode
+from gptlite.core.model import GPT
+from gptlite.data.tokenizers import ByteTokenizer, CharTokenizer, decode
+from gptlite.errors import ConfigError, DivergedError
 
 LOGITS = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
 NOTHING_SEEN = torch.zeros(1, 4, dtype=torch.bool)

@@ -8,10 +8,10 @@ import pytest
 from conftest import WORDS, Workshop
 from typer.testing import CliRunner
 
-from gptlite.cli import app
-from gptlite.export import export
-from gptlite.start import train
-from gptlite.trained import load_trained
+from gptlite.cli.main import app
+from gptlite.runs.export import export
+from gptlite.runs.start import train
+from gptlite.runs.trained import load_trained
 
 TASKS = {
     "mine_choice": {

@@ -11,23 +11,14 @@ import torch
 from conftest import Workshop, merged, prose, state_at
 from safetensors.torch import save_file
 
-from gptlite import (
-    checkpoint,
-    foreign_tokenizer,
-    hf_tokenizer,
-    run_directory,
-    storage,
-    tensor_files,
-)
-from gptlite import tokenizer as tokenizers
-from gptlite.checkpoint import FILES, model_tensors
-from gptlite.config_reader import dump
-from gptlite.errors import CheckpointError, ConfigError, DataError, UserError
-from gptlite.export import export
-from gptlite.generate import Generation
-from gptlite.importing import import_model
-from gptlite.model import GPT
-from gptlite.tokenizer import (
+from gptlite import storage
+from gptlite.config.reader import dump
+from gptlite.core import tensor_files
+from gptlite.core.generate import Generation
+from gptlite.core.model import GPT
+from gptlite.core.weights import model_tensors
+from gptlite.data import tokenizers
+from gptlite.data.tokenizers import (
     GPT2_PATTERN,
     BPETokenizer,
     ByteTokenizer,
@@ -35,7 +26,14 @@ from gptlite.tokenizer import (
     Tokenizer,
     train_bpe,
 )
-from gptlite.trained import Trained, load_trained
+from gptlite.errors import CheckpointError, ConfigError, DataError, UserError
+from gptlite.interchange import foreign_tokenizer, hf_tokenizer
+from gptlite.runs import checkpoint
+from gptlite.runs import directory as run_directory
+from gptlite.runs.checkpoint import FILES
+from gptlite.runs.export import export
+from gptlite.runs.importing import import_model
+from gptlite.runs.trained import Trained, load_trained
 
 LLAMA = {"position": "rope", "norm": "rmsnorm", "mlp": "swiglu"}
 SHAPES: dict[str, dict[str, Any]] = {

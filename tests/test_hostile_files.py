@@ -22,9 +22,12 @@ from hostile import STEP, Case, reseal
 from safetensors.torch import load_file, save_file
 from test_bad_input import _own_folder, invoke, trained_run  # noqa: F401
 
-from gptlite import charts, checkpoint, storage, tokenizer
-from gptlite.checkpoint import FILES, State
+from gptlite import storage
+from gptlite.data import tokenizers
 from gptlite.errors import CheckpointError, DataError
+from gptlite.report import charts
+from gptlite.runs import checkpoint
+from gptlite.runs.checkpoint import FILES, State
 
 CASES = {case.name: case for case in hostile.cases()}
 
@@ -175,7 +178,7 @@ HARMLESS = ("name with an escape", "name a number")
 def test_a_hostile_tokenizer_is_refused_by_itself(name: str) -> None:
     """Not only because the weights would not fit."""
     with pytest.raises(DataError):
-        tokenizer.from_json(hostile.TOKENIZERS[name]())
+        tokenizers.from_json(hostile.TOKENIZERS[name]())
 
 
 def weights(**values: torch.Tensor | None) -> None:

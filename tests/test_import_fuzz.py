@@ -15,12 +15,13 @@ import torch
 from conftest import prose
 from hypothesis import settings
 
-from gptlite import hf_config, hf_tokenizer, storage
+from gptlite import storage
+from gptlite.core.generate import encode_prompt
+from gptlite.data.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer, train_bpe
 from gptlite.errors import ConfigError, UserError
-from gptlite.generate import encode_prompt
-from gptlite.importing import import_model
-from gptlite.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, train_bpe
-from gptlite.trained import load_trained
+from gptlite.interchange import hf_config, hf_tokenizer
+from gptlite.runs.importing import import_model
+from gptlite.runs.trained import load_trained
 
 transformers = pytest.importorskip("transformers", reason="the dev extra is not installed")
 

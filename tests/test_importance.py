@@ -8,11 +8,11 @@ import torch
 from conftest import Workshop
 from networks import CRITICAL, alternating, one_critical_neuron
 
-from gptlite import importance
-from gptlite.config import ModelConfig
-from gptlite.importance import effective_share, gini, spectrum, top_share
-from gptlite.knockout import Subject
-from gptlite.model import GPT
+from gptlite.config.run import ModelConfig
+from gptlite.core.model import GPT
+from gptlite.measure import importance
+from gptlite.measure.importance import effective_share, gini, spectrum, top_share
+from gptlite.measure.knockout import Subject
 
 
 def test_one_critical_neuron_is_found(workshop: Workshop) -> None:

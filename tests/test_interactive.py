@@ -10,11 +10,11 @@ import pytest
 from conftest import Workshop
 from typer.testing import CliRunner
 
-from gptlite import interactive
-from gptlite.cli import app
-from gptlite.config import SampleConfig
+from gptlite.cli import interactive
+from gptlite.cli.main import app
+from gptlite.config.run import SampleConfig
 from gptlite.errors import ConfigError
-from gptlite.start import train
+from gptlite.runs.start import train
 
 Asked = list[tuple[str, float, int]]
 
@@ -75,7 +75,8 @@ def test_colours_are_for_terminals_that_want_them(monkeypatch: pytest.MonkeyPatc
         def isatty(self) -> bool:
             return True
 
-    monkeypatch.delenv("NO_COLOR", raising=False)
+    for name in ("NO_COLOR", "FORCE_COLOR", "CI"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TERM", "xterm")
     assert interactive.bold("a") == "a"
     monkeypatch.setattr(sys, "stdout", Screen())

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from gptlite.intervals import (
+from gptlite.measure.intervals import (
     RESAMPLES,
     debiased,
     holm,

@@ -5,12 +5,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gptlite import kernels, loops, masks
-from gptlite.config import ModelConfig
-from gptlite.dropout_config import DropoutConfig
-from gptlite.kernels import causal_attention, gelu
-from gptlite.masks import Mask, sample_keys
-from gptlite.model import GPT, KVCache, attention_weights
+from gptlite.config.dropout import DropoutConfig
+from gptlite.config.run import ModelConfig
+from gptlite.core import kernels, loops, masks
+from gptlite.core.kernels import causal_attention, gelu
+from gptlite.core.masks import Mask, sample_keys
+from gptlite.core.model import GPT, KVCache, attention_weights
 from tests.conftest import only
 
 needs_compiler = pytest.mark.skipif(loops.library() is None, reason="no C compiler here")
@@ -159,7 +159,7 @@ def test_native_masks_and_compiled_graphs_take_the_plain_way(
     def refuse(*args: object) -> None:
         raise AssertionError("must not be called")
 
-    monkeypatch.setattr("gptlite.model.causal_attention", refuse)
+    monkeypatch.setattr("gptlite.core.model.causal_attention", refuse)
     config = ModelConfig(n_layer=1, n_head=2, n_embd=8, context_length=4)
     native = only("attention_weights", masks="native")
     ids, samples = torch.zeros(2, 4, dtype=torch.long), sample_keys(0, 0, torch.arange(2).numpy())

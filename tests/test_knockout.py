@@ -11,11 +11,19 @@ from conftest import EVERYWHERE, Workshop
 from networks import CRITICAL, alternating, one_critical_neuron
 from torch import nn
 
-from gptlite import knockout
-from gptlite.data import Batch
-from gptlite.evaluate import byte_lengths, measure
-from gptlite.knockout import KINDS, Subject, curve, half_at, n_units, random_orders, retained
-from gptlite.model import GPT
+from gptlite.core.evaluate import byte_lengths, measure
+from gptlite.core.model import GPT
+from gptlite.data.batches import Batch
+from gptlite.measure import knockout
+from gptlite.measure.knockout import (
+    KINDS,
+    Subject,
+    curve,
+    half_at,
+    n_units,
+    random_orders,
+    retained,
+)
 
 N_ROWS = 6
 

@@ -12,8 +12,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gptlite import auto, kernels, loops, masks
-from gptlite.masks import Mask
+from gptlite.core import kernels, loops, masks
+from gptlite.core.masks import Mask
+from gptlite.planning import auto
 from tests.conftest import Workshop
 
 ROOT = Path(__file__).resolve().parents[1]

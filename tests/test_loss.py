@@ -6,12 +6,12 @@ import torch.nn.functional as F
 from conftest import Workshop
 from torch import Tensor
 
-from gptlite import loops, loss
-from gptlite.config import ModelConfig
-from gptlite.data import IGNORED
-from gptlite.loss import total_nats
-from gptlite.masks import sample_keys
-from gptlite.model import GPT
+from gptlite.config.run import ModelConfig
+from gptlite.core import loops, loss
+from gptlite.core.loss import total_nats
+from gptlite.core.masks import sample_keys
+from gptlite.core.model import GPT
+from gptlite.data.batches import IGNORED
 from tests.conftest import EVERYWHERE, only
 
 SIZES = {"n_layer": 2, "n_head": 2, "n_embd": 16, "context_length": 12}

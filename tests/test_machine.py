@@ -12,9 +12,12 @@ import torch
 import yaml
 from conftest import TINY, Bench, Workshop, merged
 
-from gptlite import cli, machine, study, workers
-from gptlite.start import train
-from gptlite.trained import load_trained
+from gptlite import machine
+from gptlite.cli import main
+from gptlite.data import workers
+from gptlite.runs.start import train
+from gptlite.runs.trained import load_trained
+from gptlite.studies import study
 
 GIB = 1 << 30
 NO_LIMIT = "9223372036854771712"
@@ -276,9 +279,9 @@ def test_windows_is_told_in_one_line(
 
     monkeypatch.setattr("platform.system", lambda: "Windows")
     for name in ("leave_when_terminated", "let_waiting_threads_sleep", "app"):
-        monkeypatch.setattr(cli, name, fail)
+        monkeypatch.setattr(main, name, fail)
     with pytest.raises(SystemExit) as left:
-        cli.main()
+        main.main()
     assert left.value.code == 1
     out, err = capsys.readouterr()
     assert (out, err) == ("", "gptlite: Windows is not supported; use WSL: wsl --install\n")
@@ -289,7 +292,7 @@ import platform, sys
 lacking = "fcntl resource termios tty pty pwd grp readline"
 sys.modules |= dict.fromkeys(lacking.split())
 platform.system = lambda: "Windows"
-from gptlite.cli import main
+from gptlite.cli.main import main
 main()
 """
 
@@ -303,7 +306,7 @@ COUNT_THREADS = """
 import json, os, sys
 os.sched_setaffinity(0, list(os.sched_getaffinity(0))[:1])
 import torch
-from gptlite.cli import main
+from gptlite.cli.main import main
 found = []
 for arguments in json.loads(sys.argv[1]):
     torch.set_num_threads(3)  # whatever it would take by itself

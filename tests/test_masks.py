@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from gptlite import loops, masks
-from gptlite.dropout import Dropout
-from gptlite.dropout_config import RATES, SitePlan
-from gptlite.masks import Mask, mask_keys, mix, plain, sample_keys
+from gptlite.config.dropout import RATES, SitePlan
+from gptlite.core import loops, masks
+from gptlite.core.dropout import Dropout
+from gptlite.core.masks import Mask, mask_keys, mix, plain, sample_keys
 
 needs_compiler = pytest.mark.skipif(loops.library() is None, reason="no C compiler here")
 PATHS = {

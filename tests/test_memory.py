@@ -6,10 +6,12 @@ import pytest
 import torch
 from conftest import Workshop
 
-from gptlite import loops, memory
-from gptlite.config import RunConfig
+from gptlite.config.run import RunConfig
+from gptlite.core import loops
+from gptlite.core.device import GIB
 from gptlite.errors import ConfigError
-from gptlite.memory import GIB, SLACK, fit, keep_freed, mask_bytes, training_bytes
+from gptlite.planning import memory
+from gptlite.planning.memory import SLACK, fit, keep_freed, mask_bytes, training_bytes
 
 CPU = torch.device("cpu")
 V = 50

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from gptlite.metrics import Console, Meter, MetricsFile, clock, human, wants_bar
+from gptlite.runs.metrics import Console, Meter, MetricsFile
+from gptlite.terminal import clock, human, wants_bar
 
 
 class FakeClock:

@@ -10,10 +10,10 @@ from conftest import EVERYWHERE
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from gptlite import loss
-from gptlite.config import ModelConfig
-from gptlite.dropout_config import SITES, DropoutConfig
-from gptlite.model import GPT, KVCache, angles, attention_weights, rotate
+from gptlite.config.dropout import SITES, DropoutConfig
+from gptlite.config.run import ModelConfig
+from gptlite.core import loss
+from gptlite.core.model import GPT, KVCache, angles, attention_weights, rotate
 
 V = 61
 OPTIONS = [

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gptlite import torch_file
 from gptlite.errors import CheckpointError, ConfigError
-from gptlite.importing import import_model
-from gptlite.trained import load_trained
+from gptlite.interchange import torch_file
+from gptlite.runs.importing import import_model
+from gptlite.runs.trained import load_trained
 
 CHARACTERS = "\n abcdefgh"
 SIZES = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 16}
@@ -102,7 +102,7 @@ def test_a_checkpoint_gives_its_logits(tmp_path: Path, bias: bool, prefix: str) 
 def test_a_padded_vocabulary_of_gpt2_is_cut_and_said(
     tmp_path: Path, monkeypatch: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from gptlite import nanogpt
+    from gptlite.interchange import nanogpt
 
     monkeypatch.setattr(nanogpt, "GPT2_VOCABULARIES", (300, 320))
     bytes_ = nanogpt.CharTokenizer("".join(map(chr, range(300))), eot=False, unknown="error")

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from gptlite.config import ModelConfig, OptimConfig
-from gptlite.model import GPT
-from gptlite.optim import OPTIMIZERS, Optimizer, lr_at, split_parameters
+from gptlite.config.run import ModelConfig, OptimConfig
+from gptlite.core.model import GPT
+from gptlite.core.optim import OPTIMIZERS, Optimizer, lr_at, split_parameters
 
 SMALL = ModelConfig(n_layer=1, n_head=2, n_embd=16, context_length=8)
 UNTIED = SMALL.model_copy(update={"tie_embeddings": False, "norm": "rmsnorm", "qk_norm": True})
@@ -62,7 +62,7 @@ def test_a_parameter_without_a_group_is_refused(name: str, monkeypatch: pytest.M
         groups["vectors"].pop()
         return groups
 
-    monkeypatch.setattr("gptlite.optim.split_parameters", forgetful)
+    monkeypatch.setattr("gptlite.core.optim.split_parameters", forgetful)
     with pytest.raises(AssertionError, match="without a group"):
         Optimizer(GPT(SMALL, 20), optim(name=name))
 

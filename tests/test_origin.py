@@ -12,16 +12,20 @@ from conftest import TINY, Workshop, merged, prose
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from gptlite import origin, storage, tensor_files
-from gptlite.checkpoint import model_tensors
-from gptlite.cli import app
-from gptlite.config_reader import load_run
+from gptlite import storage
+from gptlite.cli.main import app
+from gptlite.config.run import RunConfig
+from gptlite.core import tensor_files
+from gptlite.core.weights import model_tensors
+from gptlite.data.prepare import prepare
+from gptlite.data.token_files import TokenFiles
 from gptlite.errors import ConfigError, DataError
-from gptlite.export import export
-from gptlite.importing import import_model
-from gptlite.prepare import prepare
-from gptlite.start import train
-from gptlite.trained import load_trained
+from gptlite.runs import origin
+from gptlite.runs.export import export
+from gptlite.runs.importing import import_model
+from gptlite.runs.origin import load_run
+from gptlite.runs.start import train
+from gptlite.runs.trained import load_trained
 
 BPE: dict[str, Any] = {"tokenizer": {"kind": "bpe", "vocab_size": 300}}
 
@@ -54,6 +58,10 @@ class Desk:
 @pytest.fixture
 def desk(workshop: Workshop) -> Desk:
     return Desk(workshop)
+
+
+def prepare_with_origin(run: RunConfig) -> TokenFiles:
+    return prepare(run, origin.given_tokenizer(run))
 
 
 def sources(first: Path) -> dict[str, Path]:
@@ -118,11 +126,11 @@ def test_data_that_the_tokenizer_cannot_have_made_are_refused(
     files = workshop.files(tokenizer={"kind": "byte"})
     path = desk.config(first, data={"source": str(files.folder)})
     with pytest.raises(DataError, match="of another tokenizer than the model"):
-        prepare(load_run([str(path)]))
+        prepare_with_origin(load_run([str(path)]))
     train(workshop.run(tokenizer={"kind": "byte"}), workshop.folder / "bytes")
     path = desk.config(workshop.folder / "bytes", data={"layout": "documents"})
     with pytest.raises(ConfigError, match=r"data\.layout: documents need an end-of-text token"):
-        prepare(load_run([str(path)]))
+        prepare_with_origin(load_run([str(path)]))
 
 
 def test_token_files_of_two_origins_are_told_apart(
@@ -132,7 +140,7 @@ def test_token_files_of_two_origins_are_told_apart(
     other.write_text("zebra quagga okapi " * 300)
     train(workshop.run(**BPE, data={"source": str(other)}), workshop.folder / "second")
     folders = [
-        prepare(load_run([str(desk.config(source))])).folder
+        prepare_with_origin(load_run([str(desk.config(source))])).folder
         for source in (first, workshop.folder / "second")
     ]
     assert folders[0] != folders[1]
@@ -156,7 +164,7 @@ def test_documents_are_parted_by_what_the_model_ends_with(first: Path, desk: Des
     several = desk.folder / "several.jsonl"
     several.write_text("".join(json.dumps({"text": prose(40, seed=i)}) + "\n" for i in range(50)))
     run = load_run([str(desk.config(hugging_face, data={"source": str(several)}))])
-    files = prepare(run)
+    files = prepare_with_origin(run)
     counts = {i: int((files.tokens("train") == i).sum()) for i in (n - 1, n, n + 1)}
     assert counts[n + 1] > 40
     assert (counts[n - 1], counts[n], files.meta["vocab_size"]) == (0, 0, n + 2)

@@ -5,13 +5,14 @@ from dataclasses import replace
 import pytest
 from conftest import Workshop
 
-from gptlite import plan as planning
-from gptlite.config import RunConfig
-from gptlite.metrics import clock
-from gptlite.model import GPT
-from gptlite.plan import make_plan, plan_run, plan_table
-from gptlite.rehearsal import EvaluationPace, Pace
-from gptlite.train import Trainer
+from gptlite.config.run import RunConfig
+from gptlite.core.model import GPT
+from gptlite.core.train import Trainer
+from gptlite.data.token_files import TokenFiles
+from gptlite.planning import plan as planning
+from gptlite.planning.plan import make_plan, plan_run, plan_table
+from gptlite.planning.rehearsal import EvaluationPace, Pace
+from gptlite.terminal import clock
 
 
 @pytest.fixture(autouse=True)
@@ -19,7 +20,7 @@ def _paces(monkeypatch: pytest.MonkeyPatch) -> None:
     def time_updates(trainer: Trainer) -> Pace:
         return Pace(2.0, 4)
 
-    def time_evaluation(trainer: Trainer) -> EvaluationPace:
+    def time_evaluation(trainer: Trainer, files: TokenFiles) -> EvaluationPace:
         return EvaluationPace(1.0, 64)
 
     monkeypatch.setattr(planning, "time_updates", time_updates)

@@ -12,14 +12,15 @@ from ranks import begun, ended, together
 from test_distributed import run_of
 from typer.testing import CliRunner
 
-from gptlite import cli, suites
-from gptlite.config import RunConfig
-from gptlite.evaluate import byte_lengths, measure
-from gptlite.model import GPT
-from gptlite.prepare import open_split
-from gptlite.start import train
-from gptlite.trained import load_alike
-from gptlite.world import ALONE, World
+from gptlite.cli import main
+from gptlite.config.run import RunConfig
+from gptlite.core.evaluate import byte_lengths, measure
+from gptlite.core.model import GPT
+from gptlite.core.world import ALONE, World
+from gptlite.data.prepare import open_split
+from gptlite.measure import suites
+from gptlite.runs.start import train
+from gptlite.runs.trained import load_alike
 
 
 def measured(run: RunConfig, workshop: Workshop, world: World) -> Any:
@@ -99,8 +100,8 @@ def test_ranks_with_other_text_or_weights_measure_nothing(
 def test_the_other_suites_are_for_one_process(
     trained: Path, suite: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "entered", lambda: nullcontext(World(2)))
-    result = CliRunner().invoke(cli.app, ["eval", "--run", str(trained), "--suite", suite])
+    monkeypatch.setattr(main, "entered", lambda: nullcontext(World(2)))
+    result = CliRunner().invoke(main.app, ["eval", "--run", str(trained), "--suite", suite])
     assert result.exit_code == 2
     (line,) = result.stderr.splitlines()
     why = "several processes measure the loss only; start without torchrun"

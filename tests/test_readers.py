@@ -10,10 +10,10 @@ import pytest
 from conftest import Workshop
 from test_sources import joined
 
-from gptlite import readers, sources
-from gptlite.config import DataConfig
+from gptlite.config.run import DataConfig
+from gptlite.data import readers, sources
+from gptlite.data.readers import kind_of, read_file
 from gptlite.errors import DataError, UserError
-from gptlite.readers import kind_of, read_file
 
 
 def packed(path: Path, raw: bytes) -> Path:

@@ -10,15 +10,17 @@ import pytest
 from conftest import Workshop, prose
 from typer.testing import CliRunner
 
-from gptlite import budget, recipe
-from gptlite.budget import Budget, Rung
-from gptlite.cli import app
-from gptlite.config import DataConfig, RunConfig
-from gptlite.config_reader import dump, load_run
+from gptlite.cli.main import app
+from gptlite.config.reader import dump
+from gptlite.config.run import DataConfig, RunConfig
+from gptlite.data.prepare import prepare
 from gptlite.errors import ConfigError, DataError
-from gptlite.launch import launched
-from gptlite.prepare import prepare
-from gptlite.rehearsal import Costs, EvaluationPace
+from gptlite.planning import budget
+from gptlite.planning.budget import Budget, Rung
+from gptlite.planning.rehearsal import Costs, EvaluationPace
+from gptlite.runs import recipe
+from gptlite.runs.launch import launched
+from gptlite.runs.origin import load_run
 
 NAMES = [f"{a}{b}{c}" for a in ("an", "bel", "cor") for b in "aeiou" for c in ("", "n", "lia")] * 10
 NOW = 100.0

@@ -6,19 +6,20 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Workshop
+from conftest import Workshop, trainer_on
 
-from gptlite import auto, checkpoint, rehearsal
-from gptlite.config import RunConfig
-from gptlite.data import Batch
-from gptlite.generate import Generation
-from gptlite.interrupts import Interrupts
-from gptlite.optim import Optimizer
-from gptlite.rehearsal import EvaluationPace, rehearse, time_updates
-from gptlite.session import Session
-from gptlite.start import train
-from gptlite.train import Trainer
-from gptlite.world import World
+from gptlite.config.run import RunConfig
+from gptlite.core.generate import Generation
+from gptlite.core.optim import Optimizer
+from gptlite.core.train import Trainer
+from gptlite.core.world import World
+from gptlite.data.batches import Batch
+from gptlite.planning import auto, rehearsal
+from gptlite.planning.rehearsal import EvaluationPace, rehearse, time_updates
+from gptlite.runs import checkpoint
+from gptlite.runs.interrupts import Interrupts
+from gptlite.runs.session import Session
+from gptlite.runs.start import train
 
 DROPS = {"preset": "gpt2", "rate": 0.2, "schedule": {"mode": "late", "until": 0.5}}
 
@@ -130,7 +131,7 @@ def test_rehearsing_changes_nothing(
         return made[-1]
 
     monkeypatch.setattr(rehearsal, "make_idle_trainer", make)
-    fresh = Trainer(resolved(workshop, **sections), files)
+    fresh = trainer_on(resolved(workshop, **sections), files)
     before, state = files_below(workshop.folder), torch.get_rng_state()
     costs = rehearse(run, files, 0.0)
     assert torch.equal(torch.get_rng_state(), state)
@@ -143,7 +144,12 @@ def test_rehearsing_changes_nothing(
 
 def test_dropout_is_timed_at_full_rates_whatever_the_schedule(workshop: Workshop) -> None:
     trainer = idle(workshop, dropout=DROPS)
-    assert Trainer(resolved(workshop, dropout=DROPS), trainer.files).schedule_dropout() == 0.0
+    assert (
+        trainer_on(
+            resolved(workshop, dropout=DROPS), workshop.files(dropout=DROPS)
+        ).schedule_dropout()
+        == 0.0
+    )
     next(trainer.updates(1))
     assert trainer.strength == 1.0
     assert trainer.planned
@@ -165,7 +171,7 @@ def test_of_a_long_evaluation_a_few_sequences_are_timed(
         clock.now += (sum(sizes) + sizes[0]) * seconds_a_row
 
     monkeypatch.setattr(rehearsal, "measure", measure)
-    pace = rehearsal.time_evaluation(trainer)
+    pace = rehearsal.time_evaluation(trainer, workshop.files())
     assert pace.n_rows == 64
     assert pace.seconds == pytest.approx(64 * seconds_a_row)
     assert set(seen) == rows
@@ -173,12 +179,12 @@ def test_of_a_long_evaluation_a_few_sequences_are_timed(
 
 @pytest.mark.parametrize("batches", ["all", 2])
 def test_an_evaluation_is_counted_as_a_session_makes_it(workshop: Workshop, batches: Any) -> None:
-    trainer = Trainer(
+    trainer = trainer_on(
         run := resolved(workshop, train={"eval_batches": batches}), files := workshop.files()
     )
     calls = []
     trainer.model.register_forward_hook(lambda *_: calls.append(1))
-    session = Session(trainer, workshop.folder, None, Interrupts())
+    session = Session(trainer, files, workshop.folder, None, Interrupts())
     session.evaluate(1)
     session.records.close()
     n_rows = rehearsal.eval_rows(run, files.meta["vocab_size"])
@@ -216,4 +222,4 @@ def test_a_sample_that_ends_early_is_timed_as_a_whole_one(
 
     monkeypatch.setattr(Generation, "results", results)
     trainer = idle(workshop, sample={"max_new_tokens": 200})
-    assert rehearsal.time_sample(trainer) == 30.0
+    assert rehearsal.time_sample(trainer, workshop.files().tokenizer) == 30.0

@@ -9,7 +9,7 @@ import fsspec
 import pytest
 from conftest import Workshop, prose
 
-from gptlite import prepare, sources
+from gptlite.data import prepare, sources
 from gptlite.errors import DataError, UserError
 
 

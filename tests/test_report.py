@@ -10,13 +10,15 @@ from typing import Any
 import pytest
 from conftest import EVERYWHERE, Workshop
 
-from gptlite import charts, report, suites
+from gptlite.data.prepare import prepare
 from gptlite.errors import ConfigError, StorageError
-from gptlite.network_drawing import network
-from gptlite.prepare import prepare
-from gptlite.start import train
-from gptlite.suites import Effort
-from gptlite.trained import load_trained
+from gptlite.measure import suites
+from gptlite.measure.suites import Effort
+from gptlite.report import charts
+from gptlite.report import page as report
+from gptlite.report.network import network
+from gptlite.runs.start import train
+from gptlite.runs.trained import load_trained
 
 SMALL = Effort(64, 32, (0, 0.5, 1), 2, (1, 3))
 HOSTILE = "</pre><script>alert(1)</script><img src=x onerror=alert(2)> $\\frac{ \x1b[31m \u202e"

@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Workshop
+from conftest import Workshop, trainer_on
 from typer.testing import CliRunner
 
-from gptlite import checkpoint, resume, run_directory
-from gptlite.cli import app
-from gptlite.config_reader import load_run
+from gptlite import locks
+from gptlite.cli.main import app
+from gptlite.core.train import MOST_SKIPPED, Trainer
+from gptlite.core.world import World
 from gptlite.errors import (
     CheckpointError,
     ConfigError,
@@ -25,11 +26,12 @@ from gptlite.errors import (
     Stopped,
     Terminated,
 )
-from gptlite.interrupts import Cut, Interrupts
-from gptlite.session import Session
-from gptlite.start import train
-from gptlite.train import MOST_SKIPPED, Trainer
-from gptlite.world import World
+from gptlite.runs import checkpoint, resume
+from gptlite.runs import directory as run_directory
+from gptlite.runs.interrupts import Cut, Interrupts
+from gptlite.runs.origin import load_run
+from gptlite.runs.session import Session
+from gptlite.runs.start import train
 
 
 def harm(folder: Path) -> None:
@@ -133,15 +135,17 @@ def test_a_compiled_run_goes_on_where_there_is_no_compiler(
 def test_a_run_does_not_stand_on_the_file_it_came_from(workshop: Workshop, trained: Path) -> None:
     """What safetensors reads is mapped; a file that changes meanwhile must not change the run."""
     found = checkpoint.chosen(trained, "last")
-    resumed = Trainer(load_run([str(trained / "config.yaml")]), workshop.files())
-    resumed.restore(found.path, found.state)
-    before = {k: v.clone() for part in resumed.tensors().values() for k, v in part.items()}
+    resumed = trainer_on(load_run([str(trained / "config.yaml")]), workshop.files())
+    checkpoint.restore(resumed, found)
+    before = {
+        k: v.clone() for part in checkpoint.tensors_of(resumed).values() for k, v in part.items()
+    }
     for name in checkpoint.FILES:
         size = (found.path / name).stat().st_size
         with (found.path / name).open("r+b") as file:
             file.seek(size // 2)
             file.write(bytes(size // 2))
-    after = {k: v for part in resumed.tensors().values() for k, v in part.items()}
+    after = {k: v for part in checkpoint.tensors_of(resumed).values() for k, v in part.items()}
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
@@ -253,8 +257,8 @@ def test_what_was_cut_short_at_the_last_step_is_done_and_saved(
 def interrupt_in(monkeypatch: pytest.MonkeyPatch, inside: str, at: int = 4) -> None:
     """Have a SIGTERM come at a step, once."""
     owner, name = {
-        "evaluate": (sys.modules["gptlite.session"], "measure"),
-        "sample": (sys.modules["gptlite.session"], "Generation"),
+        "evaluate": (sys.modules["gptlite.runs.session"], "measure"),
+        "sample": (sys.modules["gptlite.runs.session"], "Generation"),
         "save": (Session, "save"),
         "updates": (Trainer, "accumulate"),
     }[inside]
@@ -405,9 +409,9 @@ def test_a_lock_file_holds_no_name_when_nobody_does(tmp_path: Path) -> None:
     with run_directory.locked(tmp_path):
         assert (tmp_path / ".lock").read_text()
     assert (tmp_path / ".lock").read_text() == ""
-    with run_directory.open_lock(tmp_path) as ours, run_directory.open_lock(tmp_path) as theirs:
-        assert run_directory.hold(ours) is None
-        assert run_directory.hold(theirs) == "another process"
+    with locks.open_lock(tmp_path) as ours, locks.open_lock(tmp_path) as theirs:
+        assert locks.hold(ours) is None
+        assert locks.hold(theirs) == "another process"
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd", "constant"])

@@ -11,21 +11,25 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import EVERYWHERE, Workshop
+from conftest import EVERYWHERE, Workshop, trainer_on
 from ranks import begun, ended, together
 from test_resume import poison, timeless, weights
 from test_train import trainer
 
-from gptlite import auto, checkpoint, devices, memory, scaling, storage
-from gptlite.audit import audit
-from gptlite.config import RunConfig
+from gptlite import storage
+from gptlite.config.run import RunConfig
+from gptlite.core import device as devices
+from gptlite.core import precision as scaling
+from gptlite.core.optim import OPTIMIZERS
+from gptlite.core.precision import FIRST_SCALE, LossScaler, Scale
+from gptlite.core.train import Trainer
+from gptlite.core.world import World
 from gptlite.errors import CheckpointError, ConfigError, DivergedError
-from gptlite.optim import OPTIMIZERS
-from gptlite.plan import plan_run
-from gptlite.scaling import FIRST_SCALE, LossScaler, Scale
-from gptlite.start import resolved_alike, train
-from gptlite.train import Trainer
-from gptlite.world import World
+from gptlite.planning import auto, memory
+from gptlite.planning.audit import audit
+from gptlite.planning.plan import plan_run
+from gptlite.runs import checkpoint
+from gptlite.runs.start import resolved_alike, train
 
 CPU = torch.device("cpu")
 KEYED = EVERYWHERE.model_dump(mode="json")
@@ -313,7 +317,7 @@ def updated(run: RunConfig, workshop: Workshop, scale: float, world: World) -> A
     weights."""
     scaling.FIRST_SCALE = scale
     resolved, _ = resolved_alike(run, workshop.files(), World(world.size), {"float32"})
-    one = Trainer(resolved, workshop.files(), world)
+    one = trainer_on(resolved, workshop.files(), world)
     losses = [update.loss for update in one.updates(24)]
     raw = b"".join(p.detach().numpy().tobytes() for p in one.parameters)
     state = one.scaler.state()

@@ -8,11 +8,12 @@ import pytest
 import torch
 from conftest import Workshop, merged
 
-from gptlite import checkpoint, tensor_files
+from gptlite.core import tensor_files
 from gptlite.errors import CheckpointError, ConfigError, DivergedError
-from gptlite.session import Session
-from gptlite.start import train
-from gptlite.trained import load_trained
+from gptlite.runs import checkpoint
+from gptlite.runs.session import Session
+from gptlite.runs.start import train
+from gptlite.runs.trained import load_trained
 
 LEARN = {"lr": 1e-2, "min_lr": 1e-3, "warmup_steps": 2}
 
@@ -23,7 +24,7 @@ def rows_of(directory: Path) -> list[dict[str, Any]]:
 
 def test_a_run_that_stops_learning_stops(workshop: Workshop, monkeypatch: Any) -> None:
     """The losses are given: better twice, then two evaluations without a gain."""
-    from gptlite.evaluate import Measured
+    from gptlite.core.evaluate import Measured
 
     losses = iter([3.0, 2.0, 2.5, 2.2, 9.0, 9.0])
     val = iter(range(100))
@@ -32,7 +33,7 @@ def test_a_run_that_stops_learning_stops(workshop: Workshop, monkeypatch: Any) -
         loss = next(losses) if next(val) % 2 == 0 else 1.0  # validation first, then training text
         return Measured(loss * 10, 0.0, 10, 0, loss * 10, 10, [])
 
-    monkeypatch.setattr("gptlite.session.measure", measure)
+    monkeypatch.setattr("gptlite.runs.session.measure", measure)
     run = workshop.run(train={"max_steps": 12, "eval_interval": 2, "early_stop": 2})
     directory = workshop.folder / "run"
     summary = train(run, directory)

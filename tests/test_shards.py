@@ -21,15 +21,13 @@ import pytest
 import yaml
 from conftest import TINY, Workshop, merged, prose
 
-from gptlite import ledger, machine, prepare, shards, storage, tokenizer, workers
-from gptlite.config import RunConfig
-from gptlite.data import (
-    Joined,
-    TokenFiles,
-    batch_at,
-    open_token_files,
-    places_of,
-)
+from gptlite import digests as ledger
+from gptlite import machine, storage
+from gptlite.config.run import RunConfig
+from gptlite.data import parts as shards
+from gptlite.data import prepare, tokenizers, workers
+from gptlite.data.batches import Joined, batch_at, places_of
+from gptlite.data.token_files import TokenFiles, open_token_files
 from gptlite.errors import DataError, StorageError, UserError
 
 EVERY_FILE = {"LARGE_BYTES": 1, "PART_BYTES": 0, "MOST_PARTS": 1 << 20}
@@ -223,7 +221,7 @@ def test_beyond_joined_arrays_there_is_nothing(joined, at):
 
 
 def test_places_are_found_in_every_stretch(joined, monkeypatch):
-    monkeypatch.setattr("gptlite.data.STRETCH", 2)
+    monkeypatch.setattr("gptlite.data.batches.STRETCH", 2)
     ours, theirs = joined
     ours.parts[1][1] = theirs[4] = ours.parts[3][3] = theirs[12] = 7
     assert places_of(ours, 7).tolist() == places_of(theirs, 7).tolist() == [4, 12]
@@ -231,7 +229,7 @@ def test_places_are_found_in_every_stretch(joined, monkeypatch):
 
 
 def test_looking_for_documents_copies_nothing_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr("gptlite.data.STRETCH", 1 << 16)
+    monkeypatch.setattr("gptlite.data.batches.STRETCH", 1 << 16)
     np.ones(1 << 22, "<u2").tofile(tmp_path / "ids.bin")
     tokens = Joined([np.memmap(tmp_path / "ids.bin", "<u2", "r")] * 2)
     tracemalloc.start()
@@ -330,7 +328,7 @@ def test_a_tokenizer_is_learned_once(corpus, monkeypatch):
     corpus.write(*PROSE)
     bpe = {"tokenizer": {"kind": "bpe", "vocab_size": 300}}
     interrupted(corpus, 2, **bpe)
-    monkeypatch.setattr(tokenizer, "build", lambda *_, **__: pytest.fail("learned again"))
+    monkeypatch.setattr(tokenizers, "build", lambda *_, **__: pytest.fail("learned again"))
     corpus.prepared(**bpe)
 
 
@@ -338,7 +336,7 @@ def test_parts_of_another_tokenizer_are_made_anew(corpus, monkeypatch):
     corpus.write(*PROSE)
     bpe = {"tokenizer": {"kind": "bpe", "vocab_size": 300}}
     work = interrupted(corpus, 5, **bpe)
-    other = tokenizer.train_bpe(["another text"], 280)
+    other = tokenizers.train_bpe(["another text"], 280)
     (work / "tokenizer.json").write_text(storage.sealed(other.to_json()))
     made = noted(monkeypatch)
     corpus.prepared(**bpe)
@@ -507,10 +505,12 @@ def test_results_are_in_the_order_of_the_jobs(tmp_path):
 
 COMMAND = """
 import os
-from gptlite import machine, shards, workers
+from gptlite import machine
+from gptlite.data import parts as shards
+from gptlite.data import workers
 shards.LARGE_BYTES, shards.PART_BYTES = 1, 1 << 20
 machine.count_cores = lambda: 2
-from gptlite.cli import main
+from gptlite.cli.main import main
 main()
 """
 

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 from conftest import Workshop
 
-from gptlite import sinks
 from gptlite.errors import UserError
-from gptlite.start import train
+from gptlite.runs import sinks
+from gptlite.runs.start import train
 
 Rows = list[dict[str, Any]]
 
@@ -172,7 +172,7 @@ TRACKED = """
 import sys
 from pathlib import Path
 from conftest import Workshop
-from gptlite.session import train
+from gptlite.runs.session import train
 
 workshop, log = Workshop(Path(sys.argv[1])), {"sinks": ["trackio"], "project": "mine"}
 train(workshop.run(log=log), workshop.folder / "run")

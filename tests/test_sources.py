@@ -18,11 +18,11 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from gptlite import readers, remote, sources
-from gptlite.config import DataConfig
+from gptlite.config.run import DataConfig
+from gptlite.data import readers, remote, sources
+from gptlite.data.prepare import prepare
+from gptlite.data.readers import Chunk, read_file
 from gptlite.errors import ConfigError, DataError
-from gptlite.prepare import prepare
-from gptlite.readers import Chunk, read_file
 
 URL = "https://example.org/folder/story.txt"
 STREAM, DOCUMENTS = DataConfig(), DataConfig(layout="documents")
@@ -259,7 +259,7 @@ def test_a_list_is_read_in_the_order_given(workshop, write):
         ("table.npz", ".npz is not text"),
         ("a.txt/b.txt", "Not a directory"),
         ("a" * 300, "File name too long"),
-        ("a\0.txt", "null"),
+        ("a\0.txt", "NUL"),
     ],
 )
 def test_a_source_that_cannot_be_read_is_one_line_that_names_it(workshop, write, source, why):

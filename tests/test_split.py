@@ -10,11 +10,11 @@ from conftest import Workshop
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gptlite import encoding, prepare
+from gptlite.data import encoding, prepare
+from gptlite.data.split import choose_documents, is_near
 from gptlite.errors import ConfigError
-from gptlite.split import choose_documents, is_near
-from gptlite.start import train
-from gptlite.trained import load_trained
+from gptlite.runs.start import train
+from gptlite.runs.trained import load_trained
 
 
 def split(texts: list[str], fraction: float) -> tuple[list[str], list[str]]:

@@ -16,16 +16,21 @@ import yaml
 from conftest import RATES, Bench
 from typer.testing import CliRunner
 
-from gptlite import auto, devices, run_directory, start, study, suites
-from gptlite.cli import app
-from gptlite.config_reader import shipped_configs
-from gptlite.data import batch_at
+from gptlite.cli.main import app
+from gptlite.config.reader import shipped_configs
+from gptlite.core import device
+from gptlite.core.model import GPT
+from gptlite.data.batches import batch_at
+from gptlite.data.prepare import prepare
 from gptlite.errors import ConfigError, DivergedError
-from gptlite.model import GPT
-from gptlite.prepare import prepare
-from gptlite.session import unwatched
-from gptlite.study_config import StudyConfig, read_study
-from gptlite.trials import Queue
+from gptlite.measure import suites
+from gptlite.planning import auto
+from gptlite.runs import directory as run_directory
+from gptlite.runs import start
+from gptlite.runs.session import unwatched
+from gptlite.studies import study
+from gptlite.studies.config import StudyConfig, read_study
+from gptlite.studies.queue import Queue
 
 
 def test_a_grid_is_the_product_of_its_axes_seed_by_seed(bench: Bench) -> None:
@@ -231,7 +236,7 @@ def test_all_runs_of_a_study_have_one_precision(
         return resolve(run.model_copy(update={"dtype": dtype}), **sizes)
 
     resolve = auto.resolve
-    monkeypatch.setattr(devices, "cpu_has_bfloat16", lambda: True)
+    monkeypatch.setattr(device, "cpu_has_bfloat16", lambda: True)
     monkeypatch.setattr(auto, "resolve", chosen)
     found = bench.run(**RATES, evaluate=[], seeds=[1])
     configs = [Path(run["directory"]) / "config.yaml" for run in found["runs"]]

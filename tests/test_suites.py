@@ -15,16 +15,18 @@ import torch
 from conftest import EVERYWHERE, Workshop, prose
 from typer.testing import CliRunner
 
-from gptlite import cli, figures, suites
-from gptlite.cli import app
+from gptlite.cli import main
+from gptlite.cli.main import app
+from gptlite.core.model import GPT
+from gptlite.data.prepare import open_split, prepare
 from gptlite.errors import ConfigError, DivergedError
 from gptlite.machine import count_cores
-from gptlite.model import GPT
-from gptlite.prepare import open_split, prepare
-from gptlite.run_files import read_evals
-from gptlite.start import train
-from gptlite.suites import SUITES, Effort, Measurement, label
-from gptlite.trained import load_trained
+from gptlite.measure import suites
+from gptlite.measure.suites import SUITES, Effort, Measurement, label
+from gptlite.report import figures
+from gptlite.runs.results import read_evals
+from gptlite.runs.start import train
+from gptlite.runs.trained import load_trained
 
 SMALL = Effort(64, 32, (0, 0.5, 1), 2, (1, 3))
 
@@ -184,7 +186,7 @@ def test_results_are_saved_though_they_cannot_be_printed(
         assert saved.is_file()
         raise RuntimeError
 
-    monkeypatch.setattr(cli, "print_results", refuse)
+    monkeypatch.setattr(main, "print_results", refuse)
     CliRunner().invoke(app, ["eval", "--run", str(run_dir), "--split", "train"])
     assert saved.is_file()
 
@@ -322,7 +324,7 @@ OTHER_THREADS = """
 import os, types
 import numpy as np
 import torch
-from gptlite import calibration, importance
+from gptlite.measure import calibration; from gptlite.measure import importance
 torch.set_num_threads(1)
 
 def seconds(): # of each thread of this process

@@ -16,7 +16,7 @@ from conftest import prose
 from test_bad_input import BASE, trained_run  # noqa: F401 - a fixture
 from typer.testing import CliRunner
 
-from gptlite.cli import app
+from gptlite.cli.main import app
 
 PLAIN = {"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1"}
 """No home, no terminal, no locale."""
@@ -134,7 +134,7 @@ def test_too_little_memory_is_one_line(
     def fail(*args: Any) -> None:
         raise error
 
-    monkeypatch.setattr("gptlite.config_reader.load_run", fail)
+    monkeypatch.setattr("gptlite.runs.origin.load_run", fail)
     result = CliRunner().invoke(app, ["config", "check", "-c", "debug"])
     assert result.exit_code == 1
     (line,) = result.stderr.splitlines()

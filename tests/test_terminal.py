@@ -11,8 +11,8 @@ import pytest
 import yaml
 from test_bad_input import invoke
 
-from gptlite.cli import app
-from gptlite.errors import CONTROL, visible
+from gptlite.cli.main import app
+from gptlite.words import CONTROL, visible
 
 ESCAPES = "\x1b[31m\x1b]0;title\x07\x9b2J\r\x08\x7f"
 SHOWN = r"\x1b[31m\x1b]0;title\x07\x9b2J\r\x08\x7f"

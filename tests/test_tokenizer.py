@@ -16,11 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import trainers
 
-from gptlite import bpe, encoding, tokenizer, workers
-from gptlite.config import TokenizerConfig
+from gptlite.config.run import TokenizerConfig
+from gptlite.data import bpe, encoding, tokenizers, workers
+from gptlite.data.prepare import prepare
+from gptlite.data.tokenizers import EOT, ByteTokenizer, CharTokenizer, cut, decode
 from gptlite.errors import ConfigError, DataError
-from gptlite.prepare import prepare
-from gptlite.tokenizer import EOT, ByteTokenizer, CharTokenizer, cut, decode
 
 PROSE = "\n\n".join(text for _, text in sorted(topics.items()))
 """The language reference of this Python: some 450 thousand characters."""
@@ -38,18 +38,18 @@ texts = st.lists(st.text(max_size=20) | st.sampled_from([*ODD, "👩‍👩‍�
 )
 
 
-def gpt2() -> tokenizer.BPETokenizer:
+def gpt2() -> tokenizers.BPETokenizer:
     if not all((TIKTOKEN / name).is_file() for name in GPT2_FILES):
         pytest.skip(f"the gpt2 vocabulary is not in {TIKTOKEN}")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TIKTOKEN_CACHE_DIR", str(TIKTOKEN))
-        return tokenizer.pretrained("gpt2")
+        return tokenizers.pretrained("gpt2")
 
 
 MAKERS = {
     "byte": lambda: ByteTokenizer(eot=False),
     "byte with end-of-text": lambda: ByteTokenizer(eot=True),
-    "bpe": lambda: tokenizer.train_bpe([PROSE[:100_000], "漢字 👩‍👩‍👧 " * 9], 700),
+    "bpe": lambda: tokenizers.train_bpe([PROSE[:100_000], "漢字 👩‍👩‍👧 " * 9], 700),
     "gpt2": gpt2,
 }
 
@@ -92,7 +92,7 @@ def test_every_text_survives_a_vocabulary_of_its_characters(text):
 def test_the_bytes_of_the_tokens_are_the_bytes_of_the_text(built, text):
     """Bits per byte divide by this sum."""
     for each in (built, char(text)):
-        lengths = tokenizer.token_lengths(each)
+        lengths = tokenizers.token_lengths(each)
         assert len(lengths) == each.vocab_size
         assert sum(lengths[token] for token in each.encode(text)) == len(text.encode())
 
@@ -147,7 +147,7 @@ small_texts = st.text(st.sampled_from("ab .\n\t\u00a0é漢"), min_size=40, max_s
 @given(text=small_texts, sizes=st.lists(st.integers(0, 60), max_size=12))
 def test_where_a_text_is_cut_does_not_depend_on_how_it_was_read(text, sizes):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokenizer, "PIECE", 16)
+        patch.setattr(tokenizers, "PIECE", 16)
         assert fed(text, sizes) == cut(text, final=True)[0]
 
 
@@ -155,7 +155,7 @@ def test_where_a_text_is_cut_does_not_depend_on_how_it_was_read(text, sizes):
 @given(text=small_texts, final=st.booleans())
 def test_cutting_loses_nothing_and_leaves_small_pieces(text, final):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokenizer, "PIECE", 16)
+        patch.setattr(tokenizers, "PIECE", 16)
         pieces, rest = cut(text, final=final)
     assert "".join(pieces) + rest == text
     assert all(0 < len(piece) <= 17 for piece in pieces)
@@ -173,7 +173,7 @@ clauses = st.lists(visible | odd_clauses, min_size=10)
 @given(text=clauses.map(" ".join))
 def test_pieces_have_the_tokens_of_the_whole(by_words, text):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokenizer, "PIECE", 24)
+        patch.setattr(tokenizers, "PIECE", 24)
         pieces = by_words.encode(text)
     assert pieces == by_words.encoding.encode_ordinary(text)
 
@@ -189,9 +189,9 @@ def test_words_found_by_the_grouped_pattern_are_those_of_gpt2():
     signs = "'s 1\n.é"
     small = ["".join(letters) for n in range(1, 6) for letters in product(signs, repeat=n)]
     ranks = {word.encode(): rank for rank, word in enumerate(small)}
-    built = tokenizer.BPETokenizer("bpe", "bpe", tokenizer.GPT2_PATTERN, ranks, len(ranks))
+    built = tokenizers.BPETokenizer("bpe", "bpe", tokenizers.GPT2_PATTERN, ranks, len(ranks))
     plain = tiktoken.Encoding(
-        "plain", pat_str=tokenizer.GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={}
+        "plain", pat_str=tokenizers.GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={}
     )
     for text in small:
         assert built.encode(text) == plain.encode_ordinary(text)
@@ -218,7 +218,7 @@ def bpe_twice():
         "In 2024 they'll say: 'we've 10 000 (ten thousand)!!'  \t1, 22\n\n  333 -> été\r\n" * 200
     )
     training = PROSE[:40_000] + varied  # a split shows only where tokens would cross it
-    return tokenizer.train_bpe([training], 600), reference_bpe(training, 600)
+    return tokenizers.train_bpe([training], 600), reference_bpe(training, 600)
 
 
 @examples
@@ -240,13 +240,13 @@ repetitive = st.text(st.sampled_from("ab "), min_size=20, max_size=120)
 @given(training=repetitive, text=repetitive)
 def test_merges_of_a_repetitive_text_are_applied_in_the_order_learned(training, text):
     """tiktoken ranks tokens, `tokenizers` ranks merges; they agree because each token has one."""
-    ours, reference = tokenizer.train_bpe([training], 290), reference_bpe(training, 290)
+    ours, reference = tokenizers.train_bpe([training], 290), reference_bpe(training, 290)
     assert ours.encode(text) == reference.encode(text).ids
 
 
 @pytest.mark.parametrize("vocab_size", [257, 258, 300, 1000])
 def test_a_trained_bpe_has_exactly_the_tokens_asked_for(vocab_size):
-    ours = tokenizer.train_bpe([PROSE[:30_000]], vocab_size)
+    ours = tokenizers.train_bpe([PROSE[:30_000]], vocab_size)
     assert ours.vocab_size == vocab_size
     assert ours.eot == vocab_size - 1
     tokens = [ours.token_bytes(token) for token in range(ours.eot)]
@@ -256,7 +256,7 @@ def test_a_trained_bpe_has_exactly_the_tokens_asked_for(vocab_size):
 
 @pytest.mark.parametrize("training", [[], ["hello"]])
 def test_a_bpe_of_too_little_text_is_smaller_than_asked(training):
-    ours = tokenizer.train_bpe(training, 1000)
+    ours = tokenizers.train_bpe(training, 1000)
     assert 257 <= ours.vocab_size < 270
     assert decode(ours, ours.encode(PROSE[:1000])) == PROSE[:1000]
 
@@ -274,17 +274,17 @@ ALL = {
 @pytest.mark.parametrize("name", ALL)
 def test_a_tokenizer_travels_as_json(name):
     here = ALL[name]()
-    there = tokenizer.from_json(json.loads(json.dumps(here.to_json())))
+    there = tokenizers.from_json(json.loads(json.dumps(here.to_json())))
     assert there.to_json() == here.to_json()
-    assert tokenizer.digest(there) == tokenizer.digest(here)
+    assert tokenizers.digest(there) == tokenizers.digest(here)
     assert (there.kind, there.vocab_size, there.eot) == (here.kind, here.vocab_size, here.eot)
-    assert tokenizer.token_lengths(there) == tokenizer.token_lengths(here)
+    assert tokenizers.token_lengths(there) == tokenizers.token_lengths(here)
     assert there.encode("hello" * 3) == here.encode("hello" * 3)
 
 
 def test_different_tokenizers_have_different_digests():
     made = [make() for name, make in ALL.items() if name != "gpt2"]
-    assert len({tokenizer.digest(each) for each in made}) == len(made)
+    assert len({tokenizers.digest(each) for each in made}) == len(made)
 
 
 @pytest.mark.parametrize(
@@ -294,12 +294,12 @@ def test_different_tokenizers_have_different_digests():
 )
 def test_a_document_that_is_no_tokenizer_is_refused(saved):
     with pytest.raises(DataError, match="not a tokenizer"):
-        tokenizer.from_json(saved)
+        tokenizers.from_json(saved)
 
 
 def test_a_training_text_learns_the_same_tokenizer_twice():
-    first, second = (tokenizer.train_bpe([PROSE[:60_000]], 600) for _ in range(2))
-    assert tokenizer.digest(first) == tokenizer.digest(second)
+    first, second = (tokenizers.train_bpe([PROSE[:60_000]], 600) for _ in range(2))
+    assert tokenizers.digest(first) == tokenizers.digest(second)
 
 
 def test_an_unknown_character_is_an_error_that_names_it():
@@ -323,9 +323,9 @@ def test_an_unknown_character_can_be_replaced(eot):
 
 
 def test_build_makes_what_the_config_asks_for():
-    def made(**options: object) -> tokenizer.Tokenizer:
+    def made(**options: object) -> tokenizers.Tokenizer:
         config = TokenizerConfig(**options)
-        return tokenizer.build(config, eot=True, characters=set("cba"), texts=["abc " * 50])
+        return tokenizers.build(config, eot=True, characters=set("cba"), texts=["abc " * 50])
 
     assert made(kind="byte").to_json() == ByteTokenizer(eot=True).to_json()
     assert made(kind="char", unknown="skip").to_json() == char("abc", unknown="skip").to_json()
@@ -334,7 +334,7 @@ def test_build_makes_what_the_config_asks_for():
 
 def test_an_encoding_that_does_not_exist_is_refused_with_those_that_do():
     with pytest.raises(ConfigError, match="no encoding 'gpt5'.*gpt2.*cl100k_base"):
-        tokenizer.pretrained("gpt5")
+        tokenizers.pretrained("gpt5")
 
 
 def refuses(name: str) -> None:
@@ -348,9 +348,9 @@ def hangs(name: str) -> None:
 @pytest.mark.parametrize("get_encoding", [refuses, hangs])
 def test_a_vocabulary_that_cannot_be_fetched_is_one_line(monkeypatch, get_encoding):
     monkeypatch.setattr(tiktoken, "get_encoding", get_encoding)
-    monkeypatch.setattr(tokenizer, "DOWNLOAD_SECONDS", 0.05)
+    monkeypatch.setattr(tokenizers, "DOWNLOAD_SECONDS", 0.05)
     with pytest.raises(ConfigError, match="TIKTOKEN_CACHE_DIR") as caught:
-        tokenizer.pretrained("gpt2")
+        tokenizers.pretrained("gpt2")
     assert len(caught.value.problems) == 1
 
 
@@ -403,7 +403,7 @@ def test_a_bpe_is_learned_from_a_sample_of_a_long_text(workshop, monkeypatch, ca
 
 
 def test_a_process_learns_the_same_bpe(monkeypatch, capsys):
-    here = tokenizer.train_bpe([PROSE[:60_000], UNSPACED], 600)
+    here = tokenizers.train_bpe([PROSE[:60_000], UNSPACED], 600)
     monkeypatch.setattr(bpe, "WORTH_A_PROCESS", 1)
     told, work = [], workers.work
 
@@ -411,7 +411,7 @@ def test_a_process_learns_the_same_bpe(monkeypatch, capsys):
         return work(do, jobs, firsts, lambda _, n: told.append(n))
 
     monkeypatch.setattr(workers, "work", watched)
-    apart = tokenizer.train_bpe([PROSE[:60_000], UNSPACED], 600)
+    apart = tokenizers.train_bpe([PROSE[:60_000], UNSPACED], 600)
     assert apart.to_json() == here.to_json()
     assert capsys.readouterr().err == ""
     if hasattr(trainers.BpeTrainer, "progress_format"):
@@ -421,7 +421,7 @@ def test_a_process_learns_the_same_bpe(monkeypatch, capsys):
 
 INTERRUPTED = """
 import _thread, sys, threading, time
-from gptlite import bpe, workers
+from gptlite.data import bpe; from gptlite.data import workers
 
 def begin(worker, *job):
     hand_over(worker, *job)

@@ -8,16 +8,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Workshop, prose, state_at
+from conftest import Workshop, prose, state_at, trainer_on
 
-from gptlite import auto, checkpoint
-from gptlite.config import RunConfig
-from gptlite.data import Batch, batch_at
+from gptlite.config.run import RunConfig
+from gptlite.core.evaluate import byte_lengths, measure, nats_of
+from gptlite.core.optim import OPTIMIZERS
+from gptlite.core.train import Trainer
+from gptlite.data.batches import Batch, batch_at
+from gptlite.data.prepare import prepare
 from gptlite.errors import DivergedError
-from gptlite.evaluate import byte_lengths, measure, nats_of
-from gptlite.optim import OPTIMIZERS
-from gptlite.prepare import prepare
-from gptlite.train import Trainer
+from gptlite.planning import auto
+from gptlite.runs import checkpoint
 
 DROPS = {"preset": "gpt2", "rate": 0.2, "sites": {"attention_context": 0.1, "mlp_activation": 0.1}}
 
@@ -26,7 +27,7 @@ def trainer(run: RunConfig) -> Trainer:
     files = prepare(run)
     n_rows = files.rows("train", run.model.context_length).n_rows
     resolved, _ = auto.resolve(run, vocab_size=files.meta["vocab_size"], n_rows=n_rows)
-    return Trainer(resolved, files)
+    return trainer_on(resolved, files)
 
 
 def weights(one: Trainer) -> dict[str, torch.Tensor]:
@@ -75,10 +76,10 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(
     first = trainer(run)
     again = [(u.loss, u.grad_norm, u.lr) for u in first.updates(3)]
     (tmp_path / "checkpoints").mkdir()
-    path = checkpoint.save(tmp_path, first.tensors(), state_at(3))
+    path = checkpoint.save(tmp_path, checkpoint.tensors_of(first), state_at(3))
     torch.manual_seed(99)  # whatever state the generator is in
     second = trainer(run)
-    second.restore(path, checkpoint.read_state(path))
+    checkpoint.restore(second, checkpoint.Found(path, checkpoint.read_state(path), []))
     again += [(u.loss, u.grad_norm, u.lr) for u in second.updates(6)]
     assert again == losses
     assert equal(second, straight)
@@ -90,9 +91,9 @@ def test_what_happens_between_updates_changes_nothing(workshop: Workshop) -> Non
     quiet, busy = trainer(run), trainer(run)
     for _ in quiet.updates(6):
         pass
-    lengths = byte_lengths(busy.files.tokenizer)
+    lengths = byte_lengths(workshop.files().tokenizer)
     for _ in busy.updates(6):
-        val = busy.files.rows("val", run.model.context_length).sweep(8)
+        val = workshop.files().rows("val", run.model.context_length).sweep(8)
         measure(busy.model, val, busy.run, lengths)
         torch.rand(7)
     assert equal(quiet, busy)
@@ -166,11 +167,11 @@ def test_a_known_source_is_learned_to_its_entropy_and_not_below(workshop: Worksh
         optim={"lr": 1e-2, "min_lr": 1e-4, "warmup_steps": 20},
         train={"max_steps": 300, "batch_size": 32},
     )
-    one = trainer(run)
+    one, files = trainer(run), prepare(run)
     for _ in one.updates(300):
         pass
-    val = one.files.rows("val", 32).sweep(64)
-    result = measure(one.model, val, one.run, byte_lengths(one.files.tokenizer)).report()
+    val = files.rows("val", 32).sweep(64)
+    result = measure(one.model, val, one.run, byte_lengths(files.tokenizer)).report()
     noise = 3 * result["loss_standard_error"]
     assert entropy - noise <= result["loss"] <= entropy + 0.02
 
@@ -274,7 +275,7 @@ def test_a_schedule_repeats_itself_after_a_resume(workshop: Workshop, tmp_path: 
     losses = [u.loss for u in straight.updates(8)]
     again = [u.loss for u in first.updates(5)]
     (tmp_path / "checkpoints").mkdir()
-    path = checkpoint.save(tmp_path, first.tensors(), state_at(5))
-    second.restore(path, checkpoint.read_state(path))
+    path = checkpoint.save(tmp_path, checkpoint.tensors_of(first), state_at(5))
+    checkpoint.restore(second, checkpoint.Found(path, checkpoint.read_state(path), []))
     assert again + [u.loss for u in second.updates(8)] == losses
     assert equal(second, straight)

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from conftest import RATES, Bench
 
-from gptlite.study_config import Study, read_study
-from gptlite.trials import Queue
+from gptlite.studies.config import Study, read_study
+from gptlite.studies.queue import Queue
 
 
 def test_a_dead_workers_run_is_taken_up_and_a_living_ones_is_not(bench: Bench) -> None:

@@ -12,13 +12,13 @@ import torch
 from conftest import Workshop
 from test_shards import EVERY_FILE, here
 
-from gptlite import readers, shards, workers
+from gptlite.core.evaluate import byte_lengths, measure
+from gptlite.core.model import GPT
+from gptlite.data import parts, readers, workers
+from gptlite.data.prepare import open_split
+from gptlite.data.tokenizers import CharTokenizer
+from gptlite.data.unknown import count_unknown
 from gptlite.errors import DataError
-from gptlite.evaluate import byte_lengths, measure
-from gptlite.model import GPT
-from gptlite.prepare import open_split
-from gptlite.tokenizer import CharTokenizer
-from gptlite.unknown import count_unknown
 
 LETTERS = "abc \n"
 TEXT = "abc жж abc\n" * 40
@@ -110,7 +110,7 @@ def test_an_unknown_character_is_named_by_its_place(
 def two(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of two files that are a part each."""
     for name, value in EVERY_FILE.items():
-        monkeypatch.setattr(shards, name, value)
+        monkeypatch.setattr(parts, name, value)
     monkeypatch.setattr(workers, "work", here)
     folder = workshop.folder / "two"
     folder.mkdir()

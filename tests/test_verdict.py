@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from gptlite.verdict import number, verdict
+from gptlite.report.verdict import verdict
+from gptlite.runs.results import number
 
 CONFIG = {"optim": {"weight_decay": 0.1}}
 

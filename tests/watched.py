@@ -18,8 +18,8 @@ from typing import Any
 
 from hostile import NEW, SECRET, STEP, Case, cases, used
 
-from gptlite import charts
-from gptlite.checkpoint import FILES
+from gptlite.report import charts
+from gptlite.runs.checkpoint import FILES
 
 WATCHED = (
     "pickle.find_class",
@@ -82,7 +82,7 @@ def run(case: Case, model: Path, folder: Path, watch: Watch) -> dict[str, Any]:
     """One case in a folder of its own."""
     from typer.testing import CliRunner
 
-    from gptlite.cli import app
+    from gptlite.cli.main import app
 
     shutil.copytree(model, folder / "copy")
     os.chdir(folder)

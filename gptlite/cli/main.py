@@ -1,0 +1,397 @@
+"""The commands: arguments in, one call out. Imports stand inside, so `--help` needs no torch."""
+
+import os
+import platform
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gptlite.cli.config import config_app
+from gptlite.cli.interchange import export, import_
+from gptlite.cli.options import (
+    CheckpointOption,
+    ConfigFiles,
+    Json,
+    MoreConfigFiles,
+    Overrides,
+    RunOption,
+    Verbose,
+    examples,
+    print_version,
+    words,
+)
+from gptlite.cli.printing import print_json, print_results, stream, tell_passed_over
+from gptlite.distributed.torchrun import entered, refuse_ranks
+from gptlite.errors import ConfigError, UserError, at_step
+from gptlite.machine import let_waiting_threads_sleep
+from gptlite.terminal import leave_when_terminated, tell, tell_lines, user_errors
+from gptlite.words import visible
+
+app = typer.Typer(
+    name="gptlite",
+    help="Train small GPTs from YAML, with dropout as a named, measured thing.",
+    add_completion=True,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.add_typer(config_app, name="config")
+
+
+@app.callback()
+def main_options(
+    context: typer.Context,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=print_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    if context.invoked_subcommand not in ("train", "eval"):
+        with user_errors():
+            refuse_ranks(f"gptlite {context.invoked_subcommand}")
+
+
+@app.command(epilog=examples("train"))
+def train(
+    config: MoreConfigFiles = None,
+    overrides: Overrides = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A text: alone, its config is made for it; beside --config, data.source."
+        ),
+    ] = None,
+    minutes: Annotated[
+        float,
+        typer.Option(
+            min=0.1, max=10_000, help="Time of the whole command, if --data makes its config."
+        ),
+    ] = 5,
+    out_dir: Annotated[str | None, typer.Option(help="The run directory itself.")] = None,
+    resume: Annotated[
+        str | None, typer.Option(help="`auto`: go on where this run stopped; or a run directory.")
+    ] = None,
+    strict_resume: Annotated[
+        bool, typer.Option("--strict-resume", help="Not if torch, threads or device have changed.")
+    ] = False,
+    verbose: Verbose = False,
+) -> None:
+    """Train a model: tokenize if needed, train, evaluate, sample, save."""
+    began = time.perf_counter()  # what came before took less than a tenth of a second
+    with user_errors(verbose), entered() as world:
+        from gptlite.runs.launch import agreed, launched, with_options
+        from gptlite.runs.origin import load_run
+
+        configs, values, texts = config or [], overrides or [], data or []
+        read = partial(load_run, configs, with_options(values, texts, out_dir))
+        where = {"out_dir": out_dir, "resume": resume}
+        decide = partial(launched, configs, values, texts, minutes=minutes, began=began, **where)
+        launch = agreed(decide, read if configs else None, world)
+        from gptlite.core import loops
+
+        loops.building()  # while torch loads; an error above shows before either
+        from gptlite.runs.start import train
+
+        if launch.recipe is not None and world.first:
+            from gptlite.runs.recipe import keep
+
+            tell_lines(launch.recipe)
+            keep(launch.recipe, launch.directory)
+        run, directory = launch.run, launch.directory
+        train(run, directory, resume=launch.resumes, strict=strict_resume, world=world)
+        if world.first:
+            from gptlite.report.page import after_training
+
+            after_training(directory, tell)
+
+
+@app.command(epilog=examples("generate"))
+def generate(
+    run: RunOption = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="Text to continue; repeat for a batch.")
+    ] = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option(help="File with one prompt: its whole text.")
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Longest continuation, in tokens.")
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="Divides the logits; 0 is greedy.")
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(help="Keep the k most likely tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Keep the likeliest that sum to p.")] = None,
+    min_p: Annotated[
+        float | None, typer.Option(help="Keep tokens at least p times as likely as the likeliest.")
+    ] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(help="Above 1: repeat less.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="End before this text; repeat for several.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Names the random draws.")] = 1337,
+    num_samples: Annotated[
+        int, typer.Option(min=1, max=10_000, help="Continuations of each prompt.")
+    ] = 1,
+    interactive: Annotated[
+        bool, typer.Option("--interactive", "-i", help="Line by line; `:help` says more.")
+    ] = False,
+    checkpoint: CheckpointOption = "best",
+    json_: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Continue prompts with a trained model; text streams to stdout."""
+    given = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+    }
+    with user_errors(verbose):
+        from gptlite.config.reader import sample_options
+        from gptlite.data.sources import read_prompt
+        from gptlite.runs.directory import existing_run
+
+        directory = existing_run(run)
+        options = sample_options(directory, given)
+        prompts = [*(prompt or []), *([read_prompt(prompt_file)] if prompt_file else [])]
+        if any(not text for text in stop or []):
+            raise ConfigError("--stop: an empty text would stop at once")
+        if interactive and (prompts or json_ or num_samples > 1):
+            raise ConfigError("--interactive: takes no --prompt, --json or --num-samples")
+        from gptlite.cli.interactive import talk
+        from gptlite.core.generate import Generation, halve
+        from gptlite.runs.trained import load_trained
+
+        trained = load_trained(directory, checkpoint)
+        tell_passed_over(trained)
+        if trained.run.dtype == "bfloat16":
+            halve(trained.model)
+        begin = partial(
+            Generation,
+            trained.model,
+            trained.tokenizer,
+            stops=stop or [],
+            documents=trained.run.data.layout == "documents",
+            context=trained.context_length,
+        )
+        if interactive:
+            talk(begin, options, seed)
+            return
+        generation = begin(prompts or [""], options, seed=seed, num_samples=num_samples)
+        with at_step(trained.state.step):
+            if json_:
+                print_json({"run": str(directory), "results": generation.results()})
+            else:
+                stream(generation)
+
+
+@app.command(name="eval", epilog=examples("eval"))
+def evaluate(
+    run: RunOption = None,
+    split: Annotated[
+        str, typer.Option(help="val, train, or text: what data.source takes.")
+    ] = "val",
+    suite: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="loss (the default), calibration, knockout, importance, mc-dropout or all; "
+            "a comma list or repeated. lm-eval: the --tasks of EleutherAI's harness."
+        ),
+    ] = None,
+    tasks: Annotated[str, typer.Option(help="Tasks of the harness, separated by commas.")] = "",
+    include_path: Annotated[
+        Path | None, typer.Option(help="Folder with task files of one's own.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Only so many examples of each task.")
+    ] = None,
+    fast: Annotated[
+        bool, typer.Option("--fast", help="Fewer units, masks and tokens: wider intervals.")
+    ] = False,
+    dropout_active: Annotated[
+        bool, typer.Option("--dropout-active", help="Leave dropout on, to see what that costs.")
+    ] = False,
+    checkpoint: CheckpointOption = "best",
+    json_: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Measure a trained model on a split; results go to eval/ in the run directory."""
+    with user_errors(verbose), entered() as world:
+        from gptlite.runs import directory as run_directory
+
+        directory = Path(world.shared(lambda: str(run_directory.existing_run(run))))
+        from gptlite.data.prepare import open_split
+        from gptlite.measure import suites
+        from gptlite.runs.trained import load_alike
+
+        asked = words(",".join(suite or ["loss"]))
+        names = suites.named(name for name in asked if name != "lm-eval")
+        if world.size > 1 and asked != ["loss"]:
+            why = "several processes measure the loss only; start without torchrun"
+            raise ConfigError(f"--suite {','.join(asked)}: {why}")
+        if "lm-eval" in asked:
+            from gptlite.measure import lm_eval
+        trained = load_alike(directory, checkpoint, world)
+        if world.first:
+            tell_passed_over(trained)
+        world.expects_life(trained.run.distributed.timeout_seconds)
+        own = trained.run, trained.tokenizer, split, trained.state.data_digest
+        results = suites.evaluate(
+            *(trained, split, names),
+            lambda: world.in_turn(partial(open_split, *own)),
+            effort=suites.FAST if fast else suites.FULL,
+            dropout_active=dropout_active,
+            world=world,
+        )
+        if not world.first:
+            return
+        save = partial(suites.write, directory, split, step := trained.state.step)
+        try:
+            save(results, dropout_active)
+            if "lm-eval" in asked:
+                found = lm_eval.evaluate(trained, words(tasks), include_path, limit)
+                results["lm-eval"] = suites.written(found)
+                save({"lm-eval": results["lm-eval"]}, False)
+        finally:  # what took so long is not lost with the disk, nor with the next thing
+            if json_ and results:
+                print_json({"run": str(directory), "step": step, "split": split, **results})
+            elif results:
+                print(f"{visible(str(directory))}, step {step}, {visible(split)}:")
+                print_results(results)
+
+
+@app.command(epilog=examples("prepare"))
+def prepare(
+    config: ConfigFiles,
+    overrides: Overrides = None,
+    json_: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Only tokenize: make the token files that training would make."""
+    with user_errors(verbose):
+        from gptlite.runs.origin import given_tokenizer, load_run
+
+        run = load_run(config, overrides or [])
+        from gptlite.data.prepare import prepare
+
+        files = prepare(run, given_tokenizer(run))
+        for split in files.meta["splits"]:
+            files.rows(split, run.model.context_length)  # says so if there is too little text
+        if json_:
+            print_json({"folder": str(files.folder), **files.meta})
+            return
+        for split, about in files.meta["splits"].items():
+            print(
+                f"{split}: {about['tokens']:,} tokens, {about['documents']:,} documents, "
+                f"{about['bytes']:,} bytes"
+            )
+        print(f"{files.meta['bytes_per_token']:.3f} bytes per token; {visible(str(files.folder))}")
+
+
+@app.command(epilog=examples("plan"))
+def plan(
+    config: ConfigFiles,
+    overrides: Overrides = None,
+    world_size: Annotated[
+        int, typer.Option(min=1, max=1 << 16, help="Memory and batch of each of so many processes.")
+    ] = 1,
+    audit: Annotated[
+        bool,
+        typer.Option("--audit", help="Run one real batch and compare what drops with the plan."),
+    ] = False,
+    json_: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Say what a run would do: sizes, choices, dropout sites, time. Nothing is trained."""
+    with user_errors(verbose):
+        from gptlite.runs.launch import look_at_text
+        from gptlite.runs.origin import given_tokenizer, load_run
+
+        run = load_run(config, overrides or [])
+        look_at_text(run)
+        from gptlite.planning import audit as auditing
+        from gptlite.planning.plan import plan_run, plan_table
+
+        planned = plan_run(run, world_size, given_tokenizer(run))
+        found = auditing.audit(planned.run, planned.model, planned.rows) if audit else None
+        if json_:
+            audited = {} if found is None else {"audit": found}
+            print_json({**planned.plan, **audited, "config": planned.run.model_dump(mode="json")})
+        else:
+            print("\n".join(map(visible, plan_table(planned.run, planned.plan))))
+            if found is not None:
+                print("\naudit of one batch:\n" + "\n".join(auditing.audit_lines(found)))
+        if found is not None and found["problems"]:
+            raise UserError(*found["problems"])
+
+
+@app.command(epilog=examples("study"))
+def study(
+    file: Annotated[Path, typer.Argument(help="YAML: base, axes, seeds, what to evaluate.")],
+    workers: Annotated[int, typer.Option(min=1, max=1024, help="Processes on this machine.")] = 1,
+    out_dir: Annotated[
+        Path | None, typer.Option(help="The study's folder; default: studies/NAME of the file.")
+    ] = None,
+    storage: Annotated[
+        str | None, typer.Option(help="Database URL for machines that share no folder.")
+    ] = None,
+    json_: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Train and measure many runs, each once; say what is above the noise of seeds."""
+    with user_errors(verbose):
+        from gptlite.report.page import after_training
+        from gptlite.studies.study import STUDIES, run_study, table
+
+        folder = out_dir or STUDIES / file.stem
+        found = run_study(file, folder, workers, storage)
+        after_training(folder, tell)
+        if json_:
+            print_json(found)
+        else:
+            print("\n".join(map(visible, table(found))))
+
+
+@app.command(epilog=examples("report"))
+def report(
+    sources: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Run directories, or one study; default: the latest run."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The page; default: report.html of the run or study.")
+    ] = None,
+    verbose: Verbose = False,
+) -> None:
+    """Make one self-contained HTML page of a run, several runs, or a study."""
+    with user_errors(verbose):
+        from gptlite.report import page
+        from gptlite.runs import directory as run_directory
+
+        print(visible(str(page.write(sources or [run_directory.latest_run()], out))))
+
+
+app.command(epilog=examples("export"))(export)
+app.command(name="import", epilog=examples("import"))(import_)
+
+
+def main() -> None:
+    if platform.system() == "Windows":
+        print("gptlite: Windows is not supported; use WSL: wsl --install", file=sys.stderr)
+        sys.exit(1)
+    leave_when_terminated()
+    let_waiting_threads_sleep()
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by the caller, as in `gptlite ... >&-`
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - for the whole process
+        else:  # a terminal may lack a character of a path, a text or our own words
+            stream.reconfigure(errors="backslashreplace")
+    app()

@@ -1,0 +1,101 @@
+"""What several commands share: options with help and completions, and examples for `--help`."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gptlite import __version__
+
+EXAMPLES = {
+    "train": (
+        "gptlite train --config quickstart",
+        "gptlite train --data my.txt --minutes 5",
+        "gptlite train --config quickstart --set optim.lr=3e-3 --out-dir runs/faster",
+        "gptlite train --config quickstart --resume auto",
+    ),
+    "generate": (
+        "gptlite generate --prompt 'It was' --num-samples 3 --temperature 0.7",
+        "gptlite generate --run runs/quickstart --interactive",
+    ),
+    "eval": (
+        "gptlite eval",
+        "gptlite eval --run runs/quickstart --suite knockout,importance --fast",
+        "gptlite eval --split my.txt --json",
+    ),
+    "prepare": ("gptlite prepare --config quickstart --set data.source=my.txt",),
+    "plan": ("gptlite plan --config quickstart --audit",),
+    "study": ("gptlite study rates.yaml --workers 2",),
+    "report": ("gptlite report", "gptlite report runs/quickstart runs/faster --out both.html"),
+    "export": ("gptlite export --run runs/names --out names-hf",),
+    "import": ("gptlite import names-hf --out runs/back", "gptlite import gpt2"),
+}
+"""By command; each is run by a test, in this order."""
+
+
+def examples(command: str) -> str:
+    """The epilogue of a command's help; its lines are not wrapped."""
+    return "Examples:\n\n\b\n" + "\n".join(f"  {line}" for line in EXAMPLES[command])
+
+
+def configs(incomplete: str) -> list[str]:
+    """Shipped configs and YAML files that begin so."""
+    from gptlite.config.reader import shipped_configs
+
+    names = (
+        [path.stem for path in shipped_configs().glob("*.yaml")] if "/" not in incomplete else []
+    )
+    here = Path(os.path.dirname(incomplete) or ".")
+    files = [str(path) for path in here.glob("*.yaml")] if here.is_dir() else []
+    return sorted(name for name in names + files if name.startswith(incomplete))
+
+
+def runs(incomplete: str) -> list[str]:
+    """Run directories under runs/ that begin so."""
+    found = (str(path.parent) for path in Path("runs").glob("*/config.yaml"))
+    return sorted(name for name in found if name.startswith(incomplete))
+
+
+def keys(incomplete: str) -> list[str]:
+    """Keys of a config, for --set."""
+    from gptlite.config.wording import all_keys
+
+    return [f"{key}=" for key in all_keys() if key.startswith(incomplete)]
+
+
+_CONFIG = typer.Option(
+    *("--config", "-c"),
+    help="YAML file or shipped config; repeat: later ones win.",
+    autocompletion=configs,
+)
+ConfigFiles = Annotated[list[str], _CONFIG]
+MoreConfigFiles = Annotated[list[str] | None, _CONFIG]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        *("--set", "-s"),
+        help="One value, as in --set optim.lr=3e-4; wins over files.",
+        autocompletion=keys,
+    ),
+]
+RunOption = Annotated[
+    str | None,
+    typer.Option(
+        "--run", help="Run directory; default: the latest under runs/.", autocompletion=runs
+    ),
+]
+CheckpointOption = Annotated[str, typer.Option("--checkpoint", help="best, last or step-N.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show tracebacks.")]
+
+
+def words(text: str) -> list[str]:
+    """The parts of a comma list."""
+    return text.replace(" ", "").split(",")
+
+
+def print_version(asked: bool) -> None:
+    if asked:
+        print(f"gptlite {__version__}")
+        raise typer.Exit

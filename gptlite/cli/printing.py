@@ -1,0 +1,61 @@
+"""What commands print: results on stdout, one JSON document or text; remarks on stderr."""
+
+import json
+import re
+import sys
+from typing import Any
+
+from gptlite.runs.results import scalars
+from gptlite.terminal import tell
+from gptlite.words import visible
+
+
+def print_json(value: Any) -> None:
+    text = json.dumps(value, indent=2, ensure_ascii=not sys.stdout.encoding.startswith("utf"))
+    print(re.sub("[\x7f-\x9f]", lambda found: f"\\u{ord(found[0]):04x}", text))
+
+
+def print_results(results: dict[str, Any]) -> None:
+    """Numbers by their names; lists are for the file."""
+    for suite, result in results.items():
+        rows = [(name, written(value)) for name, value in scalars(result)]
+        width = max(len(name) for name, _ in rows)
+        print("\n".join([f"{suite}:", *(f"  {name:{width}}  {value}" for name, value in rows)]))
+
+
+def written(value: Any) -> str:
+    if isinstance(value, dict):
+        number, low, high = (written(value[part]) for part in ("value", "low", "high"))
+        return number if value["low"] is None else f"{number}  [{low}, {high}]"
+    if value is None:
+        return "none"
+    return f"{value:,.4f}" if isinstance(value, float) else str(value)
+
+
+def stream(generation: Any) -> None:
+    """Stream a single continuation; several are printed one after the other when all are done."""
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
+    on_screen = sys.stdout.isatty()
+
+    def write(text: str) -> None:
+        print(visible(text, keep="\n\t") if on_screen else text, end="", flush=True)
+
+    if len(generation.index) == 1:
+        write(generation.prompts[0])
+        for piece in generation.pieces():
+            write(piece.text)
+        write("\n")
+        return
+    for number, result in enumerate(generation.results()):
+        write("\n" if number else "")
+        write(f"--- prompt {result['prompt']!r}, sample {result['sample']}\n")
+        write(result["prompt"] + result["text"] + "\n")
+
+
+def tell_passed_over(trained: Any) -> None:
+    """Which damaged checkpoints a model was not taken from, and what this machine lacks."""
+    for note in trained.notes:
+        tell(f"not as in training: {note}")
+    for problem in trained.problems:
+        step = trained.state.step
+        tell(f"{problem}; using the one of step {step}")

@@ -1,0 +1,24 @@
+"""A model with what it takes to use it: the run that describes it, and its tokenizer."""
+
+from dataclasses import dataclass
+
+from gptlite.config.run import RunConfig
+from gptlite.core.model import GPT
+from gptlite.data.tokenizers import Tokenizer
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    run: RunConfig
+    model: GPT
+    tokenizer: Tokenizer
+    step: int
+    """Updates that it has been trained for."""
+    trained_length: int | None
+    """Learned positions that training has reached; None: all that there are."""
+
+    @property
+    def context_length(self) -> int:
+        """Positions that the model can read and has been trained on."""
+        whole = self.run.model.context_length
+        return min(self.trained_length or whole, whole)

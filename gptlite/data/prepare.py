@@ -1,0 +1,350 @@
+"""Text → token files, streamed: memory stays flat however large the input.
+
+A folder per content in the cache, named by the digest of everything that decides what is in it:
+
+    train.bin, val.bin   token ids, see data.py
+    tokenizer.json       the tokenizer, which also travels with every run
+    meta.json            written last: layout, counts, bytes, digests
+
+A trained tokenizer sees the training part only. Several files that are large together go through
+several processes, into parts; see shards.py.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gptlite import digests as ledger
+from gptlite import locks, storage
+from gptlite.config.run import RunConfig
+from gptlite.data import parts as shards
+from gptlite.data import sources, tokenizers
+from gptlite.data.encoding import (
+    Scan,
+    cut_of,
+    divide,
+    encode,
+    first_pass,
+    is_separate,
+    learned,
+    progress,
+    read,
+    with_progress,
+)
+from gptlite.data.parts import SPLITS
+from gptlite.data.split import is_near
+from gptlite.data.token_files import TokenFiles, check_ids, open_token_files, token_dtype
+from gptlite.data.tokenizers import Tokenizer
+from gptlite.data.unknown import tell_lost
+from gptlite.digests import Looks, looks, unchanged
+from gptlite.errors import ConfigError, DataError, StorageError
+from gptlite.terminal import tell
+
+FORMAT, EARLIER_FORMAT = 3, 2
+"""Of the earlier one are token files whose validation was a share of the documents, not of the
+bytes."""
+MOST_LISTED = 1000
+"""Sources that meta.json names one by one; of more, their number and a digest of them all."""
+FOREIGN_MAGIC = {
+    b"\x93NUMPY": "a .npy array",
+    (20240520).to_bytes(4, "little"): "llm.c's format (GPT-2)",
+    (20240801).to_bytes(4, "little"): "llm.c's format (Llama 3)",
+}
+
+
+def prepare(run: RunConfig, own: Tokenizer | None = None, trained_on: str = "") -> TokenFiles:
+    """The token files of a run: from the cache, from a folder of .bin files, or made now.
+
+    `own` is the tokenizer of a run that begins from another.
+    `trained_on` is the digest of the token files that a run was trained on.
+    """
+    if not run.sources[0]:
+        raise ConfigError("data.source: this model was imported, without data; give --split FILE")
+    if run.init_from is not None:
+        assert own is not None
+        if run.data.layout == "documents" and own.eot is None:
+            raise ConfigError(
+                "data.layout: documents need an end-of-text token; the tokenizer of init_from "
+                f"{run.init_from} has none"
+            )
+    else:
+        own = None
+    return replace(found_or_made(run, own, trained_on), train_tokens=run.data.train_tokens)
+
+
+def open_split(run: RunConfig, built: Tokenizer, split: str, trained_on: str = "") -> TokenFiles:
+    """What `gptlite eval --split` measures a model with this tokenizer on.
+
+    `val` and `train` are of the run's own data. Whatever else data.source may name becomes token
+    files in the same way, with all of it in the validation split.
+    """
+    if split in SPLITS:
+        files = prepare(run, built, trained_on)
+        if trained_on and files.digest != trained_on:
+            tell("data.source: not the text this run was trained on: val may have been seen")
+        return files
+    if not split or split.startswith("https://"):
+        raise ConfigError(f"--split {split}: expected val, train, a file, a folder or a glob")
+    all_of_it = {"val_source": None, "val_fraction": 1.0, "split_by": "tail", "train_tokens": None}
+    data = run.data.model_copy(update={"source": split, "sha256": None, **all_of_it})
+    try:
+        files = found_or_made(run.model_copy(update={"data": data}), built)
+        if (n := files.n_tokens("val")) < 2:
+            raise DataError(f"{split}: has {n} tokens, needs >= 2")
+        return files
+    except (ConfigError, DataError) as error:
+        lines = [problem.removeprefix("data.source: ") for problem in error.problems]
+        lines = [line if line.startswith(split) else f"{split}: {line}" for line in lines]
+        raise DataError(*(f"--split {line}" for line in lines)) from None
+
+
+def found_or_made(run: RunConfig, own: Tokenizer | None, trained_on: str = "") -> TokenFiles:
+    folder = Path(os.path.expanduser(run.sources[0]))
+    if len(run.sources) == 1 and os.path.isfile(folder / "train.bin"):
+        return adopt(folder, run, own)
+    files, to_validate = sources.locate(run), sources.locate_val(run)
+    before = looks(files := [*files, *to_validate])
+    listing = described(files, run)
+    cache = Path(run.data.cache_dir) / "tokens"
+    earlier = cache / cache_key(run, listing, own, EARLIER_FORMAT)
+    if trained_on and (earlier / "meta.json").is_file():
+        found = open_token_files(earlier)
+        if replace(found, train_tokens=run.data.train_tokens).digest == trained_on:
+            return found
+    for about in listing[len(files) - len(to_validate) :]:
+        about["split"] = "val"
+    target = cache / cache_key(run, listing, own)
+    if not (target / "meta.json").is_file():
+        try:
+            for remark in sources.remarks(run, files, listing):
+                tell(remark)
+            way = make_of_parts if shards.worth_it(listing) else make
+            way(target, files, listing, run, own, before)
+        except OSError as error:
+            raise StorageError(f"{error.filename or target}: {error.strerror}") from None
+    return open_token_files(target)
+
+
+def described(files: list[Path], run: RunConfig) -> list[dict[str, Any]]:
+    """Name, size and digest of each source."""
+    try:
+        digests = ledger.digests(files, Path(run.data.cache_dir) / "digests.json", source_digest)
+        about = zip(files, digests, strict=True)
+        return [{"name": f.name, "bytes": f.stat().st_size, "sha256": d} for f, d in about]
+    except OSError as error:
+        where = f"data.source: {error.filename}"
+        raise StorageError(f"{where}: {error.strerror}") from None
+
+
+def source_digest(file: Path) -> str:
+    return storage.file_digest(file, links=True)
+
+
+def cache_key(
+    run: RunConfig, listing: list[dict[str, Any]], own: Tokenizer | None, format: int = FORMAT
+) -> str:
+    """Names token files."""
+    kind = run.tokenizer.kind
+    decides = {"char": ["unknown"], "bpe": ["vocab_size"], "tiktoken": ["name"]}.get(kind, [])
+    names: dict[str, Any] = {"format": format, "sources": listing, "kind": kind}
+    if own is None:
+        names |= {name: getattr(run.tokenizer, name) for name in decides}
+    else:
+        names["tokenizer"] = tokenizers.digest(own)
+    names |= {"layout": run.data.layout, "split_by": run.split_by}
+    names |= {"val_fraction": run.data.val_fraction, "text_field": run.data.text_field}
+    for name in ("delimiter", "separator"):
+        if (value := getattr(run.data, name)) is not None:
+            names[name] = value
+    return hashlib.sha256(json.dumps(names, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def adopt(folder: Path, run: RunConfig, own: Tokenizer | None) -> TokenFiles:
+    """Token files made elsewhere: by gptlite, or by nanoGPT (then the config names the tokenizer).
+
+    nanoGPT's meta.pkl is a pickle and is never read.
+    """
+    if run.val_sources:
+        raise DataError(f"data.val_source: {folder} holds train.bin and val.bin; leave it out")
+    if (folder / "meta.json").is_file():
+        found = open_token_files(folder, way_out="make it again, or give the text itself")
+        if own is not None and found.meta["tokenizer_sha256"] != tokenizers.digest(own):
+            raise DataError(f"data.source: {folder}: of another tokenizer than the model's")
+        return found
+    kind = run.tokenizer.kind
+    if own is None and kind not in ("byte", "tiktoken"):
+        raise DataError(
+            f"data.source: {folder}: has no meta.json, so tokenizer.kind must name the tokenizer "
+            f"(byte or tiktoken, got {kind}); or give the text instead of the .bin files"
+        )
+    built = own or tokenizers.build(run.tokenizer, eot=False, characters="", texts=())
+    splits = {}
+    for split in ("train", "val"):
+        path = folder / f"{split}.bin"
+        if not path.is_file():
+            raise DataError(f"data.source: {path}: no such file")
+        dtype = token_dtype(built.vocab_size)
+        check_format(path, dtype.itemsize)
+        size = path.stat().st_size
+        tokens = np.memmap(path, dtype, mode="r") if size else np.zeros(0, dtype)
+        check_ids(path, tokens, built.vocab_size)
+        splits[split] = count(tokens, storage.file_digest(path, links=True), built)
+    meta = describe(run, built, splits, [{"name": f"{s}.bin", **splits[s]} for s in splits])
+    return TokenFiles(folder, meta, built)
+
+
+def check_format(path: Path, size_of_one: int) -> None:
+    with path.open("rb") as file:
+        start = file.read(6)
+    for magic, what in FOREIGN_MAGIC.items():
+        if start.startswith(magic):
+            raise DataError(f"{path}: not a token file but {what}; ids alone are read")
+    if path.stat().st_size % size_of_one:
+        why = f"{path.stat().st_size} bytes, not a multiple of {size_of_one}"
+        raise DataError(f"{path}: not a token file: {why}")
+
+
+def count(tokens: np.ndarray, sha256: str, built: Tokenizer) -> dict[str, Any]:
+    lengths = np.array(tokenizers.token_lengths(built), dtype=np.int64)
+    parts = range(0, len(tokens), 1 << 24)
+    n_bytes = sum(int(lengths[tokens[start : start + (1 << 24)]].sum()) for start in parts)
+    ends = 0 if built.eot is None else int(np.count_nonzero(tokens == built.eot))
+    return {"tokens": len(tokens), "documents": max(1, ends), "bytes": n_bytes, "sha256": sha256}
+
+
+def describe(
+    run: RunConfig, built: Tokenizer, splits: dict[str, Any], listing: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """meta.json: all that a reader of the token files needs to know."""
+    n_bytes, n_tokens = (sum(s[k] for s in splits.values()) for k in ("bytes", "tokens"))
+    return {
+        "format": FORMAT,
+        "layout": run.data.layout,
+        "dtype": token_dtype(built.vocab_size).name,
+        "tokenizer": built.kind,
+        "tokenizer_sha256": tokenizers.digest(built),
+        "vocab_size": built.vocab_size,
+        "eot": built.eot,
+        "bytes_per_token": n_bytes / max(1, n_tokens),
+        "splits": splits,
+        "sources": named(listing),
+    }
+
+
+def named(listing: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The sources as meta.json has them, which must stay small enough to be read again."""
+    if len(listing) <= MOST_LISTED:
+        return listing
+    n_bytes = sum(about["bytes"] for about in listing)
+    sha256 = hashlib.sha256(json.dumps(listing).encode()).hexdigest()
+    return [{"files": len(listing), "bytes": n_bytes, "sha256": sha256}]
+
+
+def make(
+    target: Path,
+    files: list[Path],
+    listing: list[dict[str, Any]],
+    run: RunConfig,
+    own: Tokenizer | None,
+    before: Looks,
+) -> None:
+    """Tokenize into a temporary folder and rename it: a cache folder is whole or absent."""
+    with workbench(target) as work:
+        with unchanged(before):
+            scan = scanned(files, listing, run)
+            cut = cut_of(scan, run)
+            built = own
+            if built is None:
+                learning = with_progress(files, run, "learn", scan.n_bytes)
+                built = learned(run, scan, divide(learning, cut))
+            with progress("encode", scan.n_bytes) as moved:
+                splits = encode(
+                    files,
+                    run,
+                    built,
+                    work,
+                    cut=cut,
+                    moved=moved,
+                    separate=is_separate(scan, run),
+                    leading=run.data.layout == "documents",
+                )
+        check_splits(splits, run)
+        finish(work, describe(run, built, splits, listing), built)
+        (work / locks.LOCK).unlink()
+        with suppress(OSError):  # another process may have made the same folder meanwhile
+            os.rename(work, target)
+
+
+def scanned(files: list[Path], listing: list[dict[str, Any]], run: RunConfig) -> Scan:
+    """What the first pass finds: in what is trained on, and then in what is validated on."""
+    n_train = sum("split" not in about for about in listing)
+    with progress("read", 0) as moved:
+        scan = first_pass(read(files[:n_train], run, moved), run)
+        if files[n_train:]:
+            scan = scan.before(first_pass(read(files[n_train:], run, moved), run))
+    return scan
+
+
+@contextmanager
+def workbench(target: Path) -> Iterator[Path]:
+    """A folder beside the target that goes when it is left, and with it what killed ones left."""
+    for left in target.parent.glob(".tmp-*"):
+        locks.discard_abandoned(left)
+    lock = None
+    while lock is None:  # else another process took the new folder for one that was left
+        work = storage.temporary(target)
+        work.mkdir(parents=True)
+        lock = locks.mark(work)
+    try:
+        yield work
+    finally:
+        lock.close()
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def make_of_parts(
+    target: Path,
+    files: list[Path],
+    listing: list[dict[str, Any]],
+    run: RunConfig,
+    own: Tokenizer | None,
+    before: Looks,
+) -> None:
+    """The same in parts, by several processes; parts that a killed attempt left are taken up."""
+    with shards.workplace(target) as work:
+        if (target / "meta.json").is_file():  # made by another process, for which we waited
+            return
+        with unchanged(before):
+            built, parts = shards.tokenize(files, listing, run, own, work)
+        splits = shards.joined(work, parts)
+        check_splits(splits, run)
+        finish(work, {**describe(run, built, splits, listing), "parts": parts}, built)
+        storage.discard(target)  # one that has lost its meta.json
+        os.rename(work, target)
+
+
+def check_splits(splits: dict[str, Any], run: RunConfig) -> None:
+    """Say what is lost, and where validation is not what was asked for. Raises DataError."""
+    tell_lost(splits, ", ".join(run.sources))
+    if run.val_sources:
+        return
+    share = splits["val"]["bytes"] / sum(splits[split]["bytes"] for split in SPLITS)
+    fraction, whole = run.data.val_fraction, run.data.layout == "documents"
+    if (whole or run.split_by == "document") and not is_near(share, fraction):
+        tell(
+            f"data.val_fraction: validation has {share:.1%} of the bytes instead of "
+            f"{fraction:.1%}: documents are not cut, copies stay together, and some are too large"
+        )
+
+
+def finish(work: Path, meta: dict[str, Any], built: Tokenizer) -> None:
+    storage.write_text(work / "tokenizer.json", storage.sealed(built.to_json()))
+    storage.write_text(work / "meta.json", storage.sealed(meta))

@@ -1,0 +1,158 @@
+"""Token files, opened verified: what `prepare` has made of a text.
+
+train.bin, val.bin   token ids, raw little-endian uint16, or uint32 if the vocabulary needs it
+meta.json            layout, dtype, tokenizer digest, counts, sha256 of each file
+part-00000/ …        instead: the two files of each part of a large corpus; read as one
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gptlite import digests, storage
+from gptlite.data import tokenizers
+from gptlite.data.batches import STRETCH, Documents, Joined, Layout, Stream, Tokens
+from gptlite.data.tokenizers import Tokenizer
+from gptlite.errors import DataError
+
+MOST_META_BYTES = 1 << 26
+READ_WHOLE_BYTES = 1 << 26
+"""Token files up to here are read at once: a mapped file that someone cuts short kills the run."""
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    return np.dtype("<u2") if vocab_size <= 1 << 16 else np.dtype("<u4")
+
+
+def part_name(number: int) -> str:
+    return f"part-{number:05d}"
+
+
+@dataclass(frozen=True)
+class TokenFiles:
+    folder: Path
+    meta: dict[str, Any]
+    tokenizer: Tokenizer
+    train_tokens: int | None = None
+    """How many of the training split's tokens count; None: all."""
+
+    def n_tokens(self, split: str) -> int:
+        """Tokens of a split that count. Raises DataError if there are fewer than asked for."""
+        n: int = self.meta["splits"][split]["tokens"]
+        if split != "train" or self.train_tokens is None:
+            return n
+        if self.train_tokens > n:
+            raise DataError(
+                f"data.train_tokens: the training split has {n} tokens (got {self.train_tokens})"
+            )
+        return self.train_tokens
+
+    def files(self, split: str) -> list[tuple[Path, dict[str, Any]]]:
+        """The files of a split in their order, with what meta.json says of each."""
+        if "parts" not in self.meta:
+            return [(self.folder / f"{split}.bin", self.meta["splits"][split])]
+        return [
+            (self.folder / part_name(number) / f"{split}.bin", part[split])
+            for number, part in enumerate(self.meta["parts"])
+        ]
+
+    def tokens(self, split: str) -> Tokens:
+        """The ids of a split, mapped if large. Raises DataError if there are too few to learn."""
+        n = self.n_tokens(split)
+        if n < 2:
+            raise DataError(
+                f"data.source: {split} has {n} tokens, needs >= 2; give more text, or change "
+                f"data.val_fraction"
+            )
+        dtype, left = token_dtype(self.meta["vocab_size"]), n
+        mapped = n * dtype.itemsize > READ_WHOLE_BYTES
+        parts = []
+        for path, about in self.files(split):
+            count = min(left, about["tokens"])
+            if count:
+                whole = np.memmap(path, dtype, "r")[:count] if mapped else None
+                parts.append(np.fromfile(path, dtype, count) if whole is None else whole)
+            left -= count
+        return parts[0] if len(parts) == 1 else Joined(parts)
+
+    def rows(self, split: str, context_length: int) -> Layout:
+        tokens = self.tokens(split)
+        if self.meta["layout"] == "stream":
+            return Stream(tokens, context_length)
+        return Documents(tokens, context_length, self.meta["eot"])
+
+    @property
+    def digest(self) -> str:
+        """Names the content: equal digests mean equal training."""
+        splits = self.meta["splits"]
+        part = "" if self.train_tokens is None else f"-{self.train_tokens}"
+        sums = f"{splits['train']['sha256']}{part}-{splits['val']['sha256']}"
+        return f"{self.meta['layout']}-{sums}"
+
+
+def open_token_files(
+    folder: Path, *, way_out: str = "delete the folder to make it anew"
+) -> TokenFiles:
+    """Token files with their digests checked; DataError names what is damaged and the way out."""
+    path = folder / "meta.json"
+    try:
+        meta = storage.unsealed(storage.read_regular(path, MOST_META_BYTES))
+        return checked(folder, meta, tokenizers.read(folder / "tokenizer.json"))
+    except DataError as error:
+        why = str(error)
+    except (OSError, ValueError) as error:
+        why = f"{path}: {getattr(error, 'strerror', None) or error}"
+    except (KeyError, TypeError, AttributeError) as error:
+        why = f"{path}: damaged ({error!r})"
+    raise DataError(f"{why}; {way_out}")
+
+
+def checked(folder: Path, meta: dict[str, Any], built: Tokenizer) -> TokenFiles:
+    if tokenizers.digest(built) != meta["tokenizer_sha256"]:
+        raise DataError(f"{folder}/tokenizer.json: damaged (sha256 differs from meta.json)")
+    ids = (meta["vocab_size"], meta["eot"])
+    if ids != (built.vocab_size, built.eot) or meta["layout"] not in ("stream", "documents"):
+        raise DataError(f"{folder}/meta.json: damaged (layout or vocabulary)")
+    files = TokenFiles(folder, meta, built)
+    expected = {}
+    for split in ("train", "val"):
+        for path, about in files.files(split):
+            check_size(path, about["tokens"], token_dtype(built.vocab_size).itemsize)
+            expected[path] = about["sha256"]
+        n_tokens = sum(about["tokens"] for _, about in files.files(split))
+        if n_tokens != meta["splits"][split]["tokens"]:
+            raise DataError(f"{folder}/meta.json: damaged (its parts have {n_tokens} tokens)")
+    check = partial(checked_digest, expected=expected, vocab_size=built.vocab_size)
+    found = digests.digests(list(expected), folder / "verified.json", check)
+    for path, sha256 in zip(expected, found, strict=True):
+        if sha256 != expected[path]:
+            raise DataError(f"{path}: damaged (sha256 differs from meta.json)")
+    return files
+
+
+def check_size(path: Path, n_tokens: int, size_of_one: int) -> None:
+    size = path.stat().st_size if path.is_file() else 0
+    if size != n_tokens * size_of_one:
+        tokens = f"meta.json says {n_tokens} tokens of {size_of_one} bytes"
+        raise DataError(f"{path}: has {size} bytes, {tokens}")
+
+
+def checked_digest(path: Path, expected: dict[Path, str], vocab_size: int) -> str:
+    """sha256 of a token file; DataError for an id too large in one that is as it was made."""
+    sha256 = storage.file_digest(path)
+    if sha256 == expected[path] and path.stat().st_size:
+        check_ids(path, np.memmap(path, token_dtype(vocab_size), "r"), vocab_size)
+    return sha256
+
+
+def check_ids(path: Path, tokens: NDArray[Any], vocab_size: int) -> None:
+    """DataError for an id that the vocabulary does not have."""
+    for start in range(0, len(tokens), STRETCH):
+        part = tokens[start : start + STRETCH]
+        if part.max() >= vocab_size:
+            at = start + int(np.argmax(part >= vocab_size))
+            raise DataError(f"{path}: token {tokens[at]} at offset {at} >= vocab_size {vocab_size}")

@@ -1,0 +1,362 @@
+"""A model without some of its units: heads, neurons, layers or dimensions of its residual stream.
+
+A removed unit hands on zero, or its mean over other text. Zero is what dropout trains for, so it
+favours models trained with it; the mean does not, and both are always reported. Which units go in
+which mask depends on names alone: two models of one shape lose the same ones. Curves over the
+fraction removed follow Morcos et al. 2018 (arXiv:1803.06959), single heads Michel et al. 2019.
+
+Shapes: K masks, N units of a kind, R rows of text, T tokens, C features.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from gptlite.config.run import RunConfig
+from gptlite.core.dropout import evaluating
+from gptlite.core.evaluate import eval_rows
+from gptlite.core.loss import nats_of
+from gptlite.core.model import GPT, Block, Scene, to_device
+from gptlite.core.precision import precision
+from gptlite.data.batches import IGNORED, Batch
+from gptlite.errors import DivergedError
+from gptlite.keys import key, uniform
+from gptlite.measure.intervals import (
+    UNKNOWN,
+    Floats,
+    interval,
+    is_above_zero,
+    resamples,
+    weighted_sums,
+)
+
+ABLATIONS = ("zero", "mean")
+TOKENS_AT_ONCE = 4096
+"""Tokens of a forward pass, over several masks if the text is short: what a CPU is fastest at."""
+
+
+class Place(NamedTuple):
+    """A module some of whose output a unit is."""
+
+    module: nn.Module
+    units: slice
+    """Which of all units of the kind stand here."""
+    axis: int
+    """Along which dimension of the output; a whole output is one unit."""
+
+
+def blocks(model: GPT) -> list[Block]:
+    return cast(list[Block], list(model.blocks))
+
+
+def heads(model: GPT) -> Iterator[Place]:
+    """What each head reads, before the output matrix: (B, H, T, D)."""
+    n = model.config.n_head
+    for layer, block in enumerate(blocks(model)):
+        yield Place(block.attention.drop_head, slice(layer * n, layer * n + n), 1)
+
+
+def neurons(model: GPT) -> Iterator[Place]:
+    """Activations of the MLP: (B, T, 4C)."""
+    n = model.config.mlp_width
+    for layer, block in enumerate(blocks(model)):
+        yield Place(block.mlp.drop_activation, slice(layer * n, layer * n + n), 2)
+
+
+def layers(model: GPT) -> Iterator[Place]:
+    """All that a block adds: attention and MLP."""
+    for layer, block in enumerate(blocks(model)):
+        yield from (
+            Place(part, slice(layer, layer + 1), 0) for part in (block.attention, block.mlp)
+        )
+
+
+def dimensions(model: GPT) -> Iterator[Place]:
+    """One feature of the residual stream, wherever something is written to it."""
+    every = slice(0, model.config.n_embd)
+    yield Place(model.drop_embedding, every, 2)
+    for block in blocks(model):
+        yield from (Place(part, every, 2) for part in (block.attention, block.mlp))
+
+
+KINDS: dict[str, Callable[[GPT], Iterator[Place]]] = {
+    "head": heads,
+    "neuron": neurons,
+    "layer": layers,
+    "dimension": dimensions,
+}
+
+
+def n_units(model: GPT, kind: str) -> int:
+    return max(place.units.stop for place in KINDS[kind](model))
+
+
+def replaced(place: Place, gone: Tensor, fill: Tensor, _: Any, __: Any, output: Tensor) -> Tensor:
+    """A forward hook: the output without the units that are gone, (B, units) at this place."""
+    shape = [len(gone)] + [1] * (output.ndim - 1)
+    shape[place.axis or 1] = gone.shape[1]
+    return torch.where(gone.view(shape), fill.to(output.dtype), output)
+
+
+@contextmanager
+def removing(places: Sequence[Place], removed: Tensor, fills: Sequence[Tensor]) -> Iterator[None]:
+    """`removed` (B, N) True for the units that row b of the batch does without."""
+    with ExitStack() as stack:
+        for place, fill in zip(places, fills, strict=True):
+            gone = removed[:, place.units]
+            if gone.any():
+                hook = partial(replaced, place, gone, fill)
+                stack.callback(place.module.register_forward_hook(hook).remove)
+        yield
+
+
+def quietly(work: Iterable[Tensor], _: str) -> Iterable[Tensor]:
+    return work
+
+
+class Subject:
+    """A trained model, and the rows of text on which it is measured, dropout off."""
+
+    def __init__(self, model: GPT, run: RunConfig, batch: Batch, watch: Any = quietly) -> None:
+        self.model, self.run, self.watch = model, run, watch
+        device = model.token_embedding.weight.device
+        self.ids, self.targets, self.real = to_device(batch, device)
+        self.n_targets: Floats = (batch.targets != IGNORED).sum(1).astype(np.float64)
+        self.at_once = max(1, TOKENS_AT_ONCE // self.ids.numel())
+        self.rows_at_once = eval_rows(run, model.vocab_size)
+        nothing = torch.zeros(1, n_units(model, "head"), dtype=torch.bool)
+        self.base = self.row_nats("head", nothing)[0]
+        if not np.isfinite(self.base).all():
+            raise DivergedError(f"evaluation loss {self.loss}")
+
+    @property
+    def loss(self) -> float:
+        """Nats per target with nothing removed."""
+        return float(self.base.sum() / self.n_targets.sum())
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        with torch.no_grad(), evaluating(self.model), precision(self.run):
+            yield
+
+    def row_nats(
+        self,
+        kind: str,
+        removed: Tensor,
+        fills: Sequence[Tensor] | None = None,
+        first: int = 0,
+        inputs: Tensor | None = None,
+    ) -> Floats:
+        """Nats of each row without the units of each mask: removed (K, N) → (K, R).
+
+        `inputs` (R, T, C) is what block `first` reads, where nothing before it is removed.
+        """
+        places = list(KINDS[kind](self.model))
+        fills = fills or [torch.zeros(())] * len(places)
+        rows, out = len(self.ids), []
+        for part in self.watched(kind, fills, removed.to(self.ids.device)):
+            n = len(part)
+            gone = part.repeat_interleave(rows, 0)
+            with self.reading(), removing(places, gone, fills):
+                x, scene = self.begin(n)
+                x = x if inputs is None else inputs.repeat(n, 1, 1)
+                out.append(self.end(x, scene, first, n))
+        return torch.cat(out).numpy()
+
+    def watched(self, kind: str, fills: Sequence[Tensor], work: Tensor) -> Iterable[Tensor]:
+        """Work in parts of as many masks as are best done at once, with a progress bar."""
+        name = f"{kind}s to {'mean' if fills[0].ndim else 'zero'}"
+        return self.watch(work.split(self.at_once), name)
+
+    def begin(self, n: int) -> tuple[Tensor, Scene]:
+        """What the first block reads, n times over."""
+        real = None if self.real is None else self.real.repeat(n, 1)
+        return self.model.begin(self.ids.repeat(n, 1), real)
+
+    def end(self, x: Tensor, scene: Scene, first: int, n: int) -> Tensor:
+        """From what block `first` reads, (n R, T, C), to the nats of each row, (n, R)."""
+        x = self.model.onward(x, scene, first)
+        both = (y.split(self.rows_at_once) for y in (x, self.targets.repeat(n, 1)))
+        parts = zip(*both, strict=True)
+        nats = [nats_of(self.model.head(x), wanted, "none") for x, wanted in parts]
+        return torch.cat(nats).view(n, len(self.ids), -1).cpu().double().sum(2)
+
+    def outputs(self, modules: Iterable[nn.Module]) -> list[Tensor]:
+        """What these modules put out with nothing removed."""
+        found: list[Tensor] = []
+
+        def keep(_: Any, __: Any, output: Tensor) -> None:
+            found.append(output)
+
+        with self.reading(), ExitStack() as stack:
+            for module in modules:
+                stack.callback(module.register_forward_hook(keep).remove)
+            self.model.features(self.ids, self.real)
+        return found
+
+    def means(self, kind: str) -> list[Tensor]:
+        """Mean output of each place of a kind over all real tokens, to be put in place of units."""
+        places = list(KINDS[kind](self.model))
+        outputs = self.outputs(place.module for place in places)
+        return [self.mean(place, output) for place, output in zip(places, outputs, strict=True)]
+
+    def mean(self, place: Place, output: Tensor) -> Tensor:
+        by_token = output.transpose(1, 2) if place.axis == 1 else output  # (B, T, ...)
+        seen = by_token.flatten(0, 1) if self.real is None else by_token[self.real]
+        mean = seen.float().mean(0)
+        return mean[:, None] if place.axis == 1 else mean  # heads: (H, 1, D)
+
+    def singles(self, kind: str, fills: Sequence[Tensor] | None = None) -> Floats:
+        """Nats of each row without each unit alone, (N, R)."""
+        if kind == "neuron":
+            return self.single_neurons(fills)
+        alone = torch.eye(n_units(self.model, kind), dtype=torch.bool)
+        if kind == "dimension":
+            return self.row_nats(kind, alone, fills)
+        # What is before the block of a unit does not change.
+        by_layer = alone.split(len(alone) // self.model.config.n_layer)
+        inputs = [self.begin_once(), *self.outputs(self.model.blocks)]
+        return np.concatenate(
+            [self.row_nats(kind, units, fills, i, inputs[i]) for i, units in enumerate(by_layer)]
+        )
+
+    def begin_once(self) -> Tensor:
+        with self.reading():
+            return self.begin(1)[0]
+
+    def single_neurons(self, fills: Sequence[Tensor] | None = None) -> Floats:
+        """The same for neurons, of which there are many: one writes its activation times its
+        column of the output matrix, so without it a block hands on that much less."""
+        found, model = [], self.model
+        states = self.outputs(model.blocks)
+        activations = self.outputs(block.mlp.drop_activation for block in blocks(model))
+        fills = fills or [torch.zeros(())] * len(states)
+        for layer, block in enumerate(blocks(model)):
+            change = (fills[layer] - activations[layer].float()).permute(2, 0, 1)  # (M, R, T)
+            columns = block.mlp.down.weight.float().T  # (M, C)
+            for units in self.watched("neuron", fills, torch.arange(len(columns))):
+                written = change[units, ..., None] * columns[units, None, None]  # (n, R, T, C)
+                with self.reading():
+                    _, scene = self.begin(len(units))
+                    x = (states[layer] + written).flatten(0, 1)
+                    found.append(self.end(x, scene, layer + 1, len(units)))
+        return torch.cat(found).numpy()
+
+
+def random_orders(kind: str, n: int, n_masks: int) -> NDArray[np.int64]:
+    """Orders in which units go, (n_masks, n): the same for every model with n units."""
+    numbers = np.arange(n_masks * n, dtype=np.int64)
+    return uniform(key("knockout", kind, n), numbers).reshape(n_masks, n).argsort(1)
+
+
+def n_removed(fraction: float, n: int) -> int:
+    return int(fraction * n + 1e-9)
+
+
+def curve(
+    subject: Subject, kind: str, orders: Any, fractions: Sequence[float], fills: Any = None
+) -> Floats:
+    """Nats of each row without the first units of each order: orders (K, N) → (F, K, R)."""
+    rank = np.argsort(orders, axis=1)
+    counts = [n_removed(fraction, rank.shape[1]) for fraction in fractions]
+    masks = np.stack([rank < count for count in counts]).reshape(-1, rank.shape[1])
+    distinct, which = np.unique(masks, axis=0, return_inverse=True)
+    nats = subject.row_nats(kind, torch.from_numpy(distinct), fills)
+    return nats[which.reshape(-1)].reshape(len(counts), len(rank), -1)
+
+
+def resampled(nats: Floats, n_targets: Floats, name: str) -> Floats:
+    """Losses of a curve (F, K, R) over resampled rows and masks, (RESAMPLES, F)."""
+    rows = resamples(nats.shape[2], f"{name} rows")
+    masks = resamples(nats.shape[1], f"{name} masks") / nats.shape[1]
+    sums = np.stack([(weighted_sums(masks, at) * rows).sum(1) for at in nats], 1)
+    return sums / weighted_sums(rows, n_targets)[:, None]
+
+
+def retained(losses: Floats, unigram: Floats) -> Floats:
+    """Skill left: 1 with nothing removed, 0 where the model knows no more than the unigrams.
+
+    `losses` (..., F) whose first is with nothing removed, `unigram` (...).
+    """
+    start = unigram - losses[..., 0]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return (unigram[..., None] - losses) / start[..., None]
+
+
+def half_at(skill: Floats, fractions: Sequence[float]) -> Floats:
+    """Fraction removed at which half the skill is gone, (...); infinite where it never is."""
+    x = np.asarray(fractions)
+    below = skill < 0.5
+    at = below.argmax(-1).clip(1)
+    before = np.take_along_axis(skill, at[..., None] - 1, -1)[..., 0]
+    after = np.take_along_axis(skill, at[..., None], -1)[..., 0]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        part = (before - 0.5) / (before - after)
+    return np.where(below.any(-1), x[at - 1] + part * (x[at] - x[at - 1]), np.inf)
+
+
+def knockout(
+    subject: Subject,
+    kind: str,
+    importance: Floats,
+    unigram_nats: Floats,
+    fractions: Sequence[float],
+    n_masks: int,
+    fills: Sequence[Tensor] | None = None,
+) -> dict[str, Any]:
+    """Loss against the fraction of units removed, and what is left of the model's skill.
+
+    `importance` (N,) ranks the units, from other text than the subject's; `unigram_nats` (R,).
+    """
+    orders = {
+        "random": random_orders(kind, len(importance), n_masks),
+        "most_first": np.argsort(-importance, kind="stable")[None],
+        "least_first": np.argsort(importance, kind="stable")[None],
+    }
+    nats = curve(subject, kind, np.concatenate(list(orders.values())), fractions, fills)
+    total, found = subject.n_targets.sum(), {}
+    for name, part in zip(orders, np.split(nats, (n_masks, n_masks + 1), axis=1), strict=True):
+        losses = part.mean(1).sum(1) / total
+        replicates = resampled(part, subject.n_targets, "knockout")
+        n = part.shape[2] if part.shape[1] == 1 else min(part.shape[1:])
+        bounds = [interval(*both, n) for both in zip(losses.tolist(), replicates.T, strict=True)]
+        found[name] = {
+            "loss": losses.tolist(),
+            "low": [bound["low"] for bound in bounds],
+            "high": [bound["high"] for bound in bounds],
+            **skill(subject, losses, replicates, unigram_nats, fractions, n),
+        }
+    return found
+
+
+def skill(
+    subject: Subject,
+    losses: Floats,
+    replicates: Floats,
+    unigram_nats: Floats,
+    fractions: Any,
+    n: int,
+) -> dict[str, Any]:
+    """Retained skill along a curve, the area under it and where half of it is gone, of a model
+    that has some."""
+    targets = subject.n_targets
+    left = retained(losses, unigram_nats.sum() / targets.sum())
+    rows = resamples(len(targets), "knockout rows")
+    if is_above_zero(unigram_nats - subject.base, "knockout rows"):
+        others = retained(
+            replicates, weighted_sums(rows, unigram_nats) / weighted_sums(rows, targets)
+        )
+        area, areas = (np.trapezoid(x, fractions, axis=-1) for x in (left, others))
+        found = {
+            "retained_area": interval(float(area), areas, n),
+            "half_at": interval(float(half_at(left, fractions)), half_at(others, fractions), n),
+        }
+    else:
+        found = {"retained_area": UNKNOWN, "half_at": UNKNOWN}
+    return {"retained": left.tolist(), **found}

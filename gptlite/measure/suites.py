@@ -1,0 +1,308 @@
+"""What `gptlite eval` can measure: each suite is a function from a Measurement to plain numbers.
+
+Suites that remove units or average passes work on some rows, spread over the split: `Effort` says
+on how many. A number with its 95 % interval is {"value", "low", "high"}.
+"""
+
+import hashlib
+import math
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+from torch import Tensor
+from tqdm import tqdm
+
+from gptlite import storage
+from gptlite.core.dropout import planned_sites
+from gptlite.core.evaluate import (
+    TRAIN_SUBSET_ROWS,
+    Measured,
+    byte_lengths,
+    eval_rows,
+    measure,
+)
+from gptlite.core.language_model import LanguageModel
+from gptlite.core.world import ALONE, World, unlike_first
+from gptlite.data.batches import IGNORED, Batch, Layout
+from gptlite.data.token_files import TokenFiles
+from gptlite.errors import ConfigError, DataError, at_step
+from gptlite.measure import calibration, importance, knockout
+from gptlite.measure.intervals import Floats
+from gptlite.measure.knockout import ABLATIONS, KINDS, Subject
+from gptlite.terminal import wants_bar
+from gptlite.words import did_you_mean
+
+MOST_ROWS = 4096
+"""Rows of the calibration suite."""
+MOST_NAME = 40
+"""Characters of a source's name in the name of a file; most systems allow 255 bytes."""
+T = TypeVar("T")
+
+
+class Effort(NamedTuple):
+    """How much work the suites do that could go on forever."""
+
+    tokens: int
+    """On which knock-outs and averaged passes are measured."""
+    ranking_tokens: int
+    """On which each unit is removed alone."""
+    fractions: tuple[float, ...]
+    n_masks: int
+    """Random masks per fraction, and sets of units for the backup ratio."""
+    passes: tuple[int, ...]
+    """With dropout on, averaged."""
+    loss_rows: int | None = None
+    """On which the loss is measured, spread over the split; None: all."""
+
+
+FULL = Effort(4096, 2048, (0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1), 20, (1, 2, 5, 10, 20, 50))
+FAST = Effort(2048, 384, (0, 0.1, 0.3, 0.5, 1), 8, (1, 2, 5, 10, 20), MOST_ROWS)
+
+
+class Measurement:
+    """A trained model and the text it is measured on; what several suites need is made once.
+
+    A source of its own has all its text in `val`."""
+
+    def __init__(
+        self,
+        trained: LanguageModel,
+        split: str,
+        files: Callable[[], TokenFiles],
+        *,
+        effort: Effort = FULL,
+        dropout_active: bool = False,
+        world: World = ALONE,
+    ) -> None:
+        self.trained, self.run, self.model = trained, trained.run, trained.model
+        self.split, self.files = split, cache(files)
+        self.effort, self.dropout_active, self.world = effort, dropout_active, world
+
+    @cached_property
+    def rows(self) -> Layout:
+        files = self.files()
+        if ranks := unlike_first(self.world, files.digest):
+            raise DataError(f"--split {self.split}: rank {ranks} has other text than rank 0")
+        return files.rows(self.part, self.trained.context_length)
+
+    @property
+    def part(self) -> str:
+        return "train" if self.split == "train" else "val"
+
+    @cached_property
+    def rows_at_once(self) -> int:
+        return eval_rows(self.run, self.trained.tokenizer.vocab_size, self.world)
+
+    def watch(self, work: Iterable[T], name: str, total: int | None = None) -> Iterable[T]:
+        """A progress bar, where someone can see it."""
+        hidden = not (self.world.first and wants_bar("auto", sys.stderr))
+        return tqdm(work, name, total, leave=False, disable=hidden, file=sys.stderr)
+
+    def sweep(self, rows: Layout, name: str, limit: int | None = None) -> Iterable[Batch]:
+        """All rows, or about so many spread over them; watched."""
+        n_rows = min(rows.n_swept, limit or rows.n_swept)
+        batches = rows.sweep(self.rows_at_once, limit)
+        return self.watch(batches, name, -(-n_rows // self.rows_at_once))
+
+    def spread(self, tokens: int, half: int | None = None) -> Batch:
+        """About this many tokens in rows spread over the split; no row is in both halves."""
+        n = max(6, -(-tokens // self.run.model.context_length)) * (1 if half is None else 2)
+        (batch,) = self.rows.sweep(n, n)
+        if half is None or len(batch.inputs) == 1:
+            return batch
+        return Batch(*(None if x is None else x[half::2] for x in batch))  # type: ignore[arg-type]
+
+    @cached_property
+    def subject(self) -> Subject:
+        """What knock-out curves are measured on."""
+        return Subject(self.model, self.run, self.spread(self.effort.tokens, 0), self.watch)
+
+    @cached_property
+    def ranking(self) -> Subject:
+        """Other text, on which each unit is removed alone and the means of units are taken."""
+        run = self.run.model_copy(update={"dtype": "float32"})  # one neuron is less than bfloat16
+        batch = self.spread(self.effort.ranking_tokens, 1)
+        return Subject(self.model, run, batch, self.watch)
+
+    @cache  # noqa: B019 - lives as long as the one measurement of a command
+    def fills(self, kind: str, ablation: str) -> Sequence[Tensor] | None:
+        return self.ranking.means(kind) if ablation == "mean" else None
+
+    @cache  # noqa: B019
+    def singles(self, kind: str, ablation: str) -> Floats:
+        return self.ranking.singles(kind, self.fills(kind, ablation))
+
+
+def loss(of: Measurement) -> dict[str, Any]:
+    """Loss over the split, and the generalisation gap: dropout off on both sides."""
+    rows, counts = of.rows, of.files().meta["splits"][of.part]
+    lengths = byte_lengths(of.trained.tokenizer, counts)
+
+    def measured(rows: Layout, active: bool, limit: int | None = None) -> Measured:
+        batches = of.sweep(rows, "loss", limit)
+        return measure(of.model, batches, of.run, lengths, dropout_active=active, world=of.world)
+
+    limit = of.effort.loss_rows
+    found, gap = measured(rows, of.dropout_active, limit), {}
+    more: dict[str, int] = {}
+    if limit is not None and limit < rows.n_swept:
+        more |= {"rows": limit, "rows_of_split": rows.n_swept}
+    if "unknown_bytes" in counts:
+        more["unknown_bytes"] = counts["unknown_bytes"]
+    if of.split == "val" and not of.dropout_active:
+        train = of.files().rows("train", of.trained.context_length)
+        seen, dropped = (
+            measured(train, active, TRAIN_SUBSET_ROWS).loss for active in (False, True)
+        )
+        gap = {
+            "train_loss": seen,
+            "generalisation_gap": found.loss - seen,
+            "dropout_penalty": dropped - seen,
+        }
+    return {**found.report(), **more, **gap, "dropout_active": of.dropout_active}
+
+
+def calibrate(of: Measurement) -> dict[str, Any]:
+    batches = of.sweep(of.rows, "calibration", MOST_ROWS)
+    return calibration.calibration(calibration.guesses(of.model, batches, of.run))
+
+
+def knock_out(of: Measurement) -> dict[str, Any]:
+    """Loss against the fraction removed, by kind of unit, way of removal and order."""
+    subject, effort = of.subject, of.effort
+    unigram = unigram_nats(of, subject)
+    kinds = {
+        kind: {
+            "n_units": len(of.singles(kind, "zero")),
+            **{
+                ablation: knockout.knockout(
+                    *(subject, kind, of.singles(kind, ablation).sum(1), unigram),
+                    *(effort.fractions, effort.n_masks, of.fills(kind, ablation)),
+                )
+                for ablation in ABLATIONS
+            },
+        }
+        for kind in KINDS
+    }
+    return {
+        "loss": subject.loss,
+        "unigram_loss": float(unigram.sum() / subject.n_targets.sum()),
+        "targets": int(subject.n_targets.sum()),
+        "masks": effort.n_masks,
+        "fractions": list(effort.fractions),
+        "kinds": kinds,
+    }
+
+
+def unigram_nats(of: Measurement, subject: Subject) -> Floats:
+    """Nats of each row for who knows how often each token comes in the split, and nothing else."""
+    counts = np.zeros(of.trained.tokenizer.vocab_size)
+    for batch in of.sweep(of.rows, "counting tokens"):
+        counts += np.bincount(batch.targets[batch.targets != IGNORED], minlength=len(counts))
+    targets = subject.targets.cpu().numpy()
+    with np.errstate(divide="ignore"):
+        nats = -np.log(counts / counts.sum())
+    return np.where(targets == IGNORED, 0, nats[np.maximum(targets, 0)]).sum(1)
+
+
+def single_units(of: Measurement) -> dict[str, Any]:
+    """Importance of single units, backup, and how equal and how spread weights and activity are."""
+    subject, n_layer = of.ranking, of.run.model.n_layer
+    kinds: dict[str, Any] = {}
+    for kind in KINDS:
+        for ablation in ABLATIONS:
+            singles, fills = of.singles(kind, ablation), of.fills(kind, ablation)
+            kinds.setdefault(kind, {})[ablation] = {
+                **importance.importance(subject, singles, 1 if kind == "dimension" else n_layer),
+                "backup": importance.backup(subject, kind, singles, of.effort.n_masks, fills),
+            }
+    return {
+        "loss": subject.loss,
+        "targets": int(subject.n_targets.sum()),
+        "kinds": kinds,
+        "norm_variation": importance.norms(of.model),
+        "dimensionality": importance.dimensionality(of.subject),
+    }
+
+
+def mc_dropout(of: Measurement) -> dict[str, Any]:
+    if not planned_sites(of.model):
+        return {"note": "this model has no dropout to keep on"}
+    batch, at_once = of.spread(of.effort.tokens), of.rows_at_once
+    parts = [batch.part(i, i + at_once) for i in range(0, len(batch.inputs), at_once)]
+    return calibration.mc_dropout(of.model, parts, of.run, of.effort.passes, of.watch)
+
+
+SUITES: dict[str, Callable[[Measurement], dict[str, Any]]] = {
+    "loss": loss,
+    "calibration": calibrate,
+    "knockout": knock_out,
+    "importance": single_units,
+    "mc-dropout": mc_dropout,
+}
+
+
+def named(suites: Iterable[str]) -> list[str]:
+    """The suites asked for. Raises ConfigError for one that is not there."""
+    names = list(suites)
+    for name in names:
+        if name not in SUITES and name != "all":
+            known = ", ".join([*SUITES, "all"])
+            hint = did_you_mean(name, SUITES)
+            raise ConfigError(f"--suite: no suite {name!r}; there are: {known}{hint}")
+    return list(SUITES) if "all" in names else names
+
+
+def evaluate(
+    trained: LanguageModel,
+    split: str,
+    suites: Iterable[str],
+    files: Callable[[], TokenFiles],
+    *,
+    effort: Effort = FULL,
+    dropout_active: bool = False,
+    world: World = ALONE,
+) -> dict[str, Any]:
+    """Results by suite; `split` is val, train or a source, `files` opens what has it."""
+    names = named(suites)
+    if dropout_active and names != ["loss"]:
+        raise ConfigError("--dropout-active: only the suite loss can be measured with dropout on")
+    of = Measurement(
+        *(trained, split, files), effort=effort, dropout_active=dropout_active, world=world
+    )
+    with at_step(trained.step):
+        return {name: written(SUITES[name](of)) for name in names}
+
+
+def written(value: Any) -> Any:
+    """As JSON has it: null where a number is not finite."""
+    if isinstance(value, dict):
+        return {name: written(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [written(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def label(split: str) -> str:
+    """A split in the name of a file: a source's own name is cut, and its path told by a digest."""
+    if split in ("val", "train"):
+        return split
+    path = split if "://" in split else os.path.realpath(os.path.expanduser(split))
+    digest = hashlib.sha256(path.encode(errors="surrogatepass")).hexdigest()[:8]
+    name = re.sub(r"[^\w.-]+", "_", Path(split).name)[:MOST_NAME]
+    return f"{name}-{digest}"
+
+
+def write(run_dir: Path, split: str, step: int, results: dict[str, Any], active: bool) -> None:
+    """eval/SUITE-SPLIT-step-N.json in the run directory."""
+    storage.make_folders(run_dir / "eval")
+    for name, result in results.items():
+        stem = f"{name}-{label(split)}-step-{step:08d}" + "-dropout-active" * active
+        about = {"run": str(run_dir), "step": step, "split": split}
+        storage.write_json(run_dir / "eval" / f"{stem}.json", {**about, **result})

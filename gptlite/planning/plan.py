@@ -1,0 +1,199 @@
+"""What a run would do, without doing it: sizes, cost, memory, choices, and every dropout site."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gptlite.config.run import RunConfig
+from gptlite.core.model import GPT
+from gptlite.core.train import Trainer
+from gptlite.core.world import World
+from gptlite.data.batches import Layout
+from gptlite.data.prepare import prepare
+from gptlite.data.token_files import TokenFiles
+from gptlite.data.tokenizers import Tokenizer
+from gptlite.planning.audit import advice, site_plan, site_seconds
+from gptlite.planning.auto import check_ranks, check_warmup, resolve
+from gptlite.planning.memory import refuse_too_large, training_bytes
+from gptlite.planning.rehearsal import (
+    count_evaluated,
+    make_idle_trainer,
+    time_evaluation,
+    time_updates,
+)
+from gptlite.terminal import clock, human
+
+
+def flops_per_token(run: RunConfig, vocab_size: int) -> int:
+    """Forward and backward of one token at full context (PaLM, arXiv:2204.02311, appendix B)."""
+    model = run.model
+    looked_up = model.context_length * model.n_embd if model.position == "learned" else 0
+    looked_up += 0 if model.tie_embeddings else vocab_size * model.n_embd
+    weights = model.n_parameters(vocab_size) - looked_up
+    return 6 * weights + 12 * model.n_layer * model.n_embd * model.context_length
+
+
+class Planned(NamedTuple):
+    """A run that is about to be: resolved, with its model, and the plan with what was measured."""
+
+    run: RunConfig
+    model: GPT
+    rows: Layout
+    plan: dict[str, Any]
+
+
+def plan_run(run: RunConfig, world_size: int = 1, own: Tokenizer | None = None) -> Planned:
+    """The resolved run and its plan, with the time of an update and of every site measured.
+
+    Of several ranks, what each of them would do; the time is without their talking. Nothing is
+    compiled for it: that takes longer than the rest of the plan.
+    """
+    check_ranks(run, world_size)
+    refuse_too_large(run)
+    files = prepare(run, own)
+    rows = files.rows("train", run.model.context_length)
+    vocab_size = files.meta["vocab_size"]
+    world = World(world_size)
+    check_warmup(run, rows.n_rows)
+    resolved, reasons = resolve(run, vocab_size=vocab_size, n_rows=rows.n_rows, world=world)
+    trainer = make_idle_trainer(resolved.model_copy(update={"compile": False}), files, world)
+    plan = make_plan(resolved, trainer.model, files, rows, reasons, world_size)
+    plan |= measure_time(trainer, files)
+    for site in plan["dropout"]:
+        cost = site_seconds(resolved, trainer.model, site) / world_size
+        share = cost / plan["seconds_per_update"]
+        site |= {"milliseconds_per_update": 1e3 * cost, "share_of_update": share}
+    return Planned(resolved, trainer.model, rows, plan)
+
+
+def measure_time(trainer: Trainer, files: TokenFiles) -> dict[str, Any]:
+    """Seconds that a rank takes for an update and for an evaluation, and how many there are."""
+    run = trainer.run
+    pace = time_updates(trainer)
+    evaluation = time_evaluation(trainer, files).whole(
+        count_evaluated(run, files), trainer.rows.n_rows
+    )
+    return {
+        "seconds_per_update": pace.seconds,
+        "timed_sequences": pace.n_rows,
+        "seconds_per_evaluation": evaluation / trainer.world.size,
+        "evaluations": -(-trainer.max_steps // run.train.eval_interval),
+    }
+
+
+def make_plan(
+    run: RunConfig,
+    model: GPT,
+    files: TokenFiles,
+    rows: Layout,
+    reasons: dict[str, str],
+    ranks: int = 1,
+) -> dict[str, Any]:
+    """The plan of a resolved run, as it is written to plan.json."""
+    vocab_size, train = files.meta["vocab_size"], run.train
+    n_steps = run.planned_steps(rows.n_rows)
+    n_parameters = run.model.n_parameters(vocab_size)
+    tokens_per_update = mean_targets(rows) * train.batch_size
+    flops = flops_per_token(run, vocab_size)
+    assert isinstance(train.micro_batch_size, int)
+    return {
+        "parameters": n_parameters,
+        "vocab_size": vocab_size,
+        "train_tokens": files.n_tokens("train"),
+        "val_tokens": files.n_tokens("val"),
+        "bytes_per_token": files.meta["bytes_per_token"],
+        "steps": n_steps,
+        "rows_per_epoch": rows.n_rows,
+        "epochs": n_steps * train.batch_size / rows.n_rows,
+        "longest_row": rows.length,
+        "tokens_per_update": tokens_per_update,
+        "flops_per_token": flops,
+        "flops": flops * tokens_per_update * n_steps,
+        "memory_bytes_estimate": training_bytes(
+            run, vocab_size, train.micro_batch_size, train.recompute is True, ranks
+        ),
+        "ranks": ranks,
+        "sequences_per_rank": train.batch_size // ranks,
+        "auto": reasons,
+        "attention": reasons.get("attention", f"{run.attention}: asked for"),
+        "dropout": site_plan(run, model, rows.n_rows),
+    }
+
+
+def mean_targets(rows: Layout) -> float:
+    """Targets per row, over rows spread through the split."""
+    counts = [batch.n_targets / len(batch.inputs) for batch in rows.sweep(64, limit=256)]
+    return float(np.mean(counts))
+
+
+def summary_lines(run: RunConfig, plan: dict[str, Any]) -> list[str]:
+    """The plan for people: the head of a run's log, and what `gptlite plan` prints."""
+    model, train = run.model, run.train
+    tokens = f"{plan['train_tokens']:,} train + {plan['val_tokens']:,} val tokens"
+    kind = f"{run.tokenizer.kind} {plan['vocab_size']}, {plan['bytes_per_token']:.2f} bytes/token"
+    each_rank = " in each process" if plan["ranks"] > 1 else ""
+    shape = f"{model.n_layer} layers, {model.n_head} heads, {model.n_embd} wide"
+    update = f"{train.batch_size} x {model.context_length} tokens"
+    if run.data.layout == "documents":
+        update = f"{train.batch_size} documents"
+    lines = [
+        f"data: {', '.join(run.sources)}: {tokens} ({kind})",
+        f"model: {shape}, context {model.context_length}: {human(plan['parameters'])} parameters, "
+        f"about {plan['memory_bytes_estimate'] / 2**30:.2g} GiB to train{each_rank}",
+        f"plan: {plan['steps']} updates of {update} = {plan['epochs']:.2f} epochs, "
+        f"{human(plan['flops'])}FLOP",
+    ]
+    if plan["ranks"] > 1:
+        each = f"{plan['sequences_per_rank']} sequences of an update"
+        lines.append(f"ranks: {plan['ranks']}, each with {each}")
+    lines += [f"auto: {name} = {why}" for name, why in plan["auto"].items()]
+    sites = [f"{site['site']} {site['rate']:g}" for site in plan["dropout"] if site["rate"]]
+    lines.append(f"dropout: {', '.join(sites) or 'none'}")
+    lines += [f"note: {line}" for line in advice(run, plan["epochs"])]
+    reached = model.reached(plan["longest_row"])
+    if reached and run.init_from is None:
+        lines.append(
+            f"note: no row of the text has more than {reached} tokens, so later positions stay "
+            f"untrained: texts are continued from their last {reached} tokens at most"
+        )
+    return lines
+
+
+def plan_table(run: RunConfig, plan: dict[str, Any]) -> list[str]:
+    """summary_lines, the dropout sites as a table, and the time."""
+    lines = [line for line in summary_lines(run, plan) if not line.startswith("dropout:")]
+    lines += ["", *site_table(plan["dropout"])]
+    if any(site["rate"] for site in plan["dropout"]):
+        lines.append("cost: forward and backward of the site alone, measured here, per update")
+    lines.append(f"attention: {plan['attention']}")
+    update, evaluation = plan["seconds_per_update"], plan["seconds_per_evaluation"]
+    total = plan["steps"] * update + plan["evaluations"] * evaluation
+    each = plan["sequences_per_rank"]
+    timed = "" if plan["timed_sequences"] == each else f" on {plan['timed_sequences']} of {each}"
+    lines.append(
+        f"time: {clock(total)}: {plan['steps']} updates of {update:.3g} s and "
+        f"{plan['evaluations']} evaluations of {evaluation:.3g} s (measured{timed})"
+    )
+    return lines
+
+
+def site_table(sites: list[dict[str, Any]]) -> list[str]:
+    """A row per site; of those that never drop only what they are."""
+    rows = [
+        ["site", "module", "tensor", "mask", "start", "middle", "end", "values", "cost", "masks"]
+    ]
+    for site in sites:
+        shape = "x".join(map(str, site["shape"]))
+        row = [site["site"], f"{site['modules']} x {site['module']}", shape]
+        if not site["rate"]:
+            rows.append([*row, "-", "0", "0", "0", "-", "-", "-"])
+            continue
+        cost = f"{site['milliseconds_per_update']:.2f} ms {site['share_of_update']:.1%}"
+        notes = [site["profile"]] if site["profile"] != "constant" else []
+        notes += ["unscaled"] if site["scale"] == "none" else []
+        rates = [f"{rate:.4g}" for rate in site["rates"].values()]
+        mask = "x".join(map(str, site["mask"]))
+        by = ", ".join(map(str, [site["masks"], *notes]))
+        rows.append([*row, mask, *rates, human(site["elements_per_update"]), cost, by])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(f"{c:{w}}" for c, w in zip(r, widths, strict=True)).rstrip() for r in rows]

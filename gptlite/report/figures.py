@@ -1,0 +1,256 @@
+"""Which figures a page has: numbers of runs and studies → charts with a word about each.
+
+A figure whose numbers are missing or damaged is left out.
+"""
+
+import textwrap
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from gptlite.report import charts
+from gptlite.report.charts import Line
+from gptlite.report.network import network
+from gptlite.runs.results import DAMAGED, RunFiles, number
+
+KINDS = {"head": "heads", "neuron": "neurons", "layer": "layers", "dimension": "dimensions"}
+Group = tuple[str, list["Figure"]]
+Made = Iterator["Figure"]
+
+
+class Figure(NamedTuple):
+    title: str
+    svg: str
+    caption: str
+
+
+def drawn(*makers: tuple[Callable[..., Made], Any]) -> list[Figure]:
+    """The figures of each maker; of one whose numbers are not what they should be, none."""
+    figures: list[Figure] = []
+    for make, argument in makers:
+        try:
+            figures += make(argument)
+        except DAMAGED:
+            continue
+    return figures
+
+
+def run_figures(run: RunFiles) -> list[Group]:
+    network_figure = drawn((network_of, run))
+    if not charts.available():
+        return [("Dropout", network_figure)]
+    training = drawn((losses, run), (rate_and_norm, run), (throughput, run))
+    dropout = [*network_figure, *drawn((rates_over_time, run), (rates_over_depth, run))]
+    measured = drawn(
+        (knockouts, run), (importances, run), (positions, run), (calibrated, run), (passes, run)
+    )
+    if len(measured) < 3:
+        hint = "More is measured by: gptlite eval --suite all, and gptlite report again."
+        measured.append(Figure("Not measured yet", "", hint))
+    return [("Training", training), ("Dropout", dropout), ("The trained model", measured)]
+
+
+def column(rows: list[dict[str, Any]], name: str) -> tuple[list[float | None], list[float | None]]:
+    """Steps and values of the rows that have this number."""
+    kept = [row for row in rows if number(row.get(name)) is not None]
+    return [float(row["step"]) for row in kept], [number(row[name]) for row in kept]
+
+
+def losses(run: RunFiles) -> Made:
+    names = {
+        "training, dropout on": "train/loss",
+        "training, dropout off": "train/loss_dropout_off",
+        "validation": "val/loss",
+    }
+    series = [Line(label, *column(run.rows, name)) for label, name in names.items()]
+    best = run.best
+    marks = [(best["step"], best["val/loss"], f"{best['val/loss']:.3f}")] if best else []
+    svg = charts.lines(
+        *("Losses", [line for line in series if line.x], "updates", "nats per token"),
+        epochs_per_step=run.epochs_per_step,
+        marks=marks,
+    )
+    yield Figure(
+        *("Losses", svg),
+        "The gap is validation minus training with dropout off. Training with dropout on is "
+        "another quantity: the loss of the model with parts missing.",
+    )
+
+
+def rate_and_norm(run: RunFiles) -> Made:
+    for title, name, caption in (
+        ("Learning rate", "lr", "Of each update."),
+        ("Gradient norm", "grad_norm", "Before clipping."),
+    ):
+        line = Line(title, *column(run.rows, name))
+        svg = charts.lines(title, [line], "updates", title.lower(), zero=True)
+        yield Figure(title, svg, caption)
+
+
+def throughput(run: RunFiles) -> Made:
+    x, y = column(run.rows, "tokens_per_second")
+    y = [None if value is None else value / 1000 for value in y]
+    svg = charts.lines("Throughput", [Line("", x, y)], "updates", "1000 tokens/s", zero=True)
+    yield Figure("Throughput", svg, "Training alone, without evaluating, sampling and saving.")
+
+
+def network_of(run: RunFiles) -> Made:
+    rates = {site["site"]: number(site.get("rate")) or 0.0 for site in run.sites}
+    n_layer = (run.config.get("model") or {}).get("n_layer", 0)
+    live = sum(rate > 0 for rate in rates.values())
+    caption = f"{live} of {len(rates)} sites live; filled the more, the higher the full rate."
+    if rates:
+        yield Figure("The network and its dropout sites", network(rates, n_layer), caption)
+
+
+def rates_over_time(run: RunFiles) -> Made:
+    names = dict.fromkeys(name for row in run.rows for name in row if name.startswith("dropout/"))
+    series = alike([Line(name.partition("/")[2], *column(run.rows, name)) for name in names])
+    if series:
+        title = "Dropout rates over the run"
+        svg = charts.lines(title, series, "updates", "rate", zero=True)
+        yield Figure(title, svg, "As the schedule moved them.")
+
+
+def alike(series: list[Line]) -> list[Line]:
+    """Curves that lie on each other as one, with all their names."""
+    found: dict[str, Line] = {}
+    for line in series:
+        shape = repr((line.x, line.y))
+        named = f"{found[shape].label}, {line.label}" if shape in found else line.label
+        found[shape] = line._replace(label=named)
+    # A long list of names would hide the curve.
+    return [line._replace(label=textwrap.fill(line.label, 36)) for line in found.values()]
+
+
+def rates_over_depth(run: RunFiles) -> Made:
+    series = [
+        Line(site["site"], list(range(len(site["by_layer"]))), site["by_layer"])
+        for site in run.sites
+        if site.get("rate") and len(site["by_layer"]) > 1
+    ]
+    series = alike(series)
+    if series:
+        title = "Dropout rates over depth"
+        svg = charts.lines(title, series, "layer", "full rate", zero=True)
+        yield Figure(title, svg, "At the full strength of the schedule.")
+
+
+def knockouts(run: RunFiles) -> Made:
+    found = run.evals["knockout"]
+    for kind, name in KINDS.items():
+        of_kind, series = found["kinds"][kind], []
+        for color, ablation in enumerate(("zero", "mean")):
+            random = of_kind[ablation]["random"]
+            band = random["low"], random["high"]
+            label = f"to {ablation}, random"
+            fractions = found["fractions"]
+            series.append(Line(label, fractions, random["loss"], *band, False, color))
+            for place, order in enumerate(("most_first", "least_first")):
+                label = f"to {ablation}, {order.replace('_', ' ')}"
+                y = of_kind[ablation][order]["loss"]
+                series.append(Line(label, fractions, y, dashed=True, color=2 + place))
+        unigram = [found["unigram_loss"]] * len(found["fractions"])
+        shown = [s for s in series if "random" in s.label or "zero" in s.label]
+        shown.append(Line("unigrams", found["fractions"], unigram, dashed=True, color=5))
+        title = f"Without some of its {name}"
+        svg = charts.lines(
+            title, shown, f"fraction of {of_kind['n_units']} removed", "nats per token"
+        )
+        yield Figure(title, svg, "95 % intervals over rows of text and random masks.")
+
+
+def importances(run: RunFiles) -> Made:
+    kinds = run.evals["importance"]["kinds"]
+    heads = kinds["head"]["zero"]
+    title = "Importance of heads"
+    svg = charts.heat_map(title, heads["loss_increase"], "head", "layer")
+    gini = heads["gini"]["value"]
+    caption = "What the loss rises by without each, in nats"
+    yield Figure(title, svg, f"{caption}; Gini {gini:.2f}." if gini is not None else f"{caption}.")
+
+
+def positions(run: RunFiles) -> Made:
+    y = run.evals["loss"]["loss_by_position"]
+    title = "Loss by position"
+    svg = charts.lines(
+        title, [Line("", list(range(len(y))), y)], "tokens seen before", "nats per token"
+    )
+    yield Figure(title, svg, "How much context helps.")
+
+
+def calibrated(run: RunFiles) -> Made:
+    found = run.evals["calibration"]
+    ece = found["ece"]["value"]
+    svg = charts.reliability("Reliability", found["reliability"])
+    caption = "Dots are as large as their bin"
+    error = "." if ece is None else f"; expected calibration error {ece:.4f}."
+    yield Figure("Reliability", svg, caption + error)
+
+
+def passes(run: RunFiles) -> Made:
+    found = run.evals["mc-dropout"]
+    if "passes" not in found:
+        return
+    x, plain = found["passes"], found["deterministic_loss"]["value"]
+    title = "Averaging passes with dropout on"
+    series = [
+        Line("averaged", x, found["loss"]),
+        Line("dropout off", x, [plain] * len(x), dashed=True),
+    ]
+    difference = found["averaged_minus_deterministic"]["value"]
+    svg = charts.lines(title, series, "passes", "nats per token")
+    yield Figure(title, svg, f"All passes together: {difference:+.4f} nats against dropout off.")
+
+
+def runs_figures(runs: list[RunFiles]) -> list[Group]:
+    return [("Training", drawn((overlaid, runs)))] if charts.available() else []
+
+
+def overlaid(runs: list[RunFiles]) -> Made:
+    for title, name in (
+        ("Validation loss", "val/loss"),
+        ("Training loss, dropout off", "train/loss_dropout_off"),
+    ):
+        series = [Line(run.name, *column(run.rows, name)) for run in runs]
+        svg = charts.lines(title, [line for line in series if line.x], "updates", "nats per token")
+        yield Figure(title, svg, "Over the same axis for all runs.")
+
+
+def study_figures(study: dict[str, Any]) -> list[Group]:
+    if not charts.available():
+        return []
+    return [
+        (metric, drawn((over_axes, (study, metric)), (differences, (study, metric))))
+        for metric in study.get("table", [])
+    ]
+
+
+def over_axes(argument: tuple[dict[str, Any], str]) -> Made:
+    """The metric over each axis of numbers; the other axes are colours."""
+    study, metric = argument
+    for axis in study["axes"]:
+        groups: dict[str, list[dict[str, Any]]] = {}
+        for point in study["points"]:
+            x, value = point["point"].get(axis), point["metrics"].get(metric)
+            if number(x) is None or value is None:
+                continue
+            others = {key: v for key, v in point["point"].items() if key != axis}
+            label = ", ".join(f"{key.rpartition('.')[2]} {v}" for key, v in others.items())
+            groups.setdefault(label, []).append({"x": float(x), **value})
+        if groups and max(map(len, groups.values())) > 1:
+            for points in groups.values():
+                points.sort(key=lambda point: point["x"])
+            title = f"{metric} over {axis}"
+            svg = charts.dots(title, list(groups.items()), axis, metric)
+            yield Figure(title, svg, "Mean and 95 % interval over seeds; small dots are the seeds.")
+
+
+def differences(argument: tuple[dict[str, Any], str]) -> Made:
+    study, metric = argument
+    rows = [row for row in study["comparisons"] if row["metric"] == metric]
+    if rows:
+        title = f"{metric}: difference to the baseline"
+        svg = charts.forest(title, rows, "difference")
+        yield Figure(
+            title, svg, "Paired by seed, with 95 % intervals; filled where above seed noise."
+        )

@@ -1,0 +1,110 @@
+"""What the losses of a run say, in plain words, and what to try next.
+
+Rules, not opinions: each names the numbers it rests on. Differences below NOTICEABLE are not worth
+a word: another seed or another validation text moves the loss as much.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from gptlite.runs.results import number
+
+NOTICEABLE = 0.02
+"""Nats."""
+WIDE_GAP = 0.1
+"""Nats between training and validation text, dropout off on both."""
+Row = dict[str, Any]
+
+
+class Verdict(NamedTuple):
+    title: str
+    found: str
+    advice: list[str]
+
+
+def verdict(rows: Sequence[Row], config: dict[str, Any], epochs: float | None) -> Verdict:
+    """Of the rows of metrics.jsonl that have a validation loss."""
+    evaluated = [row for row in rows if number(row.get("val/loss")) is not None]
+    if not evaluated:
+        return Verdict("Not evaluated", "No validation loss was logged.", [])
+    last = evaluated[-1]
+    best = min(evaluated, key=lambda row: float(row["val/loss"]))
+    epochs = number(last.get("epoch")) or epochs or 0.0
+    train = number(last.get("train/loss_dropout_off"))
+    gap = None if train is None else last["val/loss"] - train
+    drops = largest_rate(last) > 0
+    rise = last["val/loss"] - best["val/loss"]
+    if best is not last and rise > NOTICEABLE:
+        return overfitting(best, last, rise, gap, drops, config)
+    fall = falling(evaluated)
+    if fall > NOTICEABLE and (gap is None or gap < WIDE_GAP):
+        return underfitting(fall, gap, drops, epochs)
+    return level(gap, drops, epochs)
+
+
+def overfitting(
+    best: Row, last: Row, rise: float, gap: float | None, drops: bool, config: dict[str, Any]
+) -> Verdict:
+    at = f"step {best['step']}"
+    epoch = number(best.get("epoch"))
+    at += "" if epoch is None else f" (epoch {epoch:.1f})"
+    found = f"The validation loss was lowest at {at} and has risen by {rise:.2f} nats since"
+    found += (
+        "." if gap is None else f", while the gap to training text has grown to {gap:.2f} nats."
+    )
+    decay = (config.get("optim") or {}).get("weight_decay")
+    advice = [
+        "Use the best checkpoint, which is what every command takes unless told otherwise; "
+        "train.early_stop saves the time after it.",
+        "Raise the dropout rates." if drops else "Try dropout.rate 0.1 to 0.2.",
+        f"Try more weight decay (now {decay}): it is dropout's rival, so compare both "
+        "(gptlite study).",
+        "More text helps more than either.",
+    ]
+    return Verdict(f"Overfitting since step {best['step']}", found, advice)
+
+
+def underfitting(fall: float, gap: float | None, drops: bool, epochs: float) -> Verdict:
+    found = (
+        f"The validation loss was still falling, by {fall:.2f} nats in the last quarter of the run"
+    )
+    found += "." if gap is None else f", and the gap to training text is {gap:.2f} nats."
+    advice = ["Train longer, or with a higher learning rate or a larger model."]
+    if drops:
+        advice.append(
+            "Nothing is being overfitted yet, so dropout costs and buys nothing: try rate 0."
+        )
+    elif epochs <= 1:
+        advice.append("Text that is seen less than once needs no dropout.")
+    return Verdict("Underfitting", found, advice)
+
+
+def level(gap: float | None, drops: bool, epochs: float) -> Verdict:
+    if gap is not None and gap >= WIDE_GAP:
+        found = f"The validation loss has levelled off, {gap:.2f} nats above that of training text."
+        more = "more dropout" if drops else "dropout (rate 0.1 to 0.2)"
+        return Verdict(
+            "A wide gap, not yet overfitting",
+            found,
+            [f"Training longer would overfit: try {more}, more weight decay, or more text."],
+        )
+    found = "The validation loss has levelled off"
+    found += "." if gap is None else f", {gap:.2f} nats above that of training text."
+    advice = ["A larger model, or a longer schedule, would learn more from this text."]
+    if drops and epochs <= 1:
+        advice.append(
+            "The text was seen less than once: the literature finds no dropout best there."
+        )
+    return Verdict("Levelled off", found, advice)
+
+
+def falling(evaluated: Sequence[Row]) -> float:
+    """By how much the validation loss fell in the last quarter of the updates."""
+    last = evaluated[-1]
+    before = [row for row in evaluated if row["step"] <= 0.75 * last["step"]]
+    return float(before[-1]["val/loss"] - last["val/loss"]) if before else 0.0
+
+
+def largest_rate(row: Row) -> float:
+    rates = (number(value) for name, value in row.items() if name.startswith("dropout/"))
+    return max((rate for rate in rates if rate is not None), default=0.0)

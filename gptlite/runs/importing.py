@@ -1,0 +1,198 @@
+"""`gptlite import`: a model made elsewhere → a run directory, which every command then takes.
+
+From a Hugging Face directory or the Hub (GPT-2 and Llama shapes), or a checkpoint of nanoGPT.
+"""
+
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from gptlite import storage
+from gptlite.config.reader import dump, validate
+from gptlite.config.run import RunConfig
+from gptlite.config.strict_yaml import Document
+from gptlite.core.device import use_threads
+from gptlite.core.model import GPT
+from gptlite.core.weights import fill, model_tensors
+from gptlite.data import tokenizers
+from gptlite.data.tokenizers import Tokenizer
+from gptlite.errors import CheckpointError, ConfigError, StorageError
+from gptlite.interchange import foreign_tokenizer, hf, hf_config, nanogpt
+from gptlite.keys import key
+from gptlite.runs import checkpoint, origin
+from gptlite.runs import directory as run_directory
+from gptlite.runs.checkpoint import State
+from gptlite.terminal import is_watched, tell
+
+TORCH_FILES = (".pt", ".pth", ".ckpt")
+HUB_NAMES = {
+    name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+}
+HUB_NAMES["distilgpt2"] = "distilbert/distilgpt2"
+HUB_FILES = (
+    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
+    *("special_tokens_map.json", "model*.safetensors*"),
+)
+
+
+class Foreign(NamedTuple):
+    """A model made elsewhere, in our words."""
+
+    sections: dict[str, Any]
+    """`model` and `dropout`, as in YAML."""
+    tokenizer: Tokenizer
+    tensors: dict[str, Tensor]
+
+
+def import_model(source: str, out: Path | None, meta: Path | None) -> Path:
+    """Write the run directory and return it. Raises ConfigError, CheckpointError, StorageError."""
+    path = Path(source)
+    directory = out or run_directory.RUNS / re.sub(r"[^A-Za-z0-9._-]", "_", path.name or "imported")
+    if run_directory.has_run(directory):
+        raise ConfigError(f"--out {directory}: contains a run; give another directory")
+    if path.suffix in TORCH_FILES:
+        foreign = from_nanogpt(path, meta)
+    elif path.is_dir():
+        foreign = from_folder(path)
+    elif path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
+        raise ConfigError(
+            f"{source}: expected a Hugging Face directory, a name on its Hub, or nanoGPT's ckpt.pt"
+        )
+    else:
+        foreign = from_folder(from_hub(HUB_NAMES.get(source, source)))
+    write_run(foreign, directory, source)
+    return directory
+
+
+def from_folder(folder: Path) -> Foreign:
+    """A directory of Hugging Face's; the Hub's own are links to files named by their content."""
+    config = hf_config.read(folder)
+    sections = hf_config.sections(config, str(folder / "config.json"))
+    tokenizer = foreign_tokenizer.read(folder)
+    if tokenizer.marks.begin != tokenizer.eot:  # as changed elsewhere, whatever we noted
+        sections.pop("data", None)
+    model = validated(sections, tokenizer).model
+    with named(folder):
+        tensors = hf.imported(model, hf_config.family_of(model), hf.read_folder(folder))
+        vocab_size = hf_config.complete(config)["vocab_size"]
+        context = model.context_length
+        check_rows(tensors, "config.json", vocab_size=vocab_size, n_positions=context)
+    if not model.bias and hf_config.family_of(model) == "gpt2":
+        bare = hf.without_biases(tensors)
+        if bare is None:  # trained on elsewhere: they are no longer zero
+            sections["model"] = {**sections["model"], "bias": True}
+        tensors = tensors if bare is None else bare
+    return Foreign(sections, tokenizer, cropped(tensors, tokenizer.vocab_size, folder))
+
+
+def from_nanogpt(path: Path, meta: Path | None) -> Foreign:
+    sections, vocab_size, tokenizer, tensors = nanogpt.read(path, meta)
+    model = validated(sections, tokenizer).model
+    with named(path):
+        ours = hf.imported(model, "gpt2", tensors, transposed=False)
+        context = model.context_length
+        check_rows(ours, "model_args", vocab_size=vocab_size, block_size=context)
+    return Foreign(sections, tokenizer, cropped(ours, tokenizer.vocab_size, path))
+
+
+@contextmanager
+def named(source: Path) -> Iterator[None]:
+    """Problems of the weights with the name of where they are."""
+    try:
+        yield
+    except CheckpointError as error:
+        where = "" if str(source) in str(error) else f"{source}: "
+        raise CheckpointError(*(where + problem for problem in error.problems)) from None
+
+
+def check_rows(tensors: dict[str, Tensor], place: str, **said: int) -> None:
+    """Raises CheckpointError where a table has more or fewer rows than is said, by field."""
+    tokens, positions = said.items()
+    tables = {"token_embedding": tokens, "head": tokens, "position_embedding": positions}
+    for name, (field, size) in tables.items():
+        rows = len(tensors.get(f"{name}.weight", range(size)))
+        if rows != size:
+            raise CheckpointError(f"{name}.weight: {rows} rows, but {field} of {place} is {size}")
+
+
+def cropped(tensors: dict[str, Tensor], vocab_size: int, source: Path) -> dict[str, Tensor]:
+    """The tensors without rows for padding of the vocabulary, which no text ever has."""
+    for name in ("token_embedding.weight", "head.weight"):
+        rows = len(tensors.get(name, range(vocab_size)))
+        if rows < vocab_size:
+            raise CheckpointError(f"{source}: {rows} embeddings for {vocab_size} tokens")
+        if rows > vocab_size:
+            tell(
+                f"{source}: {name}: {rows - vocab_size} of {rows} rows left out, of which the "
+                f"tokenizer has no token (it has {vocab_size})"
+            )
+            tensors[name] = tensors[name][:vocab_size].contiguous()
+    return tensors
+
+
+def from_hub(name: str) -> Path:
+    """The folder of a model on Hugging Face's Hub, downloaded once."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    if not is_watched(sys.stderr):
+        disable_progress_bars()
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(HUB_FILES)))
+    except Exception as error:  # noqa: BLE001 - theirs are of many kinds, and none is ours
+        why = str(error).strip().splitlines()[0][:200] if str(error).strip() else repr(error)
+        raise ConfigError(
+            f"{name}: cannot be had from the Hub ({type(error).__name__}: {why}); download its "
+            "config.json, tokenizer.json and model.safetensors elsewhere and import that folder"
+        ) from None
+
+
+def validated(sections: dict[str, Any], tokenizer: Tokenizer) -> RunConfig:
+    """The config of the run: the model as it came, to be trained on only with data of one's own."""
+    values = {
+        **sections,
+        "tokenizer": origin.section_of(tokenizer),
+        "dtype": "float32",
+        "attention": "fused",
+    }
+    return validate(Document(values), to_train=False)
+
+
+def write_run(foreign: Foreign, directory: Path, source: str) -> None:
+    """config.yaml last: until then the directory is no run."""
+    run, text = validated(foreign.sections, foreign.tokenizer), foreign.tokenizer
+    use_threads(run)
+    model = GPT(run.model, text.vocab_size)
+    fill(model, foreign.tensors, source)
+    state = State(
+        step=0,
+        run_id=f"{key(dump(run), source):016x}",
+        tokens=0,
+        elapsed_seconds=0.0,
+        best=None,
+        val_loss=None,
+        evaluations_without_gain=0,
+        skipped=[],
+        pending=None,
+        data_digest="",
+        tokenizer_sha256=tokenizers.digest(text),
+        config=run.model_dump(mode="json"),
+        environment={"imported": source},
+    )
+    run_directory.create(directory)
+    try:
+        with run_directory.locked(directory):
+            storage.write_json(directory / "env.json", run_directory.environment())
+            saved = storage.sealed(text.to_json())
+            storage.write_text(directory / "tokenizer" / "tokenizer.json", saved)
+            checkpoint.save(directory, {checkpoint.FILES[0]: model_tensors(model)}, state)
+            for name in ("best", "last"):
+                checkpoint.point(directory, name, 0)
+            storage.write_text(directory / "config.yaml", dump(run))
+    except OSError as error:
+        raise StorageError(f"--out {directory}: {error.strerror}") from None

@@ -1,0 +1,145 @@
+"""What `gptlite train` is asked for: which run, in which directory, new or going on. No torch."""
+
+import json
+import os
+import re
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from gptlite.config.run import RunConfig
+from gptlite.core.world import World
+from gptlite.data import readers, sources
+from gptlite.errors import ConfigError, DataError
+from gptlite.runs import directory as run_directory
+from gptlite.runs.origin import load_run
+
+LOOKED_AT = 1 << 22
+"""Characters at the beginning of a text that are read before anything is loaded for training."""
+
+
+class Launch(NamedTuple):
+    run: RunConfig
+    directory: Path
+    resumes: bool
+    recipe: str | None = None
+    """The YAML of a config that was made for a text, with its reasons."""
+
+
+def agreed(
+    decide: Callable[[], Launch], own: Callable[[], RunConfig] | None, world: World
+) -> Launch:
+    """What the first rank decides, for all; `own` reads the config that this one was given.
+
+    Raises ConfigError on all ranks if they were given different ones.
+    """
+    if world.size == 1:
+        return decide()
+
+    def described() -> tuple[Any, str, bool, str | None]:
+        launch = decide()
+        run = launch.run.model_dump(mode="json")
+        return run, str(launch.directory), launch.resumes, launch.recipe
+
+    run, directory, resumes, recipe = world.shared(described)
+    launch = Launch(RunConfig.model_validate(run), Path(directory), resumes, recipe)
+    if own is not None:
+        check_alike(launch.run, own(), world)
+    return launch
+
+
+def check_alike(first: RunConfig, own: RunConfig, world: World) -> None:
+    """Raises ConfigError on all ranks if one of them was given another config."""
+    from gptlite.runs.resume import differences
+
+    each = world.gathered(list(differences(first, own)))
+    problems = [
+        f"--config: rank {rank} was given another than rank 0: {change}"
+        for rank, changes in enumerate(each)
+        for change in changes
+    ]
+    if problems:
+        raise ConfigError(*problems)
+
+
+def launched(
+    configs: list[str],
+    overrides: list[str],
+    data: list[str],
+    *,
+    minutes: float,
+    began: float,
+    out_dir: str | None,
+    resume: str | None,
+) -> Launch:
+    """`began` is when the command did, by time.perf_counter: its `minutes` count from there.
+
+    Raises ConfigError, and DataError where a config has to be made for the data.
+    """
+    named = None if resume in (None, "auto") else run_directory.resumed(str(resume))
+    values = with_options(overrides, data if configs or named else [], out_dir)
+    if named is not None and not configs:
+        configs, values = [str(named / "config.yaml")], as_this_machine_can(values)
+    if configs:
+        run = load_run(configs, values)
+        look_at_text(run)
+        where = run_directory.where(run.out_dir, configs, resume)
+        return Launch(run, *((named, True) if named else where))
+    if not data:
+        raise ConfigError("--config: missing option; give a file, a shipped config, or --data TEXT")
+    name = Path(data[0]).name.partition(".")[0] or "text"
+    directory, resumes = run_directory.where(out_dir, [name], resume)
+    if resumes:
+        stored = str(directory / "config.yaml")
+        return Launch(load_run([stored], as_this_machine_can(values)), directory, True)
+    of_data = [value for value in overrides if value.lstrip().startswith("data.")]
+    look_at_text(load_run([], with_options(of_data, data, None), to_train=False))
+    from gptlite.runs import recipe  # only now: it times models
+
+    run, text = recipe.compose(data, minutes, values, began)
+    return Launch(run, directory, False, text)
+
+
+def look_at_text(run: RunConfig) -> None:
+    """Find what is wrong with the files of a run, or how they begin, before torch is loaded.
+
+    Raises DataError and ConfigError, as reading all of them does later.
+    """
+    if len(run.sources) == 1 and os.path.isfile(os.path.expanduser(run.sources[0]) + "/train.bin"):
+        return  # tokenized elsewhere
+    local = [source for source in run.sources if source != "python-docs" and "://" not in source]
+    files = [file for source in local for file in sources.locate_one(source, run.data)]
+    left = LOOKED_AT
+    for file in files:
+        sources.check_regular(file)
+        with suppress(OSError):  # which is told of when all is read
+            for text, _ in readers.read_file(file, run.data) if left > 0 else ():
+                left -= len(text) + 1
+                if left <= 0:
+                    break
+    if local == list(run.sources) and left == LOOKED_AT:
+        raise DataError(f"data.source: {', '.join(local)}: has no text (0 bytes)")
+
+
+def with_options(overrides: list[str], data: list[str], out_dir: str | None) -> list[str]:
+    """The values of --set, and of the options that are short for one."""
+    values = list(overrides)
+    if out_dir is not None:
+        values.append(f"out_dir={as_value(out_dir)}")
+    if data:
+        values.append(f"data.source={as_value(data[0] if len(data) == 1 else data)}")
+    return values
+
+
+def as_this_machine_can(values: list[str]) -> list[str]:
+    """The values of --set over a run's own config, of which nobody has named these keys now."""
+    given = {value.partition("=")[0].strip() for value in values}
+    asked_anew = ("device", "dtype", "attention", "train.threads")
+    return [*(f"{key}=auto" for key in asked_anew if key not in given), *values]
+
+
+def as_value(value: str | list[str]) -> str:
+    """A text or a list of them as `--set` reads it; bytes that are no UTF-8 as escapes."""
+    text = json.dumps(value, ensure_ascii=False)
+    return re.sub("[\ud800-\udfff]", lambda half: f"\\u{ord(half[0]):04x}", text)

@@ -1,0 +1,116 @@
+"""Configs read whole, with what `init_from` names: a run, a checkpoint of one, or a Hugging Face
+directory. No torch.
+
+A run that begins there has its model and its tokenizer; only data, dropout and training are new.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from gptlite.config import strict_yaml
+from gptlite.config.reader import read_layers, validate
+from gptlite.config.run import ModelConfig, RunConfig
+from gptlite.config.strict_yaml import Document, Path_, problem_line
+from gptlite.data import tokenizers
+from gptlite.data.tokenizers import Tokenizer
+from gptlite.errors import ConfigError
+from gptlite.interchange import foreign_tokenizer, hf_config
+
+MAY_DIFFER = {("model", "context_length")}
+"""What a run may have another value of than the one that it begins from."""
+
+
+def load_run(
+    files: Sequence[str], overrides: Sequence[str] = (), *, to_train: bool = True
+) -> RunConfig:
+    """The run that the files and overrides describe; one that is only used needs no data.
+
+    Raises ConfigError with one line per problem: `run.yaml:4:5: optim.lr: must be ...`.
+    """
+    return complete(read_layers(files, overrides), to_train=to_train)
+
+
+def complete(document: Document, *, to_train: bool = True) -> RunConfig:
+    """The run that a document describes, with model and tokenizer of what `init_from` names.
+
+    Every config is read through here. Raises ConfigError.
+    """
+    inherit(document)
+    return validate(document, to_train=to_train)
+
+
+def inherit(document: Document) -> None:
+    """Model and tokenizer are those of what `init_from` names; a config may leave them out."""
+    source = document.value(("init_from",))
+    if not isinstance(source, str) or "\0" in source or is_complete(document):
+        return
+    for section, values in sections(source).items():
+        asked = document.values.setdefault(section, {})
+        if not isinstance(asked, dict):
+            continue
+        for key, value in values.items():
+            path: Path_ = (section, key)
+            if key not in asked:
+                asked[key] = value
+                document.places[path] = f"init_from {source}"
+            elif asked[key] != value and path not in MAY_DIFFER:
+                place, has = document.places.get(path, "config"), f"init_from {source} has {value}"
+                why = f"is {asked[key]}, but {has}; leave it out"
+                document.problems.append(problem_line(place, path, why))
+                document.refused.add(path)
+
+
+def is_complete(document: Document) -> bool:
+    """Whether every key of the model is given, as in the stored config of a run."""
+    given = document.values.get("model")
+    return isinstance(given, dict) and set(given) >= set(ModelConfig.model_fields)
+
+
+def run_of(source: str) -> Path | None:
+    """The run directory that is meant, itself or by a checkpoint in it."""
+    path = Path(source)
+    for directory in (path, path.parent.parent):
+        if os.path.isfile(directory / "config.yaml"):
+            return directory
+    return None
+
+
+def is_hugging_face(source: str) -> bool:
+    return run_of(source) is None and os.path.isfile(Path(source) / "config.json")
+
+
+def sections(source: str) -> dict[str, dict[str, Any]]:
+    """`model` and `tokenizer` as in YAML, if something is there. Raises ConfigError, DataError."""
+    if directory := run_of(source):
+        stored = strict_yaml.read(directory / "config.yaml").values
+        return {name: stored.get(name) or {} for name in ("model", "tokenizer")}
+    if not is_hugging_face(source):
+        return {}
+    model = hf_config.sections(hf_config.read(Path(source)), f"{source}/config.json")["model"]
+    return {"model": model, "tokenizer": section_of(foreign_tokenizer.read(Path(source)))}
+
+
+def given_tokenizer(run: RunConfig) -> Tokenizer | None:
+    """The tokenizer that a run is given by what it begins from. Raises ConfigError, DataError."""
+    return None if run.init_from is None else tokenizer_of(run.init_from)
+
+
+def tokenizer_of(source: str) -> Tokenizer:
+    """Raises ConfigError, DataError."""
+    if directory := run_of(source):
+        return tokenizers.read(directory / "tokenizer" / "tokenizer.json")
+    if not is_hugging_face(source):
+        raise ConfigError(
+            f"init_from: {source}: not a run, a checkpoint of one, or a Hugging Face directory; "
+            "files that hold pickles, such as .pt and .pth, are never loaded"
+        )
+    return foreign_tokenizer.read(Path(source))
+
+
+def section_of(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The section of a config that describes a tokenizer."""
+    names = {"bpe": "vocab_size", "tiktoken": "name", "char": "unknown"}
+    name = names.get(tokenizer.kind)
+    return {"kind": tokenizer.kind, **({} if name is None else {name: getattr(tokenizer, name)})}

@@ -1,0 +1,155 @@
+"""What a run or study left behind, read with care: a damaged file is a note, not an end."""
+
+import json
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gptlite.config import strict_yaml
+from gptlite.errors import ConfigError
+
+SAMPLES = 6
+"""Shown at most, spread over the run."""
+LONGEST = 4000
+"""Characters of a sample that are shown."""
+LARGEST = 1 << 26
+"""Bytes of a file that is read."""
+DAMAGED = (KeyError, TypeError, ValueError, IndexError, AttributeError, ArithmeticError)
+"""What comes of numbers that are not what they should be."""
+
+INTERVAL = {"value", "low", "high"}
+"""What a number with its 95 % interval looks like in results."""
+
+
+@dataclass
+class RunFiles:
+    name: str
+    config: dict[str, Any] = field(default_factory=dict)
+    config_text: str = ""
+    plan: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    """Of metrics.jsonl, in order."""
+    evals: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """The newest result of each suite on the validation split."""
+    samples: list[tuple[str, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def sites(self) -> list[dict[str, Any]]:
+        sites = self.plan.get("dropout")
+        known = sites if isinstance(sites, list) else []
+        return [site for site in known if isinstance(site, dict) and "site" in site]
+
+    @property
+    def evaluated(self) -> list[dict[str, Any]]:
+        return [row for row in self.rows if number(row.get("val/loss")) is not None]
+
+    @property
+    def best(self) -> dict[str, Any] | None:
+        return min(self.evaluated, key=lambda row: float(row["val/loss"]), default=None)
+
+    @property
+    def epochs_per_step(self) -> float | None:
+        last = self.rows[-1] if self.rows else {}
+        epoch, step = number(last.get("epoch")), number(last.get("step"))
+        return epoch / step if epoch and step else None
+
+
+def read_run(directory: Path) -> RunFiles:
+    run = RunFiles(directory.resolve().name)
+    run.config_text = read_text(directory / "config.yaml", run.notes)
+    try:
+        run.config = strict_yaml.parse(run.config_text, "config.yaml").values
+    except ConfigError as error:
+        run.notes += error.problems
+    run.plan = read_json(directory / "plan.json", run.notes)
+    run.environment = read_json(directory / "env.json", run.notes)
+    run.rows = read_rows(directory / "metrics.jsonl", run.notes)
+    run.evals = read_evals(directory / "eval", run.notes)
+    paths = sorted((directory / "samples").glob("step-*.txt"))
+    for index in sorted({i * (len(paths) - 1) // (SAMPLES - 1) for i in range(SAMPLES)}):
+        if paths:
+            step = int(re.sub(r"\D", "", paths[index].stem) or 0)
+            run.samples.append((f"step {step:,}", read_text(paths[index], run.notes)[:LONGEST]))
+    return run
+
+
+def read_study(directory: Path) -> tuple[dict[str, Any], list[str]]:
+    notes: list[str] = []
+    return read_json(directory / "study.json", notes), notes
+
+
+def read_text(path: Path, notes: list[str]) -> str:
+    try:
+        with path.open("rb") as file:
+            return file.read(LARGEST).decode(errors="replace")
+    except OSError as error:
+        notes.append(f"{path.name}: {error.strerror}")
+        return ""
+
+
+def read_json(path: Path, notes: list[str]) -> dict[str, Any]:
+    text = read_text(path, notes)
+    if not text:
+        return {}
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    if isinstance(value, dict):
+        return value
+    notes.append(f"{path.name}: damaged")
+    return {}
+
+
+def read_rows(path: Path, notes: list[str]) -> list[dict[str, Any]]:
+    """Whole rows; a run that was killed, or is at work, may have left half a line."""
+    rows, damaged = [], 0
+    for line in read_text(path, notes).splitlines():
+        try:
+            row = json.loads(line)
+            if type(row["step"]) is not int:
+                raise ValueError
+            rows.append(row)
+        except (ValueError, KeyError, TypeError, RecursionError):
+            damaged += 1
+    if damaged:
+        notes.append(f"{path.name}: {damaged} damaged lines left out")
+    return rows
+
+
+def read_evals(folder: Path, notes: list[str]) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    for path in sorted(folder.glob("*-val-step-????????.json"), key=lambda path: path.stem[-8:]):
+        result = read_json(path, notes)
+        if result:
+            found[path.name.partition("-val-step-")[0]] = result
+    return found
+
+
+def shown(value: Any) -> str:
+    """A value in a table."""
+    if isinstance(value, float):
+        return f"{value:.4f}" if 0.001 <= abs(value) < 1000 else f"{value:.4g}"
+    if value is None:
+        return "–"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def number(value: Any) -> float | None:
+    """A finite number, or None: a log may have a null where a loss was not finite."""
+    known = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if known and abs(value) <= sys.float_info.max else None
+
+
+def scalars(result: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value by its dotted name, a number with its interval as one; lists are left out."""
+    for name, value in result.items():
+        if isinstance(value, dict) and set(value) != INTERVAL:
+            yield from scalars(value, f"{prefix}{name}.")
+        elif not isinstance(value, list):
+            yield prefix + name, value

@@ -1,0 +1,320 @@
+"""What surrounds the loop of a run that has begun, up to the summary.
+
+Evaluating, sampling, saving and logging happen between updates and change none of them.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from gptlite.config.reader import dump
+from gptlite.core.evaluate import TRAIN_SUBSET_ROWS, byte_lengths, eval_rows, measure
+from gptlite.core.generate import Generation
+from gptlite.core.train import MOST_SKIPPED, SKIP_WINDOW, Trainer, Update
+from gptlite.data.batches import Batch
+from gptlite.data.token_files import TokenFiles
+from gptlite.data.tokenizers import digest
+from gptlite.errors import DivergedError, Stopped, at_step
+from gptlite.keys import key
+from gptlite.planning import plan as planning
+from gptlite.runs import checkpoint
+from gptlite.runs.checkpoint import Best, Found, State
+from gptlite.runs.interrupts import Cut, Interrupts
+from gptlite.runs.metrics import Meter, finite
+from gptlite.runs.records import Records, Unrecorded
+from gptlite.runs.resume import fingerprint, jumps, surroundings_changed
+from gptlite.runs.sinks import Place
+from gptlite.terminal import clock
+
+Watch = Callable[[int, int, float], None]
+"""Is told step, last step and validation loss of each evaluation; what it raises ends the run."""
+
+
+def unwatched(step: int, max_steps: int, val_loss: float) -> None:
+    pass
+
+
+class Session:
+    """One stay of a run in its directory: metrics, evaluations, samples and checkpoints.
+
+    Every rank has one, and all do the same at the same moments.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        files: TokenFiles,
+        directory: Path,
+        saved: State | None,
+        interrupts: Interrupts,
+        watch: Watch = unwatched,
+    ) -> None:
+        run, self.watch, self.world = trainer.run, watch, trainer.world
+        self.trainer, self.files, self.directory, self.run = trainer, files, directory, run
+        self.interrupts = interrupts
+        self.run_id = f"{key(dump(run), self.files.digest):016x}"
+        self.best: Best | None = None
+        self.val_loss: float | None = None
+        self.worse = 0
+        self.pending: dict[str, Any] | None = None
+        self.meter = Meter()
+        self.saved_step = trainer.step
+        if saved is not None:
+            self.run_id, self.best, self.val_loss = saved.run_id, saved.best, saved.val_loss
+            self.worse, self.pending = saved.evaluations_without_gain, saved.pending
+            self.meter.tokens, self.meter.elapsed_seconds = saved.tokens, saved.elapsed_seconds
+        known = trainer.step
+        if self.pending is not None:  # what was cut short there is done again, and saved
+            known, self.saved_step = known - 1, -1
+        self.records = Unrecorded()
+        if self.world.first:
+            place = Place(run, directory, self.run_id, known)
+            self.records = Records(place, trainer.max_steps, trainer.step)
+        self.val_rows = self.files.rows("val", run.model.context_length)
+        self.lengths = byte_lengths(self.files.tokenizer, self.files.meta["splits"]["val"])
+        self.verified = False
+
+    def row(self, update: Update) -> dict[str, Any]:
+        """What is known of an update before anything is evaluated."""
+        return {
+            "step": update.step,
+            "tokens": self.meter.tokens,
+            "epoch": update.step * self.run.train.batch_size / self.trainer.rows.n_rows,
+            "elapsed_seconds": round(self.meter.elapsed_seconds, 3),
+            "train/loss": update.loss,
+            "lr": update.lr,
+            "grad_norm": update.grad_norm,
+            "tokens_per_second": self.meter.rate(),
+            **update.loss_scaling,
+            **{f"dropout/{site}": rate for site, rate in update.dropout_rates.items()},
+        }
+
+    def introduce(self, plan: dict[str, Any], found: Found | None, resumed: bool) -> None:
+        """Say what will happen."""
+        trainer, say = self.trainer, self.records.say
+        for line in planning.summary_lines(self.run, plan):
+            say(line)
+        if trainer.planned:
+            modules = sum(trainer.planned.values())
+            say(f"dropout: {len(trainer.planned)} sites live ({modules} modules)")
+        if found is None:
+            if resumed:
+                say("nothing had been saved yet: begun again")
+            return
+        for problem in found.problems:
+            say(f"{problem}; passed over")
+        say(f"resumed at step {trainer.step} of {trainer.max_steps}")
+        for jump in jumps(self.run, found.state, trainer.rows.n_rows, self.directory):
+            say(jump)
+        for change in surroundings_changed(self.run, found.state.environment, self.world.size):
+            say(f"not as when it was saved: {change}; the last bits of results may differ")
+
+    def work(self) -> dict[str, Any]:
+        """Train, and say where everything is. Raises Stopped after a signal, DivergedError."""
+        trainer, say = self.trainer, self.records.say
+        try:
+            ended = self.train()
+            summary = self.finish(ended)
+        except Cut:
+            if self.saved_step != trainer.step or self.pending is not None:
+                self.save()
+            raise Stopped(
+                self.interrupts.received,
+                f"stopped at step {trainer.step}, saved; go on with: "
+                f"gptlite train --resume {self.directory}",
+            ) from None
+        except DivergedError as error:
+            raise self.diverged(error) from None
+        best, took = self.best, clock(summary["elapsed_seconds"])
+        if ended == "early_stop":
+            say(f"stopped early: no better validation loss in {self.worse} evaluations")
+        assert best is not None
+        per_byte = best.val_bits_per_byte
+        bits = "" if per_byte is None else f" ({per_byte:.3f} bits per byte)"
+        say(
+            f"done: {trainer.step} updates in {took}, best validation loss {best.val_loss:.4f} "
+            f"nats{bits} at step {best.step}"
+        )
+        say(f"everything is in {self.directory}")
+        return summary
+
+    def train(self) -> str:
+        """Run to the end or an early stop; says which. Raises Cut after a signal."""
+        trainer = self.trainer
+        if self.pending is not None:
+            self.settle(self.pending)
+        if self.stops_early:
+            return "early_stop"
+        self.meter.resume()
+        for update in trainer.updates(trainer.max_steps):
+            self.meter.count(update.targets)
+            self.records.advance()
+            if trainer.skipped[-1:] == [update.step]:
+                self.tell_skipped(update)
+            if self.is_due(update.step):
+                self.meter.pause()
+                self.settle(self.row(update))
+            self.interrupts.poll()
+            if self.stops_early:
+                return "early_stop"
+            self.meter.resume()
+        return "max_steps"
+
+    def evaluates_at(self, step: int) -> bool:
+        return step == self.trainer.max_steps or step % self.run.train.eval_interval == 0
+
+    def samples_at(self, step: int) -> bool:
+        return self.run.sample.interval > 0 and step % self.run.sample.interval == 0
+
+    def is_due(self, step: int) -> bool:
+        """Whether anything happens between this update and the next."""
+        train = self.run.train
+        regular = step % train.log_interval == 0 or step % train.save_interval == 0
+        return regular or self.evaluates_at(step) or self.samples_at(step)
+
+    def settle(self, row: dict[str, Any]) -> None:
+        """What is due after an update: its evaluation, its row, a sample, a checkpoint.
+
+        A signal may cut it short (Cut); then `pending` is saved, and who resumes begins with it.
+        """
+        train, step = self.run.train, row["step"]
+        self.pending = row
+        if self.evaluates_at(step) and "val/loss" not in row:
+            row |= self.evaluate(step)
+        if self.evaluates_at(step) or step % train.log_interval == 0:
+            self.records.row(step, row, self.val_loss)
+        if self.samples_at(step):
+            self.sample()
+        self.pending = None
+        # After the row is written: a run killed in a save must find it when it resumes.
+        if self.is_best(step) or step % train.save_interval == 0:
+            self.save()
+        if self.evaluates_at(step):
+            self.watch(step, self.trainer.max_steps, row["val/loss"])
+
+    def is_best(self, step: int) -> bool:
+        return self.best is not None and self.best.step == step
+
+    @property
+    def stops_early(self) -> bool:
+        patience = self.run.train.early_stop
+        return isinstance(patience, int) and self.worse >= patience
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Both losses without dropout; a validation loss that is the best so far is remembered."""
+        run, trainer = self.run, self.trainer
+        rows = eval_rows(run, self.files.meta["vocab_size"], self.world)
+        batches = run.train.eval_batches
+        limit = None if batches == "all" else batches * run.train.batch_size
+        val, subset = self.val_rows.sweep(rows, limit), trainer.rows.sweep(rows, TRAIN_SUBSET_ROWS)
+        with self.interrupts.cutting(), at_step(step):
+            measured, train = (
+                measure(trainer.model, self.polled(each), run, self.lengths, world=self.world)
+                for each in (val, subset)
+            )
+        if not self.verified:
+            self.records.say("evaluation: dropout: off (verified)")
+            self.verified = True
+        self.val_loss = measured.loss
+        self.worse += 1
+        bits = measured.bits_per_byte if measured.text_bytes else None
+        if self.best is None or measured.loss < self.best.val_loss:
+            self.best = Best(step=step, val_loss=measured.loss, val_bits_per_byte=bits)
+            self.worse = 0
+        return {
+            "train/loss_dropout_off": train.loss,
+            "val/loss": measured.loss,
+            "val/bits_per_byte": measured.bits_per_byte,
+        }
+
+    def polled(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The batches, until a signal has come to any rank."""
+        for batch in batches:
+            self.interrupts.poll()
+            yield batch
+
+    def save(self) -> None:
+        """A checkpoint of now; older ones go. Raises StorageError, DivergedError if not finite."""
+        trainer = self.trainer
+        self.meter.pause()
+        state = State(
+            step=trainer.step,
+            run_id=self.run_id,
+            tokens=self.meter.tokens,
+            elapsed_seconds=self.meter.elapsed_seconds,
+            best=self.best,
+            val_loss=self.val_loss,
+            evaluations_without_gain=self.worse,
+            skipped=trainer.skipped,
+            trained_length=trainer.trained_length,
+            loss_scale=trainer.scaler.state(),
+            pending=None if self.pending is None else finite(self.pending),
+            data_digest=self.files.digest,
+            tokenizer_sha256=digest(self.files.tokenizer),
+            config=self.run.model_dump(mode="json"),
+            environment=fingerprint(self.run, self.world.size),
+        )
+        self.records.sync()
+        checkpoint.save(self.directory, checkpoint.tensors_of(trainer), state, self.world)
+        self.saved_step = trainer.step
+        self.records.saved(trainer.step, None if self.best is None else self.best.step)
+
+    def sample(self) -> str:
+        """Continue the configured prompts; the text goes to samples/ and is returned."""
+        run, trainer = self.run, self.trainer
+        documents = run.data.layout == "documents"
+        with self.interrupts.cutting(), at_step(trainer.step), trainer.engine.whole():
+            generation = Generation(
+                trainer.model,
+                self.files.tokenizer,
+                run.sample.prompts,
+                run.sample,
+                seed=run.seed,
+                num_samples=8 if documents else 1,
+                documents=documents,
+                context=trainer.trained_length,
+            )
+            text = "\n".join(result["prompt"] + result["text"] for result in generation.results())
+        self.records.sample(trainer.step, text)
+        return text
+
+    def tell_skipped(self, update: Update) -> None:
+        self.records.say(
+            f"step {update.step}: loss {update.loss}, gradient norm {update.grad_norm}; skipped "
+            f"({len(self.trainer.skipped)} of at most {MOST_SKIPPED} in {SKIP_WINDOW} updates)"
+        )
+
+    def diverged(self, error: DivergedError) -> DivergedError:
+        """The error with what is left: the weights before it are saved if they are finite."""
+        trainer = self.trainer
+        if trainer.step > self.saved_step:
+            with suppress(DivergedError):  # then the update before had done it
+                self.save()
+        saved = checkpoint.folders(self.directory)
+        last = f"the last good checkpoint is {saved[-1]}" if saved else "nothing was saved before"
+        return DivergedError(
+            f"{error}; {last}; try a lower optim.lr (now {self.run.optim.lr:g}), more "
+            "optim.warmup_steps, dtype float32, or train.on_nonfinite: skip"
+        )
+
+    def finish(self, ended: str) -> dict[str, Any]:
+        """The last checkpoint and sample, and the summary."""
+        trainer = self.trainer
+        if self.best is None:  # resumed where nothing was left to do, and never evaluated
+            self.evaluate(trainer.step)
+        if self.saved_step != trainer.step:
+            self.save()
+        text = self.sample()
+        summary = {
+            "ended": ended,
+            "steps": trainer.step,
+            "tokens": self.meter.tokens,
+            "epochs": trainer.step * self.run.train.batch_size / trainer.rows.n_rows,
+            "elapsed_seconds": self.meter.elapsed_seconds,
+            "val_loss": self.val_loss,
+            "best": self.best.model_dump() if self.best else None,
+        }
+        self.records.summary(summary)
+        self.records.say(f"sample at step {trainer.step}:\n{text}")
+        return summary

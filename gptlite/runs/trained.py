@@ -1,0 +1,87 @@
+"""A trained model with all that is needed to use it, from a run directory."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from gptlite.core.device import adapt, use_threads
+from gptlite.core.language_model import LanguageModel
+from gptlite.core.model import GPT
+from gptlite.core.world import World, unlike_first
+from gptlite.data import tokenizers
+from gptlite.data.tokenizers import Tokenizer
+from gptlite.errors import CheckpointError, DataError
+from gptlite.runs import checkpoint
+from gptlite.runs.checkpoint import Found, State
+from gptlite.runs.origin import load_run
+
+READS = 5
+"""Times to look again where a run saves and prunes meanwhile."""
+
+
+@dataclass(frozen=True)
+class Trained(LanguageModel):
+    state: State
+    problems: list[str]
+    """Checkpoints that were passed over, and why."""
+    notes: list[str]
+    """What is computed in another way than in training, for what this machine lacks."""
+
+
+def load_trained(run_dir: Path, which: str) -> Trained:
+    """The model of a run as a checkpoint has it, in eval mode, as this machine can compute it.
+
+    Raises CheckpointError. The run may be at work: what it prunes while it is read is no failure.
+    """
+    for attempt in range(1, READS + 1):
+        listing = checkpoint.folders(run_dir)
+        try:
+            return load(run_dir, checkpoint.chosen(run_dir, which))
+        except CheckpointError:
+            if attempt == READS or checkpoint.folders(run_dir) == listing:
+                raise
+    raise AssertionError
+
+
+def load_alike(run_dir: Path, which: str, world: World) -> Trained:
+    """The same model in all ranks: that of the checkpoint which the first one takes."""
+    own = load_trained(run_dir, which) if world.first else None
+    step = world.shared(lambda: own.state.step if own else None)
+    trained = own or load_trained(run_dir, f"step-{step}")
+    if ranks := unlike_first(world, trained.state.model_dump(mode="json")):
+        raise CheckpointError(f"{run_dir}: rank {ranks} has another step {step} than rank 0")
+    return alike(trained, world)
+
+
+def alike(trained: Trained, world: World) -> Trained:
+    """In one precision, that of the run only if all ranks compute in it."""
+    own = trained.run.dtype
+    if all(dtype == own for dtype in world.gathered(own)):
+        return trained
+    note = f"dtype: {own} -> float32: another rank has no {own} products"
+    run = trained.run.model_copy(update={"dtype": "float32"})
+    return replace(trained, run=run, notes=trained.notes + [note] * (own != "float32"))
+
+
+def load(run_dir: Path, found: Found) -> Trained:
+    path, state, problems = found
+    run, notes = adapt(load_run([str(run_dir / "config.yaml")], to_train=False))
+    use_threads(run)
+    text = load_tokenizer(run_dir)
+    if tokenizers.digest(text) != state.tokenizer_sha256:
+        raise CheckpointError(f"{run_dir}/tokenizer: differs from the one of {path.name}")
+    if run.model.model_dump(mode="json") != state.config.get("model"):
+        raise CheckpointError(f"{run_dir}/config.yaml: model differs from the one of {path.name}")
+    checkpoint.check_size(path, run.model.n_parameters(text.vocab_size))
+    model = GPT.of_run(run, text.vocab_size)
+    checkpoint.load_weights(model, path)
+    model = model.to(run.device).eval()
+    about = state.step, state.trained_length, state, problems, notes
+    return Trained(run, model, text, *about)
+
+
+def load_tokenizer(run_dir: Path) -> Tokenizer:
+    path = run_dir / "tokenizer" / "tokenizer.json"
+    try:
+        return tokenizers.read(path)
+    except DataError as error:
+        raise CheckpointError(*error.problems) from None

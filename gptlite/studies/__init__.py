@@ -1,0 +1,1 @@
+"""Many runs: what is varied, who does which, and what they say together."""

@@ -1,0 +1,327 @@
+"""A study: one YAML file → every run of it, checked before the first is trained.
+
+    base      shipped config or file, or a list of them; `set` lays values over it
+    axes      dotted keys of the config, each with its values; the grid is their product
+    points    named sets of values, one more axis
+    seeds     each point is run with each; runs with the same seed are pairs
+
+A point's values replace those of the base, as `--set` would. Runs live in runs/ of the study's
+folder, named by point, seed and a digest of the config: a changed study keeps those it still names.
+"""
+
+import copy
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Field, Tag, ValidationError
+
+from gptlite.config import strict_yaml
+from gptlite.config.reader import merge, read_layers, trimmed
+from gptlite.config.run import RunConfig, Texts
+from gptlite.config.section import Count, Section
+from gptlite.config.strict_yaml import Document, Path_, problem_line
+from gptlite.config.wording import branches, explain, schema_at
+from gptlite.errors import ConfigError
+from gptlite.runs.origin import complete
+from gptlite.words import did_you_mean
+
+POINT = "point"
+"""The axis of the named points."""
+TAKEN = {"seed": "list them under seeds", "out_dir": "the study names the directories"}
+Values = dict[str, Any]
+Suites = Annotated[
+    tuple[Literal["loss", "calibration", "knockout", "importance", "mc-dropout"], ...],
+    Field(strict=False),
+]
+Checkpoints = Annotated[
+    tuple[Literal["best", "last"], ...], Field(min_length=1, max_length=2, strict=False)
+]
+Seeds = Annotated[
+    tuple[Annotated[int, Field(ge=0, lt=2**63)], ...], Field(min_length=1, strict=False)
+]
+
+
+class Range(Section):
+    """Values of an axis that a search chooses from."""
+
+    low: float
+    high: float
+    log: bool = False
+    """Search the logarithm."""
+
+
+Axis = Annotated[
+    Annotated[list[Any], Tag("list")] | Annotated[Range, Tag("range")],
+    Discriminator(lambda given: "range" if isinstance(given, dict | Range) else "list"),
+]
+
+
+class StudyConfig(Section):
+    base: str | Texts
+    """Shipped config or file, or a list of them; later ones win."""
+    set: Values = {}
+    """Dotted keys of the config with the value they have in every run."""
+    axes: dict[str, Axis] = {}
+    """Dotted keys of the config with the values to try; `search: tpe` also takes
+    {low, high, log}."""
+    points: dict[str, Values] = {}
+    """Named sets of values, for what is no product of axes."""
+    seeds: Seeds = (1, 2, 3)
+    """Seeds of each point; runs with the same seed have the same weights, data order and masks."""
+    evaluate: Suites = ("loss",)
+    """Suites of `gptlite eval` for every run."""
+    fast: bool = False
+    """Evaluate as `gptlite eval --fast` does."""
+    checkpoints: Checkpoints = ("best",)
+    """Which checkpoints are evaluated; metrics of a second one begin with its name and a dot."""
+    baseline: str | Values | None = None
+    """What the others are compared with: the name of a point, or axes with their values (all other
+    axes stay as they are); null: the first value of the last axis."""
+    table: Texts = ("best_val_loss", "generalisation_gap")
+    """Metrics that the table on the terminal shows."""
+    search: Literal["grid", "tpe"] = "grid"
+    """grid: every point; tpe: points chosen by how others did (Bergstra et al. 2011), hopeless ones
+    stopped early."""
+    trials: Count = 20
+    """Points that `search: tpe` tries."""
+
+
+@dataclass(frozen=True)
+class Point:
+    coordinates: Values
+    """Its value on every axis."""
+    values: Values
+    """Dotted keys of the config."""
+    label: str
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a study."""
+
+    point: Point
+    seed: int
+    run: RunConfig
+
+    @property
+    def name(self) -> str:
+        """Of its directory; another config is another name."""
+        plain = json.dumps(self.run.model_dump(mode="json", exclude={"out_dir"}), sort_keys=True)
+        digest = hashlib.sha256(plain.encode()).hexdigest()[:8]
+        slug = re.sub(r"[^A-Za-z0-9._=+-]+", "_", self.point.label)[:80]
+        return f"{slug}-seed-{self.seed}-{digest}"
+
+
+@dataclass(frozen=True)
+class Study:
+    name: str
+    config: StudyConfig
+    document: Document
+    base: Document
+
+    @cached_property
+    def axes(self) -> dict[str, Any]:
+        named = {POINT: list(self.config.points)} if self.config.points else {}
+        return {**self.config.axes, **named}
+
+    @property
+    def measured(self) -> str:
+        """How finished runs are measured; runs that were measured otherwise are measured again."""
+        config = self.config
+        effort = " fast" if config.fast else ""
+        return f"{','.join(config.evaluate)}{effort} of {','.join(config.checkpoints)}"
+
+    @property
+    def baseline(self) -> Values:
+        """The coordinates that a point's baseline has instead of its own."""
+        chosen = self.config.baseline
+        if isinstance(chosen, str):
+            return {POINT: chosen}
+        if chosen is not None:
+            return chosen
+        lists = [
+            (axis, values[0]) for axis, values in self.axes.items() if isinstance(values, list)
+        ]
+        return dict(lists[-1:])
+
+    def point(self, coordinates: Values) -> Point:
+        values: Values = {}
+        for axis, value in coordinates.items():
+            values |= self.config.points[value] if axis == POINT else {axis: value}
+        names = short_names(coordinates)
+        parts = [
+            str(value) if axis == POINT else f"{names[axis]}={shown(value)}"
+            for axis, value in coordinates.items()
+        ]
+        return Point(coordinates, values, ", ".join(parts) or "base")
+
+    def job(self, point: Point, seed: int) -> Job:
+        """Raises ConfigError, each problem at its place in the study."""
+        document = copy.deepcopy(self.base)
+        for layer in self.layers(point):
+            merge(document, layer)
+        merge(document, Document({"seed": seed}))
+        return Job(point, seed, complete(document))
+
+    def layers(self, point: Point) -> Iterator[Document]:
+        """The study's own values, with the places where they stand."""
+        yield self.layer({key: ("set", key) for key in self.config.set}, self.config.set)
+        for axis, value in point.coordinates.items():
+            if axis == POINT:
+                values = self.config.points[value]
+                yield self.layer({key: ("points", value, key) for key in values}, values)
+            else:
+                listed = self.axes[axis]
+                at = (listed.index(value),) if isinstance(listed, list) else ()
+                yield self.layer({axis: ("axes", axis, *at)}, {axis: value})
+
+    def layer(self, origins: dict[str, Path_], values: Values) -> Document:
+        nested = Document({})
+        for key, value in values.items():
+            path, origin = tuple(key.split(".")), origins[key]
+            inner = nested.values
+            for part in path[:-1]:
+                inner = inner.setdefault(part, {})
+            inner[path[-1]] = value
+            for known, place in self.document.places.items():
+                if known[: len(origin)] == origin:
+                    nested.places[(*path, *known[len(origin) :])] = place
+            named = origin if origin[0] != "axes" else origin[:2]
+            nested.key_places[path] = self.document.key_places[named]
+        return nested
+
+    @cached_property
+    def jobs(self) -> list[Job]:
+        """Every run of a grid: all points with the first seed, then with the next, so that a study
+        that is cut short is balanced."""
+        points = [self.point(coordinates) for coordinates in product(self.axes)]
+        return [self.job(point, seed) for seed in self.config.seeds for point in points]
+
+
+def product(axes: dict[str, Any]) -> Iterator[Values]:
+    for values in itertools.product(*axes.values()):
+        yield dict(zip(axes, values, strict=True))
+
+
+def short_names(axes: Values) -> dict[str, str]:
+    """The last part of each key, or all of it where two would be alike."""
+    last = [axis.rpartition(".")[2] for axis in axes]
+    pairs = zip(axes, last, strict=True)
+    return {axis: name if last.count(name) == 1 else axis for axis, name in pairs}
+
+
+def shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def read_study(path: Path) -> Study:
+    """The study in a file, every run of it valid. Raises ConfigError with all problems."""
+    document = strict_yaml.read(path)
+    try:
+        config = StudyConfig.model_validate(document.values)
+    except ValidationError as error:
+        raise ConfigError(*document.problems, *mistakes(error, document)) from None
+    problems = [*document.problems, *contradictions(config, document)]
+    if problems:
+        raise ConfigError(*problems)
+    files = [config.base] if isinstance(config.base, str) else list(config.base)
+    study = Study(path.stem, config, document, read_layers(files, []))
+    check_runs(study)
+    return study
+
+
+def mistakes(error: ValidationError, document: Document) -> Iterator[str]:
+    schema, seen = StudyConfig.model_json_schema(), set()
+    for detail in error.errors(include_url=False):
+        path = trimmed(detail["loc"], document.values)
+        if path in seen:
+            continue
+        seen.add(path)
+        if detail["type"] == "extra_forbidden":
+            around = branches(schema_at(schema, path[:-1]), schema)
+            known = [name for branch in around for name in branch.get("properties", {})]
+            hint = did_you_mean(str(path[-1]), known) or f"; known here: {', '.join(known)}"
+            place, why = document.key_places[path], f"unknown key{hint}"
+        else:
+            place = document.places.get(path, document.places.get((), "study"))
+            why = explain(path, detail["type"], document, schema)
+        missing = detail["type"] == "missing"
+        named = (*path, detail["loc"][-1]) if missing else path
+        yield problem_line(place, named, "required" if missing else why)
+
+
+def contradictions(config: StudyConfig, document: Document) -> Iterator[str]:
+    def at(*path: str | int) -> str:
+        return document.places.get(path, document.key_places.get(path, "study"))
+
+    yield from keys_in_vain(config, at)
+    for axis, values in config.axes.items():
+        if isinstance(values, Range):
+            if config.search == "grid":
+                yield f"{at('axes', axis)}: axes.{axis}: a range needs search: tpe; or list values"
+            elif not values.low < values.high or (values.log and values.low <= 0):
+                yield f"{at('axes', axis)}: axes.{axis}: low must be below high (above 0 for log)"
+        elif not values:
+            yield f"{at('axes', axis)}: axes.{axis}: is empty; list the values to try"
+        elif any(values.count(value) > 1 for value in values):
+            yield f"{at('axes', axis)}: axes.{axis}: lists a value twice"
+    if config.search == "tpe" and not config.axes:
+        yield f"{at('search')}: search: tpe needs axes"
+    if len(set(config.seeds)) < len(config.seeds):
+        yield f"{at('seeds')}: seeds: lists a seed twice"
+    yield from unknown_baseline(config, at)
+
+
+def keys_in_vain(config: StudyConfig, at: Any) -> Iterator[str]:
+    """Values that something else would overrule."""
+    sections: dict[tuple[str, ...], Values] = {("set",): config.set, ("axes",): config.axes}
+    sections |= {("points", name): values for name, values in config.points.items()}
+    for section, values in sections.items():
+        for key in values:
+            told = f"{at(*section, key)}: {'.'.join((*section, key))}"
+            if key in TAKEN:
+                yield f"{told}: {TAKEN[key]}"
+            if section[0] == "points" and key in config.axes:
+                yield f"{told}: is an axis too; one of them must go"
+            for other in values:
+                if key.startswith(f"{other}."):
+                    yield f"{told}: {other} is given too; one of them must go"
+
+
+def unknown_baseline(config: StudyConfig, at: Any) -> Iterator[str]:
+    chosen = config.baseline
+    if isinstance(chosen, str) and chosen not in config.points:
+        points, hint = ", ".join(config.points) or "none", did_you_mean(chosen, config.points)
+        yield f"{at('baseline')}: baseline: no point {chosen!r}; there are: {points}{hint}"
+    for axis, value in chosen.items() if isinstance(chosen, dict) else ():
+        known = list(config.points) if axis == POINT else config.axes.get(axis, [])
+        if not isinstance(known, list) or value not in known:
+            yield f"{at('baseline', axis)}: baseline.{axis}: {value!r} is not on that axis"
+
+
+def check_runs(study: Study) -> None:
+    """Every run a grid has, or the corners of what is searched, once per problem."""
+    axes = {
+        axis: [values.low, values.high] if isinstance(values, Range) else values
+        for axis, values in study.axes.items()
+    }
+    problems: dict[str, None] = {}
+    for coordinates in product(axes):
+        try:
+            study.job(study.point(coordinates), study.config.seeds[0])
+        except ConfigError as error:
+            problems |= dict.fromkeys(error.problems)
+    if problems:
+        raise ConfigError(*problems)
+    labels = [study.point(coordinates).label for coordinates in product(axes)]
+    if len(set(labels)) < len(labels):
+        raise ConfigError(f"{study.name}: two points have one label; rename points or axes")

@@ -1,0 +1,370 @@
+"""`gptlite study`: many runs, each done once, and what they say together.
+
+    studies/NAME/  study.yaml study.json report.html journal.log runs/POINT-seed-N-DIGEST/ workers/
+
+Workers take one run after the other from the queue in `trials.py`. A run that was begun goes on
+where it stopped; a finished one is at most measured again. study.json is made anew after each.
+"""
+
+import json
+import multiprocessing
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import redirect_stderr
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from gptlite import machine, storage
+from gptlite.config.run import RunConfig
+from gptlite.errors import DivergedError, RunInUseError, Stopped, UserError
+from gptlite.runs import directory as run_directory
+from gptlite.runs.origin import given_tokenizer, load_run
+from gptlite.runs.results import scalars
+from gptlite.studies.comparison import decide, over_seeds, paired
+from gptlite.studies.config import Job, Study, read_study
+from gptlite.studies.queue import Queue
+from gptlite.terminal import clock, leave_when_terminated, user_errors
+from gptlite.words import visible
+
+if TYPE_CHECKING:
+    from gptlite.runs.session import Watch
+
+STUDIES = Path("studies")
+WARM_UP = 0.25
+"""The share of a run before which a search does not give it up."""
+Record = dict[str, Any]
+
+
+class Pruned(UserError):
+    """A search gives a run up: others were better at this step."""
+
+
+def run_study(path: Path, folder: Path, workers: int, url: str | None) -> dict[str, Any]:
+    """Do what is left of a study; returns what is written to study.json."""
+    study = read_study(path)
+    queue = Queue(study, folder, url)
+    storage.write_text(folder / "study.yaml", path.read_text())
+    threads = max(1, machine.count_cores() // workers)
+    with queue.place.reached():
+        if workers == 1:
+            work(study, queue, threads)
+        else:
+            in_processes(workers, path, folder, url, threads)
+        found, held = write_results(queue), queue.held()
+    for worker, count in held.items():
+        told = f"{study.name}: {worker or 'another worker'} is still at {count} of the trials; once"
+        print(visible(f"{told} they are done the same command tells of them"), file=sys.stderr)
+    return found
+
+
+def in_processes(workers: int, *arguments: Any) -> None:
+    """Several workers; told to leave, each saves and leaves. UserError if one of them failed."""
+    context = multiprocessing.get_context("spawn")
+    children = []
+    try:
+        for _ in range(workers):
+            children.append(context.Process(target=child, args=arguments))
+            children[-1].start()
+        for process in children:
+            process.join()
+    except KeyboardInterrupt:
+        for process in children:
+            process.terminate()
+        for process in children:
+            process.join()
+        raise
+    failed = [process.exitcode for process in children if process.exitcode]
+    if failed:
+        error = UserError(f"{len(failed)} of {workers} workers failed; the same command goes on")
+        error.exit_code = failed[0] if failed[0] > 0 else 1
+        raise error
+
+
+def child(path: Path, folder: Path, url: str | None, threads: int) -> None:
+    """A worker process. In a session of its own: a Ctrl-C reaches it once, through its parent."""
+    if hasattr(os, "setsid"):
+        os.setsid()
+    leave_when_terminated()
+    try:
+        with user_errors():
+            study = read_study(path)
+            queue = Queue(study, folder, url)
+            with queue.place.reached():
+                work(study, queue, threads)
+    except typer.Exit as left:
+        sys.exit(left.exit_code)
+
+
+def work(study: Study, queue: Queue, threads: int) -> None:
+    """Take runs until none is left."""
+    parent = multiprocessing.parent_process()
+    with queue.working() as worker:
+        while (trial := queue.claim(worker)) is not None:
+            runs: list[Record] = []
+            for job in queue.jobs(trial):
+                runs.append(do(queue, job, threads, watcher(trial, study, runs)))
+                if runs[-1]["state"] != "done":
+                    break
+            queue.done(trial, runs)
+            write_results(queue)
+            for run in runs:
+                print(visible(f"{study.name}: {outcome(run)}"), file=sys.stderr, flush=True)
+            if parent is not None and not parent.is_alive():
+                return
+
+
+def watcher(trial: Any, study: Study, earlier: list[Record]) -> "Watch":
+    """What looks at validation losses: a search prunes by those of its first seed."""
+
+    def watch(step: int, max_steps: int, val_loss: float) -> None:
+        if study.config.search == "tpe" and not earlier:
+            trial.report(val_loss, step)
+            if step >= WARM_UP * max_steps and trial.should_prune():
+                raise Pruned(f"pruned at step {step}: other points were better by then")
+
+    return watch
+
+
+def do(queue: Queue, job: Job, threads: int, watch: "Watch") -> Record:
+    """Train and measure one run, or what is left of it; a run that diverges is an outcome too."""
+    study, directory = queue.study, queue.folder / "runs" / job.name
+    state, why, results = "done", None, {}
+    try:
+        with open(os.devnull, "w") as silent, redirect_stderr(silent):  # train.log has it all
+            while not (directory / "summary.json").is_file():
+                train(queue, job.run, directory, threads, watch)
+            results = measured(study, directory)
+    except (DivergedError, Pruned) as error:
+        state, why = "failed" if isinstance(error, DivergedError) else "pruned", str(error)
+    return {
+        "name": job.name,
+        "label": job.point.label,
+        "point": job.point.coordinates,
+        "seed": job.seed,
+        "host": platform.node(),
+        "directory": str(directory),
+        "dtype": dtype_of(directory),
+        "state": state,
+        "why": why,
+        "measured": study.measured,
+        "metrics": {**trained_metrics(directory), **dict(numbers(results))},
+    }
+
+
+def train(queue: Queue, run: RunConfig, directory: Path, threads: int, watch: "Watch") -> None:
+    """One run, with the number of threads of all runs of the study and its precision, except on a
+    machine that has no hardware for that: it computes in float32, and the record says so."""
+    from gptlite.core import device
+    from gptlite.data.prepare import prepare
+    from gptlite.planning import auto
+    from gptlite.runs import start
+
+    def fastest() -> str:
+        files = prepare(run, given_tokenizer(run))
+        sizes = files.meta["vocab_size"], files.rows("train", run.model.context_length).n_rows
+        return auto.resolve(run, vocab_size=sizes[0], n_rows=sizes[1])[0].dtype
+
+    if run.train.threads == "auto":
+        shared = run.train.model_copy(update={"threads": threads})
+        run = run.model_copy(update={"train": shared})
+    if run.dtype == "auto":  # chosen by a clock, which could say otherwise for the next run
+        settled = run.model_copy(update={"dtype": queue.settled("dtype", fastest)})
+        run = run.model_copy(update={"dtype": device.adapt(settled)[0].dtype})
+    try:
+        start.train(run, directory, resume=run_directory.has_run(directory), watch=watch)
+    except Stopped as stopped:
+        told = f"{directory}: stopped, saved; go on with: the same command"
+        raise Stopped(stopped.exit_code - 128, told) from None
+    except RunInUseError:  # a search may try one point twice at a time: the other trains it
+        time.sleep(1)
+
+
+def dtype_of(directory: Path) -> str | None:
+    """The precision that a run was trained in, as it last was."""
+    config = str(directory / "config.yaml")
+    return load_run([config]).dtype if run_directory.has_run(directory) else None
+
+
+def measured(study: Study, directory: Path) -> dict[str, Any]:
+    """Results of the study's suites, which are also written to eval/ of the run."""
+    if not study.config.evaluate:
+        return {}
+    from gptlite.data.prepare import open_split
+    from gptlite.measure import suites
+    from gptlite.runs.trained import load_trained
+
+    # What training says of the whole split can be compared with it.
+    effort = suites.FAST._replace(loss_rows=None) if study.config.fast else suites.FULL
+    first, *others = study.config.checkpoints
+    found: dict[str, Any] = {}
+    for which in (first, *others):
+        trained = load_trained(directory, which)
+        before = trained.state.data_digest
+        files = partial(open_split, trained.run, trained.tokenizer, "val", before)
+        results = suites.evaluate(trained, "val", study.config.evaluate, files, effort=effort)
+        suites.write(directory, "val", trained.state.step, results, False)
+        found |= results if which == first else {which: results}
+    return found
+
+
+def trained_metrics(directory: Path) -> dict[str, float]:
+    """What training itself wrote down."""
+    path = directory / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    evaluated = [row for row in rows if row.get("val/loss") is not None]
+    if not evaluated:
+        return {}
+    last, best = evaluated[-1], min(evaluated, key=lambda row: float(row["val/loss"]))
+    return {
+        "best_val_loss": best["val/loss"],
+        "best_step": best["step"],
+        "best_epoch": best["epoch"],
+        "val_loss": last["val/loss"],
+        "train_loss": last["train/loss_dropout_off"],
+        "generalisation_gap": last["val/loss"] - last["train/loss_dropout_off"],
+        "epochs": last["epoch"],
+        "seconds": last["elapsed_seconds"],
+    }
+
+
+def numbers(results: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """Every number by its dotted name; of an interval its value."""
+    for name, value in scalars(results):
+        number = value["value"] if isinstance(value, dict) else value
+        if isinstance(number, int | float) and not isinstance(number, bool):
+            yield name, number
+
+
+def write_results(queue: Queue) -> dict[str, Any]:
+    """study.json as of now."""
+    with queue.alone():
+        found = results(queue.study, queue.records())
+        storage.write_json(queue.folder / "study.json", found)
+    return found
+
+
+def results(study: Study, records: list[Record]) -> dict[str, Any]:
+    """All that is known: runs, points over their seeds, and points against their baseline."""
+    search = study.config.search == "tpe"
+    known = {record["name"] for record in records}
+    missing = [] if search else [job for job in study.jobs if job.name not in known]
+    points = {record["label"]: record["point"] for record in records}
+    if not search:
+        points = {job.point.label: job.point.coordinates for job in study.jobs}
+    done = [record for record in records if record["state"] == "done"]
+    return {
+        "name": study.name,
+        "base": study.config.base,
+        "set": study.config.set,
+        "axes": {axis: axis_values(values) for axis, values in study.axes.items()},
+        "seeds": list(study.config.seeds),
+        "baseline": study.baseline,
+        "table": list(study.config.table),
+        "metrics": list(dict.fromkeys(name for record in done for name in record["metrics"])),
+        "runs": [*records, *map(not_done, missing)],
+        "points": [
+            {"label": label, "point": point, "metrics": summary(by_seed(done, label))}
+            for label, point in points.items()
+        ],
+        "comparisons": comparisons(study, points, done),
+        "notes": list(unlike_precisions(done)),
+    }
+
+
+def unlike_precisions(done: list[Record]) -> Iterator[str]:
+    """Says so if runs were trained in several precisions though no axis asks for it: two runs
+    that differ by it are no fair pair."""
+    dtypes = [r["dtype"] for r in done if r.get("dtype") and "dtype" not in r["point"]]
+    if len(set(dtypes)) > 1:
+        counts = ", ".join(f"{dtypes.count(dtype)} in {dtype}" for dtype in sorted(set(dtypes)))
+        yield f"not all runs were trained in one precision ({counts}); study.json says which"
+
+
+def not_done(job: Job) -> Record:
+    about = {"name": job.name, "label": job.point.label, "point": job.point.coordinates}
+    return {**about, "seed": job.seed, "state": "missing", "why": None, "metrics": {}}
+
+
+def axis_values(values: Any) -> Any:
+    return values if isinstance(values, list) else values.model_dump()
+
+
+def by_seed(records: list[Record], label: str) -> dict[int, dict[str, float]]:
+    return {r["seed"]: r["metrics"] for r in records if r["label"] == label}
+
+
+def summary(of_point: dict[int, dict[str, float]]) -> dict[str, Any]:
+    names = dict.fromkeys(name for metrics in of_point.values() for name in metrics)
+    return {
+        name: over_seeds([metrics[name] for metrics in of_point.values() if name in metrics])
+        for name in names
+    }
+
+
+def comparisons(study: Study, points: dict[str, Any], done: list[Record]) -> list[dict[str, Any]]:
+    """Each point with the one that differs from it by the baseline's values only, in pairs."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    labels = {study.point(point).label: label for label, point in points.items()}
+    for label, point in points.items():
+        other = labels.get(study.point({**point, **study.baseline}).label)
+        if other is None or other == label:
+            continue
+        mine, theirs = by_seed(done, label), by_seed(done, other)
+        pairs = [(mine[seed], theirs[seed]) for seed in mine if seed in theirs]
+        for name in dict.fromkeys(name for a, b in pairs for name in a if name in b):
+            both = [(a[name], b[name]) for a, b in pairs if name in a and name in b]
+            about = {"label": label, "point": point, "against": other, "metric": name}
+            found.setdefault(name, []).append({**about, **paired(*zip(*both, strict=True))})
+    for of_metric in found.values():
+        decide(of_metric)
+    return [comparison for of_metric in found.values() for comparison in of_metric]
+
+
+def outcome(run: Record) -> str:
+    metrics = run["metrics"]
+    what = f"{run['label']}, seed {run['seed']}: "
+    if run["state"] != "done":
+        return f"{what}{run['state']}: {run['why']}"
+    took = clock(metrics["seconds"])
+    return f"{what}best validation loss {metrics['best_val_loss']:.4f} nats ({took} of training)"
+
+
+def table(found: dict[str, Any]) -> Iterator[str]:
+    """A block of lines per metric of the study's table."""
+    runs, against = found["runs"], {}
+    for comparison in found["comparisons"]:
+        against[comparison["label"], comparison["metric"]] = comparison
+    done = sum(run["state"] == "done" for run in runs)
+    yield f"{found['name']}: {done} of {len(runs)} runs done"
+    yield from (f"  {outcome(run)}" for run in runs if run["state"] == "failed")
+    yield from (f"note: {note}" for note in found["notes"])
+    width = max([len(point["label"]) for point in found["points"]], default=0)
+    for metric in found["table"]:
+        yield ""
+        yield f"{metric}, mean ± 95 % interval over seeds; difference to the baseline in pairs"
+        for point in found["points"]:
+            value = point["metrics"].get(metric)
+            if value is None:
+                continue
+            line = f"  {point['label']:{width}}  {spread(value['mean'], value)}"
+            other = against.get((point["label"], metric))
+            yield line if other is None else f"{line}  {difference(other)}"
+
+
+def spread(mean: float, value: dict[str, Any]) -> str:
+    half = "" if value["low"] is None else f" ± {value['high'] - mean:.4f}"
+    return f"{mean:9.4f}{half:9}"
+
+
+def difference(comparison: dict[str, Any]) -> str:
+    above = {True: "yes", False: "no", None: "not known"}[comparison["above_seed_noise"]]
+    value = f"{comparison['difference']:+.4f}"
+    if comparison["p"] is not None:
+        value += f" [{comparison['low']:+.4f}, {comparison['high']:+.4f}], p {comparison['p']:.2g}"
+    return f"{value} to {comparison['against']}; above seed noise: {above}"
