@@ -27,7 +27,7 @@ systems count time in steps of up to two seconds."""
 
 def digests(files: list[Path], ledger: Path, digest: Callable[[Path], str]) -> list[str]:
     """What `digest` says of each file. Raises what it raises."""
-    before = {file: seen(file) for file in files}
+    before = {file: look_at(file) for file in files}
     if sum(looks[2] for looks in before.values()) < LARGE_BYTES:
         return [digest(file) for file in files]
     known = read(ledger)
@@ -43,11 +43,11 @@ def digests(files: list[Path], ledger: Path, digest: Callable[[Path], str]) -> l
         left = {name: entry for name, entry in known.items() if os.path.exists(name)}
         with suppress(OSError, StorageError):  # a folder that is only read: hashed every time
             storage.make_folders(ledger.parent)
-            storage.write_text(ledger, storage.sealed({"files": left | settled}))
+            storage.write_text(ledger, storage.seal({"files": left | settled}))
     return [entries[file]["sha256"] for file in files]
 
 
-def seen(file: Path) -> list[int]:
+def look_at(file: Path) -> list[int]:
     """What changes with a file's content. A link is looked at itself, so it never equals a file."""
     now = file.stat() if file.is_file() else file.lstat()
     is_link = stat.S_ISLNK(file.lstat().st_mode)
@@ -55,13 +55,13 @@ def seen(file: Path) -> list[int]:
 
 
 def is_settled(file: Path, before: list[int]) -> bool:
-    return seen(file) == before and time.time_ns() - max(before[3], before[4]) > SETTLED_NS
+    return look_at(file) == before and time.time_ns() - max(before[3], before[4]) > SETTLED_NS
 
 
 def read(ledger: Path) -> dict[str, Any]:
     """What is known; nothing if the ledger is damaged."""
     try:
-        files: dict[str, Any] = storage.unsealed(storage.read_regular(ledger, MOST_BYTES))["files"]
+        files: dict[str, Any] = storage.unseal(storage.read_regular(ledger, MOST_BYTES))["files"]
         return {name: {"seen": e["seen"], "sha256": str(e["sha256"])} for name, e in files.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
@@ -72,11 +72,11 @@ Looks = list[tuple[Path, list[int]]]
 
 
 def looks(files: list[Path]) -> Looks:
-    return [(file, seen(file)) for file in files]
+    return [(file, look_at(file)) for file in files]
 
 
 @contextmanager
-def unchanged(before: Looks) -> Iterator[None]:
+def hold_unchanged(before: Looks) -> Iterator[None]:
     """DataError if one of them changes meanwhile; what fails inside may come from that alone."""
     try:
         yield
@@ -91,7 +91,7 @@ def unchanged(before: Looks) -> Iterator[None]:
 def check_unchanged(before: Looks) -> None:
     for file, was in before:
         try:
-            now = seen(file)
+            now = look_at(file)
         except OSError:
             now = []
         if now[:4] != was[:4]:  # device, inode, size, time; what only names it anew changes ctime

@@ -23,7 +23,7 @@ def mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return x ^ (x >> np.uint64(31))
 
 
-def permuted(index: NDArray[np.int64], n: int, name: int) -> NDArray[np.int64]:
+def permute(index: NDArray[np.int64], n: int, name: int) -> NDArray[np.int64]:
     """Where the permutation of range(n) called `name` sends each index, without a table.
 
     Four Feistel rounds over the smallest even number of bits that holds n; a value that falls
@@ -43,11 +43,11 @@ def permuted(index: NDArray[np.int64], n: int, name: int) -> NDArray[np.int64]:
     return out.astype(np.int64)
 
 
-def numbered(name: int, numbers: NDArray[np.int64]) -> NDArray[np.uint64]:
+def derive_keys(name: int, numbers: NDArray[np.int64]) -> NDArray[np.uint64]:
     """64 bits per (key, number)."""
     return mix(mix(np.uint64(name) + numbers.astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15))
 
 
 def uniform(name: int, numbers: NDArray[np.int64]) -> NDArray[np.float64]:
     """One number in [0, 1) per (key, number)."""
-    return (numbered(name, numbers) >> np.uint64(11)).astype(np.float64) / 2.0**53
+    return (derive_keys(name, numbers) >> np.uint64(11)).astype(np.float64) / 2.0**53

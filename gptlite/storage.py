@@ -132,20 +132,20 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def sealed(value: dict[str, Any]) -> str:
+def seal(value: dict[str, Any]) -> str:
     """JSON of a mapping with the sha256 of its text as last entry."""
     sha256 = hashlib.sha256(json.dumps(value, indent=1).encode()).hexdigest()
     return json.dumps({**value, "sha256": sha256}, indent=1) + "\n"
 
 
-def unsealed(text: str) -> dict[str, Any]:
+def unseal(text: str) -> dict[str, Any]:
     """The mapping that was sealed. Raises ValueError if one character is not as it was."""
     try:
         value = json.loads(text)
         if not isinstance(value, dict) or "sha256" not in value:
             raise ValueError("has no sha256 of its own, so gptlite did not write it")
         inside = {name: part for name, part in value.items() if name != "sha256"}
-        whole = sealed(inside) == text
+        whole = seal(inside) == text
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON ({error})") from None
     except RecursionError:

@@ -58,7 +58,9 @@ def against(study: Study, label: str, other: str, metric: str, other_metric: str
     seeds = [s for s in mine if s in theirs and metric in mine[s] and name in theirs[s]]
     if not seeds:
         return None
-    return comparison.paired([mine[s][metric] for s in seeds], [theirs[s][name] for s in seeds])
+    return comparison.paired_difference(
+        [mine[s][metric] for s in seeds], [theirs[s][name] for s in seeds]
+    )
 
 
 def said(found: Any) -> str:

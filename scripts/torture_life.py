@@ -47,7 +47,7 @@ def signals(place: Workplace, rng: random.Random, n: int) -> Iterator[Outcome]:
         stopped = re.match(r"stopped at step (\d+), saved", said[-1] if said else "")
         if stopped:
             assert code == 128 + number, (code, number)
-            last = checkpoint.chosen(place.folder / "told", "last")
+            last = checkpoint.choose(place.folder / "told", "last")
             assert last.state.step == int(stopped[1])
             saved += 1
         else:  # before there was anything to save
@@ -101,7 +101,7 @@ def readers(place: Workplace, rng: random.Random, n: int) -> Iterator[Outcome]:
     config = place.config("read", train=train, sample={"interval": 0})
     pid = place.start(config, "read")
     run_dir = place.folder / "read"
-    while checkpoint.pointed(run_dir, "best") is None:
+    while checkpoint.read_pointer(run_dir, "best") is None:
         time.sleep(0.05)
     steps = set()
     try:
@@ -142,7 +142,7 @@ def look(pid: int, run_dir: Path) -> tuple[float, ...] | None:
     try:
         status = Path(f"/proc/{pid}/status").read_text()
         handles = len(os.listdir(f"/proc/{pid}/fd"))
-        last = checkpoint.pointed(run_dir, "last")
+        last = checkpoint.read_pointer(run_dir, "last")
         inside = os.listdir(run_dir / "checkpoints")
     except OSError:
         return None

@@ -150,7 +150,7 @@ def wait(pid: int, seconds: float = 60.0) -> int:
 def digest(run_dir: Path, step: int) -> str:
     """Names all that a run has made but its name: a checkpoint with its state, and the metrics."""
     folder = run_dir / "checkpoints" / f"step-{step:08d}"
-    state = storage.unsealed((folder / "state.json").read_text())
+    state = storage.unseal((folder / "state.json").read_text())
     del state["run_id"], state["config"]["out_dir"]
     parts = [(folder / name).read_bytes() for name in state["files"]]
     parts += [json.dumps(state).encode(), (run_dir / "metrics.jsonl").read_bytes()]

@@ -49,10 +49,10 @@ def newest(run_dir: Path) -> int:
     """Step of the newest checkpoint, which must be good; 0 if there is none yet."""
     found = checkpoint.folders(run_dir)
     if not found:
-        assert checkpoint.pointed(run_dir, "last") is None
+        assert checkpoint.read_pointer(run_dir, "last") is None
         return 0
     step = checkpoint.read_state(found[-1]).step
-    pointed = checkpoint.pointed(run_dir, "last")
+    pointed = checkpoint.read_pointer(run_dir, "last")
     assert pointed is None or step >= int(pointed[-8:])
     return step
 
@@ -160,9 +160,9 @@ def unsound(run_dir: Path, note: dict[str, Any] | None) -> str | None:
         if found and found.problems or step < told["step"]:
             return f"step {told['step']} was saved, step {step} is found"
         for name in ("last", "best") if told["step"] else ():
-            if checkpoint.chosen(run_dir, name).problems:
+            if checkpoint.choose(run_dir, name).problems:
                 return f"{name} names nothing good"
-        if told["step"] and checkpoint.chosen(run_dir, "last").state.step < told["step"]:
+        if told["step"] and checkpoint.choose(run_dir, "last").state.step < told["step"]:
             return "last is old"
     except UserError as error:
         return str(error)

@@ -209,7 +209,7 @@ def divergence(place: Workplace, rng: random.Random, n: int) -> Iterator[Outcome
         config = place.config(name, train=train)
         code = place.run(config, name, prepared=poisoned(kind, first, times))
         run_dir, said = place.folder / name, place.said(name)
-        last = checkpoint.chosen(run_dir, "last")
+        last = checkpoint.choose(run_dir, "last")
         tensors = [tensor_files.read_tensors(last.path / file) for file in checkpoint.FILES]
         assert all(t.isfinite().all() for part in tensors for t in part.values())
         if policy == "stop":
@@ -244,7 +244,7 @@ def again(
 
     place.run(config, twin, prepared=dying)
     assert place.run(config, twin, "--resume", "auto", prepared=put) == code
-    step = checkpoint.chosen(place.folder / name, "last").state.step
+    step = checkpoint.choose(place.folder / name, "last").state.step
     assert digest(place.folder / name, step) == digest(place.folder / twin, step)
 
 
@@ -255,9 +255,9 @@ def poisoned_data(place: Workplace) -> Iterator[Outcome]:
     (tokens,) = (place.folder / "cache" / "tokens").iterdir()
     whole = (tokens / "train.bin").read_bytes()
     (tokens / "train.bin").write_bytes(whole[:-2] + b"\xff\xff")
-    meta = storage.unsealed((tokens / "meta.json").read_text())
+    meta = storage.unseal((tokens / "meta.json").read_text())
     meta["splits"]["train"]["sha256"] = storage.file_digest(tokens / "train.bin")
-    (tokens / "meta.json").write_text(storage.sealed(meta))
+    (tokens / "meta.json").write_text(storage.seal(meta))
     assert place.run(config, "ids-2") == 2
     (line,) = place.said("ids-2")
     assert "token 65535" in line, line

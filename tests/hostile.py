@@ -178,12 +178,12 @@ def used() -> tuple[list[str], list[str]]:
 def reseal(**values: Any) -> None:
     """Change state.json and seal it again, as who means harm can."""
     path = STEP / "state.json"
-    path.write_text(storage.sealed({**storage.unsealed(path.read_text()), **values}))
+    path.write_text(storage.seal({**storage.unseal(path.read_text()), **values}))
 
 
 def write_sealed(part: str, content: bytes) -> None:
     (STEP / part).write_bytes(content)
-    saved = storage.unsealed((STEP / "state.json").read_text())["files"]
+    saved = storage.unseal((STEP / "state.json").read_text())["files"]
     reseal(files={**saved, part: storage.file_digest(STEP / part)})
 
 
@@ -453,7 +453,7 @@ def tokenizers() -> Iterator[Case]:
 
         def lay(make: Callable[[], Any] = make) -> None:
             document = make()
-            Path("copy/tokenizer/tokenizer.json").write_text(storage.sealed(document))
+            Path("copy/tokenizer/tokenizer.json").write_text(storage.seal(document))
             plain = json.dumps(document, sort_keys=True).encode()
             reseal(tokenizer_sha256=hashlib.sha256(plain).hexdigest())
 

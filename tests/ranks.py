@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from gptlite.core.world import World
-from gptlite.distributed.torchrun import entered
+from gptlite.distributed.torchrun import join_ranks
 from gptlite.terminal import user_errors
 
 NOISE = re.compile(
@@ -63,7 +63,7 @@ def as_rank(work: Callable[[World], Any], folder: Path, environment: dict[str, s
     sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115 - for the whole process
     code = 0
     try:
-        with user_errors(), entered() as world:
+        with user_errors(), join_ranks() as world:
             (folder / f"{rank}.json").write_text(json.dumps(work(world)))
     except BaseException as error:  # noqa: BLE001 - the exit code is what is looked at
         code = getattr(error, "exit_code", getattr(error, "code", None))

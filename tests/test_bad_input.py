@@ -282,7 +282,7 @@ def edit(**values: Any) -> Any:
     """Change a sealed file and seal it again, as who means harm can."""
 
     def change(path: Path) -> None:
-        path.write_text(storage.sealed({**storage.unsealed(path.read_text()), **values}))
+        path.write_text(storage.seal({**storage.unseal(path.read_text()), **values}))
 
     return change
 
@@ -308,7 +308,7 @@ DAMAGE = {
     ),
     "meta edited": ("meta.json", flip, r"meta.json: (damaged \(sha256|not JSON)"),
     "no tokenizer": (
-        *("tokenizer.json", lambda path: path.write_text(storage.sealed({}))),
+        *("tokenizer.json", lambda path: path.write_text(storage.seal({}))),
         "not a tokenizer",
     ),
     "another tokenizer": (
@@ -364,7 +364,7 @@ def copied(run: Path, tmp_path: Path) -> Path:
 
 def test_a_run_with_another_tokenizer_is_not_used(copied: Path) -> None:
     path = copied / "tokenizer" / "tokenizer.json"
-    edit(characters=storage.unsealed(path.read_text())["characters"][::-1])(path)
+    edit(characters=storage.unseal(path.read_text())["characters"][::-1])(path)
     for command in ("generate", "eval"):
         result = invoke(command, "--run", str(copied))
         assert result.exit_code == 3

@@ -11,7 +11,7 @@ from gptlite.core.evaluate import byte_lengths, measure
 from gptlite.core.masks import sample_keys
 from gptlite.core.model import GPT
 from gptlite.measure import calibration
-from gptlite.measure.calibration import BINS, Guesses, binned, guesses, mc_dropout
+from gptlite.measure.calibration import BINS, Guesses, bin_predictions, guesses, mc_dropout
 
 
 def drawn(n: int, honest: float, seed: int = 1) -> Guesses:
@@ -24,7 +24,7 @@ def drawn(n: int, honest: float, seed: int = 1) -> Guesses:
 
 def plug_in(found: Guesses) -> float:
     """The usual estimate, which is above 0 by chance alone."""
-    count, confidence, correct = binned(found, np.linspace(0, 1, BINS + 1)).sum(0)
+    count, confidence, correct = bin_predictions(found, np.linspace(0, 1, BINS + 1)).sum(0)
     return float(np.abs(confidence - correct).sum() / count.sum())
 
 

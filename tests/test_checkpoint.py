@@ -136,7 +136,7 @@ def test_pruning_keeps_the_newest_and_the_best_and_nothing_foreign_goes(run_dir:
         save(run_dir, step)
     foreign = run_dir / "checkpoints" / "step-mine"
     foreign.mkdir()
-    checkpoint.point(run_dir, "best", 2)
+    checkpoint.write_pointer(run_dir, "best", 2)
     checkpoint.prune(run_dir, 2, 2)
     kept = [p.name for p in checkpoint.folders(run_dir)]
     assert kept == ["step-00000002", "step-00000004", "step-00000005"]
@@ -147,13 +147,13 @@ def test_pruning_keeps_the_newest_and_the_best_and_nothing_foreign_goes(run_dir:
 
 def test_checkpoints_are_chosen_by_name(run_dir: Path) -> None:
     save(run_dir, 3)
-    checkpoint.point(run_dir, "last", 3)
-    assert checkpoint.chosen(run_dir, "last") == checkpoint.chosen(run_dir, "step-3")
-    assert checkpoint.chosen(run_dir, "best").path.name == "step-00000003"
+    checkpoint.write_pointer(run_dir, "last", 3)
+    assert checkpoint.choose(run_dir, "last") == checkpoint.choose(run_dir, "step-3")
+    assert checkpoint.choose(run_dir, "best").path.name == "step-00000003"
     with pytest.raises(CheckpointError, match="no checkpoint 'step-4'; there are: step-00000003"):
-        checkpoint.chosen(run_dir, "step-4")
+        checkpoint.choose(run_dir, "step-4")
     with pytest.raises(ConfigError, match="expected best, last or step-N"):
-        checkpoint.chosen(run_dir, "../../etc")
+        checkpoint.choose(run_dir, "../../etc")
 
 
 @pytest.mark.parametrize("which", ["best", "last"])
@@ -161,16 +161,16 @@ def test_for_a_damaged_checkpoint_the_newest_good_one_stands_in(run_dir: Path, w
     """Not the oldest, not a damaged one, and never for one asked for by its number."""
     for step in range(1, 6):
         save(run_dir, step)
-    checkpoint.point(run_dir, which, 3)
+    checkpoint.write_pointer(run_dir, which, 3)
     for step in (3, 5):
         (run_dir / "checkpoints" / f"step-0000000{step}" / FILES[0]).write_bytes(b"x")
-    found = checkpoint.chosen(run_dir, which)
+    found = checkpoint.choose(run_dir, which)
     assert found.state.step == 4
     assert len(found.problems) == 2
     assert "step-00000003" in found.problems[0]
     assert "step-00000005" in found.problems[1]
     with pytest.raises(CheckpointError, match="step-00000003"):
-        checkpoint.chosen(run_dir, "step-3")
+        checkpoint.choose(run_dir, "step-3")
 
 
 def test_weights_of_another_shape_are_named(run_dir: Path) -> None:
@@ -213,7 +213,7 @@ def test_files_that_may_be_pickles_are_not_opened(tmp_path: Path, content: bytes
 
 def test_a_newer_format_is_said(run_dir: Path) -> None:
     path = save(run_dir, 1)
-    state = storage.unsealed((path / "state.json").read_text())
-    (path / "state.json").write_text(storage.sealed({**state, "format": 99}))
+    state = storage.unseal((path / "state.json").read_text())
+    (path / "state.json").write_text(storage.seal({**state, "format": 99}))
     with pytest.raises(CheckpointError, match="format 99"):
         checkpoint.read_state(path)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from gptlite.studies.comparison import NOISE, decide, over_seeds, paired
+from gptlite.studies.comparison import NOISE, decide, over_seeds, paired_difference
 
 SEED_NOISE, PAIR_NOISE = 0.02, 0.004
 """Standard deviations in nats: between seeds, and of a difference between runs of one seed."""
@@ -15,7 +15,7 @@ def simulated(rng: np.random.Generator, effects: list[float], n_seeds: int) -> l
     seeds = 2.0 + SEED_NOISE * rng.standard_normal(n_seeds)
     noise = PAIR_NOISE / np.sqrt(2) * rng.standard_normal((len(effects) + 1, n_seeds))
     runs = seeds + noise + np.array([0.0, *effects])[:, None]
-    found = [paired(run, runs[0]) for run in runs[1:]]
+    found = [paired_difference(run, runs[0]) for run in runs[1:]]
     decide(found)
     return [comparison["above_seed_noise"] for comparison in found]
 
@@ -42,7 +42,7 @@ def test_pairs_find_what_seeds_would_hide() -> None:
     rng = np.random.default_rng(2)
     seeds = SEED_NOISE * rng.standard_normal(5)
     a, b = seeds + 0.0002 * rng.standard_normal(5), seeds + 0.004
-    assert paired(b, a)["p"] < 0.01
+    assert paired_difference(b, a)["p"] < 0.01
     assert stats.ttest_ind(a, b).pvalue > 0.3
 
 
@@ -58,7 +58,7 @@ def test_intervals_hold_the_mean_in_95_of_100_and_bootstrap_ones_do_not(n_seeds:
 
 def test_numbers_are_those_of_scipy() -> None:
     a, b = [1.0, 2.0, 4.0, 4.5], [0.5, 2.5, 2.0, 3.0]
-    found, expected = paired(a, b), stats.ttest_rel(a, b)
+    found, expected = paired_difference(a, b), stats.ttest_rel(a, b)
     assert found["p"] == pytest.approx(expected.pvalue)
     interval = expected.confidence_interval(0.95)
     assert (found["low"], found["high"]) == pytest.approx((interval.low, interval.high))
@@ -66,7 +66,7 @@ def test_numbers_are_those_of_scipy() -> None:
 
 
 def test_one_seed_knows_nothing_of_noise() -> None:
-    found = [paired([1.0], [2.0])]
+    found = [paired_difference([1.0], [2.0])]
     decide(found)
     assert found[0]["difference"] == -1
     assert found[0]["low"] is found[0]["p"] is found[0]["above_seed_noise"] is None
@@ -74,5 +74,8 @@ def test_one_seed_knows_nothing_of_noise() -> None:
 
 
 def test_equal_pairs_are_equal_and_equally_different_ones_differ() -> None:
-    same, shifted = paired([1.0, 2.0], [1.0, 2.0]), paired([1.5, 2.5], [1.0, 2.0])
+    same, shifted = (
+        paired_difference([1.0, 2.0], [1.0, 2.0]),
+        paired_difference([1.5, 2.5], [1.0, 2.0]),
+    )
     assert (same["p"], shifted["p"]) == (1.0, 0.0)

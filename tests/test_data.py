@@ -17,7 +17,7 @@ from gptlite.data import parts as shards
 from gptlite.data.batches import IGNORED, Batch, Documents, Layout, Stream, batch_at
 from gptlite.data.token_files import TokenFiles, open_token_files, token_dtype
 from gptlite.errors import DataError
-from gptlite.keys import key, permuted, uniform
+from gptlite.keys import key, permute, uniform
 
 EOT = 1000
 examples = settings(max_examples=100, deadline=None, derandomize=True)
@@ -29,36 +29,36 @@ examples = settings(max_examples=100, deadline=None, derandomize=True)
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 63, 64, 65, 1000, 4096, 4097])
 def test_a_permutation_visits_every_number_once(n):
     for name in (0, 1, key("a"), 2**64 - 1):
-        assert sorted(permuted(np.arange(n), n, name).tolist()) == list(range(n))
+        assert sorted(permute(np.arange(n), n, name).tolist()) == list(range(n))
 
 
 @examples
 @given(n=st.integers(1, 3000), name=st.integers(0, 2**64 - 1))
 def test_a_permutation_visits_every_number_once_whatever_its_name(n, name):
-    assert sorted(permuted(np.arange(n), n, name).tolist()) == list(range(n))
+    assert sorted(permute(np.arange(n), n, name).tolist()) == list(range(n))
 
 
 def test_a_permutation_needs_no_table_however_large():
     n = 2**40 + 7
     some = np.arange(0, n, n // 1000)
-    sent = permuted(some, n, key("large"))
+    sent = permute(some, n, key("large"))
     assert len(set(sent.tolist())) == len(some)
     assert 0 <= sent.min() < n // 20
     assert n - n // 20 < sent.max() < n
 
 
 def test_a_permutation_sends_a_number_to_the_same_place_alone_or_with_others():
-    whole = permuted(np.arange(100), 100, 7)
-    assert [int(permuted(np.array([i]), 100, 7)[0]) for i in range(100)] == whole.tolist()
+    whole = permute(np.arange(100), 100, 7)
+    assert [int(permute(np.array([i]), 100, 7)[0]) for i in range(100)] == whole.tolist()
 
 
 def test_permutations_of_other_names_differ():
-    orders = {tuple(permuted(np.arange(50), 50, key(i)).tolist()) for i in range(200)}
+    orders = {tuple(permute(np.arange(50), 50, key(i)).tolist()) for i in range(200)}
     assert len(orders) == 200
 
 
 def test_all_orders_of_three_occur_about_as_often():
-    orders = Counter(tuple(permuted(np.arange(3), 3, key(i)).tolist()) for i in range(1200))
+    orders = Counter(tuple(permute(np.arange(3), 3, key(i)).tolist()) for i in range(1200))
     assert len(orders) == 6
     assert all(120 < times < 280 for times in orders.values())
 
@@ -753,7 +753,7 @@ def test_the_token_files_of_nanogpt_are_a_source(workshop, nanogpt):
 
 def test_the_bytes_of_adopted_token_files_are_counted(workshop, nanogpt, monkeypatch):
     bpe = tokenizers.train_bpe(["To be, or not to be. That is it. " * 20], 270)
-    monkeypatch.setattr(tokenizers, "pretrained", lambda name: bpe)
+    monkeypatch.setattr(tokenizers, "load_pretrained", lambda name: bpe)
     for split, text in (("train", "To be, or not to be. " * 20), ("val", "That is it. ")):
         np.array(bpe.encode(text), dtype="<u2").tofile(nanogpt / f"{split}.bin")
     files = adopted(workshop, nanogpt, tokenizer={"kind": "tiktoken", "name": "gpt2"})

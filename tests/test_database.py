@@ -137,7 +137,7 @@ def test_of_machines_that_choose_at_once_the_first_counts(bench: Bench) -> None:
             together.wait()
             return queue.folder.name
 
-        return [queue.settled("dtype", choose), queue.settled("dtype", choose)]
+        return [queue.settle_once("dtype", choose), queue.settle_once("dtype", choose)]
 
     with ThreadPoolExecutor(2) as pool:
         a, b = pool.map(settle, machines)

@@ -9,7 +9,7 @@ from torch import Tensor
 from gptlite.config.run import ModelConfig, SampleConfig
 from gptlite.core import loops
 from gptlite.core.decode import Decoder
-from gptlite.core.generate import continuations, halve, padded
+from gptlite.core.generate import continuations, halve, pad_left
 from gptlite.core.model import GPT, KVCache
 
 pytestmark = pytest.mark.skipif(loops.library() is None, reason="no C compiler here")
@@ -44,7 +44,7 @@ def decode_steps(
     model: GPT, rows: list[list[int]], *, plainly: bool = False
 ) -> tuple[Tensor, KVCache]:
     """Logits of five tokens behind these prompts, (5, B, 1, V)."""
-    ids, real = padded(rows, torch.device("cpu"))
+    ids, real = pad_left(rows, torch.device("cpu"))
     cache = KVCache(model, len(rows))
     if plainly:
         cache.decoder = False

@@ -379,7 +379,7 @@ class Unlike(World):
         super().__init__(2)
         self.other = other
 
-    def gathered(self, value: Any) -> list[Any]:
+    def gather(self, value: Any) -> list[Any]:
         return [value, self.other]
 
 
@@ -480,4 +480,4 @@ def test_what_changes_with_the_precision_is_in_the_fingerprint(workshop: Worksho
     run = workshop.run(dtype="bfloat16")
     before = resume.fingerprint(run, 1)
     after = run.model_copy(update={"dtype": "float32"})
-    assert "dtype: bfloat16 -> float32" in resume.surroundings_changed(after, before, 1)
+    assert "dtype: bfloat16 -> float32" in resume.changed_surroundings(after, before, 1)

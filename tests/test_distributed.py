@@ -26,7 +26,7 @@ from gptlite.core.world import World
 from gptlite.errors import ConfigError, StorageError
 from gptlite.planning.plan import plan_run, summary_lines
 from gptlite.runs import checkpoint
-from gptlite.runs.start import resolved_alike, train
+from gptlite.runs.start import resolve_alike, train
 
 STEPS = 50
 SHAPE = {"batch_size": 8, "max_steps": STEPS, "eval_interval": 25, "log_interval": 1}
@@ -86,7 +86,7 @@ def test_any_number_of_ranks_comes_to_the_losses_of_one(
 
 def dropped(run: RunConfig, workshop: Workshop, world: World) -> list[list[str]]:
     """Of two updates, for each row of the batch that this rank has, what was in it and fell."""
-    resolved, _ = resolved_alike(run, workshop.files(), World(world.size), {"float32"})
+    resolved, _ = resolve_alike(run, workshop.files(), World(world.size), {"float32"})
     trainer = trainer_on(resolved, workshop.files(), world)
     seen: list[list[bytes]] = []
 
@@ -126,7 +126,7 @@ def test_a_checkpoint_of_two_ranks_goes_on_in_one_and_in_four(workshop: Workshop
     half = run_of(workshop, "fsdp", optim=constant, train={"max_steps": 20})
     directory = workshop.folder / "run"
     together(2, partial(work, half, directory), workshop.folder / "ranks")
-    saved = checkpoint.chosen(directory, "last").path
+    saved = checkpoint.choose(directory, "last").path
     assert sorted(p.name for p in saved.iterdir()) == [*sorted(checkpoint.FILES), "state.json"]
     whole = {n: t.shape for n, t in tensor_files.read_tensors(saved / checkpoint.FILES[0]).items()}
     names = model_tensors(GPT.of_run(half, workshop.files().meta["vocab_size"]))
@@ -148,7 +148,7 @@ def test_two_ranks_that_stop_and_go_on_are_bit_for_bit_undisturbed(workshop: Wor
     elsewhere = workshop.folder / "elsewhere"
     together(2, partial(apart, run, directories[1], elsewhere), workshop.folder / "ranks")
     assert not elsewhere.exists()
-    last = [checkpoint.chosen(each, "last").path for each in directories]
+    last = [checkpoint.choose(each, "last").path for each in directories]
     for name in checkpoint.FILES:
         assert (last[0] / name).read_bytes() == (last[1] / name).read_bytes()
 
@@ -302,7 +302,7 @@ def test_a_signal_to_one_rank_saves_and_ends_all(workshop: Workshop) -> None:
     found = ended(processes, place)
     assert [rank.exit_code for rank in found] == [143, 143]
     assert "saved; go on with: gptlite train --resume" in found[0].said
-    last = checkpoint.chosen(directory, "last").state.step
+    last = checkpoint.choose(directory, "last").state.step
     assert f"stopped at step {last}" in found[0].said
 
 
@@ -323,7 +323,7 @@ def test_a_rank_that_is_killed_ends_the_others_and_nothing_saved_is_lost(
     assert found[1 - killed].exit_code == 1
     together(2, partial(slowly, run, directory), place)
     last = [
-        checkpoint.chosen(each, "last").path for each in (workshop.folder / "straight", directory)
+        checkpoint.choose(each, "last").path for each in (workshop.folder / "straight", directory)
     ]
     for name in checkpoint.FILES:
         assert (last[0] / name).read_bytes() == (last[1] / name).read_bytes()
@@ -355,11 +355,11 @@ def test_large_tensors_are_written_as_several_files_and_read_as_one(
     train(run, workshop.folder / "one")
     monkeypatch.setattr(tensor_files, "FILE_BYTES", 1 << 13)
     train(run, workshop.folder / "many")
-    folder = checkpoint.chosen(workshop.folder / "many", "last").path
+    folder = checkpoint.choose(workshop.folder / "many", "last").path
     assert len(list(folder.glob("model-*-of-*.safetensors"))) > 2
     assert all(path.stat().st_size < 1 << 16 for path in folder.iterdir())
     for name in checkpoint.FILES:
-        whole = checkpoint.chosen(workshop.folder / "one", "last").path / name
+        whole = checkpoint.choose(workshop.folder / "one", "last").path / name
         want, have = (tensor_files.read_tensors(path) for path in (whole, folder / name))
         assert want.keys() == have.keys()
         assert all(torch.equal(want[key], have[key]) for key in want)

@@ -6,7 +6,7 @@ import pytest
 
 from gptlite.config.run import RunConfig
 from gptlite.errors import ConfigError
-from gptlite.interchange.foreign_config import translated
+from gptlite.interchange.foreign_config import translate
 from gptlite.runs.origin import load_run
 
 NANOGPT = r"""
@@ -43,7 +43,7 @@ OTHER_SETTINGS = {"learning_rate": 5e-4, "num_epochs": 3, "batch_size": 2, "weig
 
 def run_of(folder: Path, text: str, name: str = "theirs.py") -> tuple[RunConfig, str]:
     (folder / name).write_text(text)
-    yaml = translated(folder / name)
+    yaml = translate(folder / name)
     (folder / "ours.yaml").write_text(yaml)
     return load_run([str(folder / "ours.yaml")]), yaml
 
@@ -109,6 +109,6 @@ def test_what_is_no_config_is_refused_and_not_run(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "theirs.py").write_text(text)
     with pytest.raises(ConfigError, match=told) as refused:
-        translated(tmp_path / "theirs.py")
+        translate(tmp_path / "theirs.py")
     assert "theirs.py" in str(refused.value)
     assert [path.name for path in tmp_path.iterdir()] == ["theirs.py"]

@@ -229,7 +229,7 @@ def test_merges_as_converters_from_tiktoken_write_them_are_read(tmp_path: Path) 
     whole = plain_bpe("<|begin_of_text|>", "<|end_of_text|>")
     ranks = LEARNED.ranks
     whole["model"]["merges"] = [
-        [hf_tokenizer.shown(token[:at]), hf_tokenizer.shown(token[at:])]
+        [hf_tokenizer.show_token(token[:at]), hf_tokenizer.show_token(token[at:])]
         for token, _ in sorted(ranks.items(), key=lambda item: item[1])
         for at in range(1, len(token))
         if token[:at] in ranks and token[at:] in ranks

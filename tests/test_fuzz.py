@@ -247,11 +247,11 @@ def test_any_pattern_splits_text_or_is_an_error(pattern: str, text: str) -> None
     use({**BPE.to_json(), "pattern": pattern}, text, exactly=False)
 
 
-@given(raw=mutated(storage.sealed(DOCUMENTS[1]).encode()) | st.binary(max_size=60))
+@given(raw=mutated(storage.seal(DOCUMENTS[1]).encode()) | st.binary(max_size=60))
 def test_any_bytes_are_a_tokenizer_or_an_error(folder: Path, raw: bytes) -> None:
     path = folder / "tokenizer.json"
     path.write_bytes(raw)
-    if raw.decode("utf-8", "replace") != storage.sealed(DOCUMENTS[1]):
+    if raw.decode("utf-8", "replace") != storage.seal(DOCUMENTS[1]):
         with pytest.raises(DataError, match="tokenizer.json: "):
             tokenizers.read(path)
 
@@ -271,7 +271,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (run_dir / "checkpoints").mkdir()
     pending = {"step": 7, "tokens_per_second": 1.0, "train/loss": None}
     checkpoint.save(run_dir, tensors(), state_at(7, pending=pending, skipped=[3]))
-    checkpoint.point(run_dir, "last", 7)
+    checkpoint.write_pointer(run_dir, "last", 7)
     return run_dir
 
 
@@ -282,9 +282,9 @@ def altered(good: Path, folder: Path, name: str, raw: bytes, seal: bool) -> Path
     shutil.copytree(good / "checkpoints" / path.name, path)
     (path / name).write_bytes(raw)
     if seal:
-        state = storage.unsealed((path / "state.json").read_text())
+        state = storage.unseal((path / "state.json").read_text())
         files = {**state["files"], name: storage.file_digest(path / name)}
-        (path / "state.json").write_text(storage.sealed({**state, "files": files}))
+        (path / "state.json").write_text(storage.seal({**state, "files": files}))
     return path
 
 
@@ -343,8 +343,8 @@ def test_a_state_sealed_by_an_enemy_is_a_state_or_refused(
 ) -> None:
     at = altered(good, folder, "junk", b"", seal=False)
     (at / "junk").unlink()
-    state = replaced(storage.unsealed((at / "state.json").read_text()), value, path)
-    (at / "state.json").write_text(storage.sealed(state))
+    state = replaced(storage.unseal((at / "state.json").read_text()), value, path)
+    (at / "state.json").write_text(storage.seal(state))
     read_checkpoint(at)
 
 
@@ -354,10 +354,10 @@ def test_a_state_sealed_by_an_enemy_is_a_state_or_refused(
 )
 def test_any_pointer_names_a_checkpoint_or_none(good: Path, raw: bytes, which: str) -> None:
     (good / "checkpoints" / which).write_bytes(raw)
-    name = checkpoint.pointed(good, which)
+    name = checkpoint.read_pointer(good, which)
     assert name is None or checkpoint.FOLDER.match(name)
     try:
-        assert checkpoint.chosen(good, which).state.step == 7
+        assert checkpoint.choose(good, which).state.step == 7
     except CheckpointError:
         assert name is None
 
@@ -431,9 +431,9 @@ class Retention(RuleBasedStateMachine):
         part = {"w": torch.full((2,), float(self.step))}
         checkpoint.save(self.run_dir, {FILES[0]: part, FILES[1]: {}}, self.state())
         self.valid.add(self.step)
-        checkpoint.point(self.run_dir, "last", self.step)
+        checkpoint.write_pointer(self.run_dir, "last", self.step)
         if is_best:
-            checkpoint.point(self.run_dir, "best", self.step)
+            checkpoint.write_pointer(self.run_dir, "best", self.step)
             self.best = self.step
         have = [int(path.name[5:]) for path in checkpoint.folders(self.run_dir)]
         checkpoint.prune(self.run_dir, self.keep, self.best)
@@ -483,9 +483,9 @@ class Retention(RuleBasedStateMachine):
             assert read.step == step
         assert bool(self.valid) == (self.step > 0)
         if self.step:
-            assert checkpoint.chosen(self.run_dir, "last").state.step in self.valid
+            assert checkpoint.choose(self.run_dir, "last").state.step in self.valid
         if self.best in self.valid:
-            assert checkpoint.chosen(self.run_dir, "best").state.step == self.best
+            assert checkpoint.choose(self.run_dir, "best").state.step == self.best
 
     @invariant()
     def nothing_foreign_is_touched(self) -> None:

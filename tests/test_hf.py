@@ -65,8 +65,8 @@ def make_run(workshop: Workshop, name: str = "run", **sections: Any) -> Path:
         *(3,), tokenizer_sha256=tokenizers.digest(text), config=run.model_dump(mode="json")
     )
     checkpoint.save(directory, {FILES[0]: model_tensors(model)}, state)
-    checkpoint.point(directory, "best", 3)
-    saved = storage.sealed(text.to_json())
+    checkpoint.write_pointer(directory, "best", 3)
+    saved = storage.seal(text.to_json())
     storage.write_text(directory / "tokenizer" / "tokenizer.json", saved)
     storage.write_text(directory / "config.yaml", dump(run))
     return directory
@@ -300,7 +300,7 @@ def hugging_face(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     loaded = {}
     for name, tokenizer in OURS.items():
         folder = tmp_path_factory.mktemp("tokenizer")
-        for file, value in hf_tokenizer.written(tokenizer, 64).items():
+        for file, value in hf_tokenizer.make_files(tokenizer, 64).items():
             storage.write_json(folder / file, value)
         loaded[name] = transformers.AutoTokenizer.from_pretrained(folder)
     return loaded
@@ -331,15 +331,15 @@ def test_ids_are_equal_on_ten_thousand_texts(hugging_face: dict[str, Any], name:
 
 @pytest.mark.parametrize("name", OURS)
 def test_a_tokenizer_comes_back_as_it_was(tmp_path: Path, name: str) -> None:
-    for file, value in hf_tokenizer.written(OURS[name], 64).items():
+    for file, value in hf_tokenizer.make_files(OURS[name], 64).items():
         storage.write_json(tmp_path / file, value)
     back, ours = foreign_tokenizer.read(tmp_path), OURS[name]
     for text in (prose(50), "é漢 '12345'\n\n x", ""):
         known = "".join(c for c in text if c in CHARACTERS)
         assert back.encode(known) == ours.encode(known)
     assert (back.vocab_size, back.eot, back.kind) == (ours.vocab_size, ours.eot, ours.kind)
-    again = hf_tokenizer.written(back, 64)
-    assert again == json.loads(json.dumps(hf_tokenizer.written(ours, 64)))
+    again = hf_tokenizer.make_files(back, 64)
+    assert again == json.loads(json.dumps(hf_tokenizer.make_files(ours, 64)))
 
 
 def test_a_tokenizer_of_another_make_is_refused(tmp_path: Path) -> None:
@@ -401,7 +401,7 @@ def test_what_transformers_itself_saves_is_read(tmp_path: Path, family: str) -> 
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     model.save_pretrained(tmp_path / "hf")
     text = train_bpe([prose()], 301)
-    for file, value in hf_tokenizer.written(text, 24).items():
+    for file, value in hf_tokenizer.make_files(text, 24).items():
         storage.write_json(tmp_path / "hf" / file, value)
     back = load_trained(import_model(str(tmp_path / "hf"), tmp_path / "run", None), "best")
     ids = torch.arange(24)[None]

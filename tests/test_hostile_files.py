@@ -148,8 +148,8 @@ def test_a_state_of_wild_values_is_refused_or_does_no_harm(
 def test_the_newest_good_checkpoint_stands_in_for_a_damaged_best(copy: Path) -> None:
     for step in (1, 3):
         other = shutil.copytree(STEP, STEP.parent / checkpoint.folder_name(step))
-        saved = storage.unsealed((other / "state.json").read_text())
-        (other / "state.json").write_text(storage.sealed({**saved, "step": step}))
+        saved = storage.unseal((other / "state.json").read_text())
+        (other / "state.json").write_text(storage.seal({**saved, "step": step}))
     for harm in (hostile.flip, Path.unlink):
         harm(STEP / FILES[0])
         for command in ("generate", "eval"):
@@ -165,7 +165,7 @@ def test_the_newest_good_checkpoint_stands_in_for_a_damaged_best(copy: Path) -> 
 
 @pytest.mark.parametrize("name", ["../../config.yaml", "../last", "state.json"])
 def test_a_state_that_vouches_for_other_files_is_refused(name: str, copy: Path) -> None:
-    files = storage.unsealed((STEP / "state.json").read_text())["files"]
+    files = storage.unseal((STEP / "state.json").read_text())["files"]
     reseal(files={**files, name: storage.file_digest(STEP / name)})
     with pytest.raises(CheckpointError, match="names other files than"):
         checkpoint.read_state(STEP)
@@ -223,7 +223,7 @@ def test_names_of_a_wrapped_model_are_explained(prefix: str, copy: Path) -> None
 
 
 def test_weights_alone_do_not_resume(copy: Path) -> None:
-    files = storage.unsealed((STEP / "state.json").read_text())["files"]
+    files = storage.unseal((STEP / "state.json").read_text())["files"]
     (STEP / FILES[1]).unlink()
     reseal(files={FILES[0]: files[FILES[0]]})
     assert invoke("generate", "--run", "copy").exit_code == 0

@@ -151,7 +151,7 @@ def case_of(seed: int, folder: Path) -> tuple[list[Change], Any]:
     bare = rng.random() < 0.2
     (model.base_model if bare else model).save_pretrained(folder)
     begin = text.eot if rng.random() < 0.3 else None
-    for file, value in hf_tokenizer.written(text, 24, begin).items():
+    for file, value in hf_tokenizer.make_files(text, 24, begin).items():
         storage.write_json(folder / file, with_specials(value, text, padding, rng))
     applicable = (*BOTH, *(GPT2 if family == "gpt2" else LLAMA))
     changes = rng.sample(applicable, rng.choice([0, 1, 1, 2, 3]))

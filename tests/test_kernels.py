@@ -94,7 +94,7 @@ def test_the_weights_that_drop_are_those_of_the_formula(T: int) -> None:
     mask = some_mask(2, 3, T, 20000)
     assert mask is not None
     read = causal_attention(q, k, torch.eye(T).expand(2, 3, T, T), mask)
-    expected = masks.plain(torch.ones(2, 3, T, T), mask, torch.float32).tril()
+    expected = masks.mask_by_formula(torch.ones(2, 3, T, T), mask, torch.float32).tril()
     assert torch.equal(read != 0, expected != 0)
 
 

@@ -12,12 +12,12 @@ from torch import Tensor
 from gptlite.config.dropout import RATES, SitePlan
 from gptlite.core import loops, masks
 from gptlite.core.dropout import Dropout
-from gptlite.core.masks import Mask, mask_keys, mix, plain, sample_keys
+from gptlite.core.masks import Mask, mask_by_formula, mask_keys, mix, sample_keys
 
 needs_compiler = pytest.mark.skipif(loops.library() is None, reason="no C compiler here")
 PATHS = {
-    "loop": pytest.param(masks.compiled, marks=needs_compiler),
-    "tiled": lambda x, mask, dtype: masks.tiled(x, mask, dtype)[0],
+    "loop": pytest.param(masks.mask_by_loop, marks=needs_compiler),
+    "tiled": lambda x, mask, dtype: masks.mask_in_tiles(x, mask, dtype)[0],
 }
 SHAPES = [
     (3, 5, 7),
@@ -59,7 +59,7 @@ def test_the_fast_paths_equal_the_formula_bit_for_bit(
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(from_)
     for cut in (1, 66, 6554, 32768, 58982, 65535):
         mask = some_mask(shape, cut, shared=shared)
-        assert torch.equal(bits(path(x, mask, to)), bits(plain(x, mask, to)))
+        assert torch.equal(bits(path(x, mask, to)), bits(mask_by_formula(x, mask, to)))
 
 
 @pytest.mark.parametrize("path", [*PATHS.values()], ids=[*PATHS])
@@ -71,17 +71,19 @@ def test_what_is_not_finite_or_not_contiguous_comes_out_as_the_formula_says(
     mask = some_mask((2, 4, 24), 32768)
     for dtype in DTYPES:
         torch.testing.assert_close(
-            path(x, mask, dtype), plain(x, mask, dtype), rtol=0, atol=0, equal_nan=True
+            path(x, mask, dtype), mask_by_formula(x, mask, dtype), rtol=0, atol=0, equal_nan=True
         )
     turned = torch.randn(2, 24, 4).transpose(1, 2)
-    assert torch.equal(path(turned, mask, torch.float32), plain(turned, mask, torch.float32))
+    assert torch.equal(
+        path(turned, mask, torch.float32), mask_by_formula(turned, mask, torch.float32)
+    )
 
 
 def test_words_are_the_published_sequence() -> None:
     """splitmix64 from seed 0, as in Vigna's splitmix64.c and java.util.SplittableRandom."""
     words = mix(torch.arange(1, 4) * masks.GAMMA).tolist()
     known = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
-    assert words == [masks.signed(word) for word in known]
+    assert words == [masks.to_int64(word) for word in known]
 
 
 @pytest.mark.parametrize("rate", [0.001, 0.1, 0.2, 0.5, 0.9])
@@ -247,14 +249,14 @@ def test_masks_have_the_distribution_of_torchs_dropout() -> None:
 def test_the_gradient_has_the_mask_of_the_forward_pass(
     monkeypatch: pytest.MonkeyPatch, built: bool
 ) -> None:
-    monkeypatch.setattr(masks, "built", lambda x, dtype: built)
+    monkeypatch.setattr(masks, "has_loop", lambda x, dtype: built)
     x = torch.randn(3, 7, 30).requires_grad_()
     mask = some_mask((3, 7, 30), 19661)
     for dtype in DTYPES:
         y = masks.drop(x, mask, dtype)
         (gradient,) = torch.autograd.grad(y, x, torch.ones_like(y))
         assert torch.equal(gradient == 0, y == 0)
-        expected = plain(torch.ones(3, 7, 30), mask, torch.float32)
+        expected = mask_by_formula(torch.ones(3, 7, 30), mask, torch.float32)
         assert torch.equal(gradient, expected)
 
 
@@ -265,7 +267,7 @@ def test_without_a_compiler_there_is_no_loop(monkeypatch: pytest.MonkeyPatch) ->
     try:
         assert loops.library() is None
         x, mask = torch.ones(2, 3, 8), some_mask((2, 3, 8), 32768)
-        assert torch.equal(masks.drop(x, mask), plain(x, mask, torch.float32))
+        assert torch.equal(masks.drop(x, mask), mask_by_formula(x, mask, torch.float32))
     finally:
         loops.building.cache_clear()
         loops.library.cache_clear()

@@ -106,7 +106,7 @@ def test_a_padded_vocabulary_of_gpt2_is_cut_and_said(
 
     monkeypatch.setattr(nanogpt, "GPT2_VOCABULARIES", (300, 320))
     bytes_ = nanogpt.CharTokenizer("".join(map(chr, range(300))), eot=False, unknown="error")
-    monkeypatch.setattr(nanogpt, "pretrained", lambda name: bytes_)
+    monkeypatch.setattr(nanogpt, "load_pretrained", lambda name: bytes_)
     twin, path = saved(tmp_path, vocab_size=320, bias=False)
     back = load_trained(import_model(str(path), tmp_path / "run", None), "best")
     assert "20 of 320 rows left out" in capsys.readouterr().err

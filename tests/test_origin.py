@@ -20,12 +20,13 @@ from gptlite.core.weights import model_tensors
 from gptlite.data.prepare import prepare
 from gptlite.data.token_files import TokenFiles
 from gptlite.errors import ConfigError, DataError
-from gptlite.runs import origin
+from gptlite.runs import origin, recipe
 from gptlite.runs.export import export
 from gptlite.runs.importing import import_model
 from gptlite.runs.origin import load_run
 from gptlite.runs.start import train
 from gptlite.runs.trained import load_trained
+from gptlite.studies.config import read_study
 
 BPE: dict[str, Any] = {"tokenizer": {"kind": "bpe", "vocab_size": 300}}
 
@@ -208,3 +209,28 @@ def test_an_imported_run_is_used_and_says_what_it_lacks(first: Path, desk: Desk)
     code, text = lines("export", "--run", imported, "--out", str(desk.folder / "hf"))
     assert code == 2
     assert "is there already" in text
+
+
+def test_a_study_varies_runs_of_the_model_that_its_base_begins_from(
+    first: Path, desk: Desk
+) -> None:
+    base = desk.config(first)
+    path = desk.folder / "study.yaml"
+    plain = {"base": str(base), "axes": {"dropout.rate": [0.0, 0.3]}, "seeds": [1]}
+    path.write_text(yaml.safe_dump(plain))
+    before = load_trained(first, "last")
+    for job in read_study(path).jobs:
+        assert job.run.model == before.run.model
+        assert job.run.tokenizer == before.run.tokenizer
+
+
+def test_a_config_made_for_a_text_keeps_the_model_that_it_begins_from(
+    first: Path, desk: Desk
+) -> None:
+    values = [f"init_from={first}", f"data.cache_dir={desk.folder / 'cache'}", "device=cpu"]
+    run, _ = recipe.compose(
+        [str(desk.text)], 0.1, [*values, "train.max_steps=3", "optim.warmup_steps=0"]
+    )
+    before = load_trained(first, "last")
+    assert run.model == before.run.model
+    assert run.tokenizer.kind == "bpe"

@@ -100,7 +100,7 @@ def test_ranks_with_other_text_or_weights_measure_nothing(
 def test_the_other_suites_are_for_one_process(
     trained: Path, suite: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(main, "entered", lambda: nullcontext(World(2)))
+    monkeypatch.setattr(main, "join_ranks", lambda: nullcontext(World(2)))
     result = CliRunner().invoke(main.app, ["eval", "--run", str(trained), "--suite", suite])
     assert result.exit_code == 2
     (line,) = result.stderr.splitlines()

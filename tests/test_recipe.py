@@ -19,7 +19,7 @@ from gptlite.planning import budget
 from gptlite.planning.budget import Budget, Rung
 from gptlite.planning.rehearsal import Costs, EvaluationPace
 from gptlite.runs import recipe
-from gptlite.runs.launch import launched
+from gptlite.runs.launch import make_launch
 from gptlite.runs.origin import load_run
 
 NAMES = [f"{a}{b}{c}" for a in ("an", "bel", "cor") for b in "aeiou" for c in ("", "n", "lia")] * 10
@@ -255,7 +255,7 @@ def test_a_path_that_is_not_utf_8_may_stand_beside_a_config(workshop: Workshop) 
     workshop.text.rename(path)
     config = workshop.folder / "run.yaml"
     config.write_text("train:\n  max_steps: 3\noptim:\n  warmup_steps: 0\n")
-    launch = launched(
+    launch = make_launch(
         [str(config)],
         [f"data.cache_dir={workshop.folder / 'cache'}"],
         [str(path)],

@@ -208,7 +208,7 @@ def test_a_save_writes_what_a_checkpoint_holds(
     rehearsal.time_save(trainer)
     tried, sizes = sizes, {}
     train(workshop.run(), workshop.folder / "run")
-    saved = checkpoint.chosen(workshop.folder / "run", "last").path
+    saved = checkpoint.choose(workshop.folder / "run", "last").path
     for name in checkpoint.FILES:
         assert tried[name] == pytest.approx((saved / name).stat().st_size, rel=0.01)
 

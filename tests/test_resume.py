@@ -126,15 +126,15 @@ def test_a_compiled_run_goes_on_where_there_is_no_compiler(
     (trained / "config.yaml").write_text(config.replace("compile: false", "compile: true"))
     train(workshop.run(compile=False, train={"max_steps": 10}), trained, resume=True)
     assert "resumed at step 8 of 10" in capsys.readouterr().err
-    state = checkpoint.chosen(trained, "last").state
+    state = checkpoint.choose(trained, "last").state
     compiled = workshop.run(compile=True)
-    changes = resume.surroundings_changed(compiled, state.environment, 1)
+    changes = resume.changed_surroundings(compiled, state.environment, 1)
     assert "compile: False -> True" in changes
 
 
 def test_a_run_does_not_stand_on_the_file_it_came_from(workshop: Workshop, trained: Path) -> None:
     """What safetensors reads is mapped; a file that changes meanwhile must not change the run."""
-    found = checkpoint.chosen(trained, "last")
+    found = checkpoint.choose(trained, "last")
     resumed = trainer_on(load_run([str(trained / "config.yaml")]), workshop.files())
     checkpoint.restore(resumed, found)
     before = {
@@ -162,7 +162,7 @@ def _listening() -> Iterator[None]:
 
 @pytest.fixture
 def interrupts() -> Iterator[Interrupts]:
-    with Interrupts().noticed() as listening:
+    with Interrupts().notice() as listening:
         yield listening
 
 
@@ -188,7 +188,7 @@ def test_a_signal_that_comes_while_ranks_agree_is_not_lost() -> None:
             signal.raise_signal(signal.SIGTERM)
             return number
 
-    with Interrupts(Agreeing(2)).noticed() as listening:
+    with Interrupts(Agreeing(2)).notice() as listening:
         listening.poll()
         listening.world = World(2)
         with pytest.raises(Cut):
@@ -199,7 +199,7 @@ def test_a_signal_that_comes_while_ranks_agree_is_not_lost() -> None:
 def test_what_the_caller_ignores_stays_ignored() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with Interrupts().noticed() as listening:
+        with Interrupts().notice() as listening:
             signal.raise_signal(signal.SIGHUP)
             assert not listening.received
     finally:
@@ -228,7 +228,7 @@ def test_a_run_that_was_told_to_stop_goes_on_as_if_it_had_not(
     assert rows[0] == rows[1]
     samples = [sorted((each / "samples").iterdir()) for each in (directory, straight)]
     assert [p.read_text() for p in samples[0]] == [p.read_text() for p in samples[1]]
-    last = [checkpoint.chosen(each, "last").state for each in (directory, straight)]
+    last = [checkpoint.choose(each, "last").state for each in (directory, straight)]
     assert (last[0].best, last[0].pending) == (last[1].best, None)
 
 
@@ -244,11 +244,11 @@ def test_what_was_cut_short_at_the_last_step_is_done_and_saved(
     interrupt_in(monkeypatch, inside, 8)
     with pytest.raises(Stopped, match="step 8"):
         train(run, workshop.folder / "run")
-    assert checkpoint.chosen(workshop.folder / "run", "last").state.pending
+    assert checkpoint.choose(workshop.folder / "run", "last").state.pending
     summary = train(run, workshop.folder / "run", resume=True)
-    state = checkpoint.chosen(workshop.folder / "run", "last").state
+    state = checkpoint.choose(workshop.folder / "run", "last").state
     assert summary["best"]["step"] < 8
-    straight = checkpoint.chosen(workshop.folder / "straight", "last").state
+    straight = checkpoint.choose(workshop.folder / "straight", "last").state
     given = {"run_id", "config", "elapsed_seconds"}
     assert state.model_dump(exclude=given) == straight.model_dump(exclude=given)
     assert timeless(workshop.folder / "run") == timeless(workshop.folder / "straight")
@@ -344,7 +344,7 @@ def test_updates_are_skipped_if_asked_and_the_rest_is_as_exact(
         train(workshop.run(train=train_), directory, resume=True)
         assert weights(directory, 8) == weights(straight, 8)
         assert timeless(directory) == timeless(straight)
-        assert checkpoint.chosen(directory, "last").state.skipped == [1, 2, 5]
+        assert checkpoint.choose(directory, "last").state.skipped == [1, 2, 5]
 
 
 def test_what_nobody_foresaw_leaves_its_place_in_the_log(
@@ -377,28 +377,28 @@ def test_a_lock_that_cannot_be_had_is_a_warning(
         raise OSError(95, "Operation not supported")
 
     monkeypatch.setattr("fcntl.flock", none)
-    with run_directory.locked(tmp_path):
+    with run_directory.hold(tmp_path):
         pass
     assert "cannot be locked (Operation not supported)" in capsys.readouterr().err
 
 
 def test_who_looks_for_a_run_is_told_who_holds_it(tmp_path: Path) -> None:
     run_directory.refuse_if_held(tmp_path)
-    with run_directory.locked(tmp_path):
+    with run_directory.hold(tmp_path):
         with pytest.raises(RunInUseError, match=f"in use by pid {os.getpid()} on"):
             run_directory.refuse_if_held(tmp_path)
         with (
             pytest.raises(RunInUseError, match="give another --out-dir"),
-            run_directory.locked(tmp_path),
+            run_directory.hold(tmp_path),
         ):
             pass
     run_directory.refuse_if_held(tmp_path)
-    with run_directory.locked(tmp_path):
+    with run_directory.hold(tmp_path):
         pass
 
 
 def test_a_run_at_work_is_named_where_another_would_begin(trained: Path) -> None:
-    with run_directory.locked(trained):
+    with run_directory.hold(trained):
         arguments = ["train", "-c", str(trained / "config.yaml"), "--out-dir", str(trained)]
         result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 6
@@ -406,7 +406,7 @@ def test_a_run_at_work_is_named_where_another_would_begin(trained: Path) -> None
 
 
 def test_a_lock_file_holds_no_name_when_nobody_does(tmp_path: Path) -> None:
-    with run_directory.locked(tmp_path):
+    with run_directory.hold(tmp_path):
         assert (tmp_path / ".lock").read_text()
     assert (tmp_path / ".lock").read_text() == ""
     with locks.open_lock(tmp_path) as ours, locks.open_lock(tmp_path) as theirs:

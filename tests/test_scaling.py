@@ -29,7 +29,7 @@ from gptlite.planning import auto, memory
 from gptlite.planning.audit import audit
 from gptlite.planning.plan import plan_run
 from gptlite.runs import checkpoint
-from gptlite.runs.start import resolved_alike, train
+from gptlite.runs.start import resolve_alike, train
 
 CPU = torch.device("cpu")
 KEYED = EVERYWHERE.model_dump(mode="json")
@@ -127,7 +127,7 @@ def test_only_rows_of_float16_tell_of_it(workshop: Workshop) -> None:
         train(workshop.run(dtype=dtype), workshop.folder / dtype)
         rows = timeless(workshop.folder / dtype)
         assert all(row.keys() & {"loss_scale", "overflows"} == keys for row in rows)
-        stored = checkpoint.chosen(workshop.folder / dtype, "last").state.loss_scale
+        stored = checkpoint.choose(workshop.folder / dtype, "last").state.loss_scale
         assert (stored is not None) is bool(keys)
     assert [(row["loss_scale"], row["overflows"]) for row in rows] == [(FIRST_SCALE, 0)] * 8
 
@@ -215,7 +215,7 @@ def test_a_scale_that_falls_to_nothing_is_a_run_that_diverged(
     run, directory = workshop.run(dtype="float16", train=steps), workshop.folder / "run"
     with pytest.raises(DivergedError, match=rf"step {step}: loss 3.*dtype float32"):
         train(run, directory)
-    state = checkpoint.chosen(directory, "last").state
+    state = checkpoint.choose(directory, "last").state
     assert state.loss_scale is not None
     assert state.loss_scale.overflows == 16
     assert state.step == step - 1
@@ -228,7 +228,7 @@ def test_a_loss_that_is_not_finite_is_no_overflow(
     poison(monkeypatch, 3, 5)
     run = workshop.run(dtype="float16", train={"on_nonfinite": "skip"})
     train(run, workshop.folder / "run")
-    state = checkpoint.chosen(workshop.folder / "run", "last").state
+    state = checkpoint.choose(workshop.folder / "run", "last").state
     assert state.skipped == [3, 5]
     assert state.loss_scale is not None
     assert state.loss_scale.overflows == 0
@@ -247,7 +247,7 @@ def test_the_scale_waits_while_a_run_goes_on_in_another_precision(
     for max_steps, dtype in ((4, "float16"), (6, "float32"), (8, "float16")):
         steps = {"max_steps": max_steps}
         train(workshop.run(dtype=dtype, train=steps), directory, resume=max_steps > 4)
-        stored = checkpoint.chosen(directory, "last").state.loss_scale
+        stored = checkpoint.choose(directory, "last").state.loss_scale
         overflows = 4 if max_steps < 8 else 6
         assert stored == Scale(scale=2.0 ** (34 - overflows), growth_tracker=0, overflows=overflows)
 
@@ -263,7 +263,7 @@ def test_a_scale_that_cannot_be_is_a_damaged_checkpoint(
     state = json.loads(at.read_text())
     state["loss_scale"] |= wrong
     state.pop("sha256", None)
-    at.write_text(storage.sealed({k: v for k, v in state.items() if k != "seal"}))
+    at.write_text(storage.seal({k: v for k, v in state.items() if k != "seal"}))
     with pytest.raises(CheckpointError, match=r"state.json: damaged \(loss_scale"):
         checkpoint.read_state(at.parent)
 
@@ -316,7 +316,7 @@ def updated(run: RunConfig, workshop: Workshop, scale: float, world: World) -> A
     """Losses of 24 updates from this scale, the scale and number of overflows after them, and the
     weights."""
     scaling.FIRST_SCALE = scale
-    resolved, _ = resolved_alike(run, workshop.files(), World(world.size), {"float32"})
+    resolved, _ = resolve_alike(run, workshop.files(), World(world.size), {"float32"})
     one = trainer_on(resolved, workshop.files(), world)
     losses = [update.loss for update in one.updates(24)]
     raw = b"".join(p.detach().numpy().tobytes() for p in one.parameters)

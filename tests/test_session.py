@@ -39,8 +39,8 @@ def test_a_run_that_stops_learning_stops(workshop: Workshop, monkeypatch: Any) -
     summary = train(run, directory)
     assert (summary["ended"], summary["steps"], summary["best"]["step"]) == ("early_stop", 8, 4)
     assert summary["best"]["val_loss"] == 2.0
-    assert checkpoint.chosen(directory, "best").path.name == "step-00000004"
-    assert checkpoint.chosen(directory, "last").path.name == "step-00000008"
+    assert checkpoint.choose(directory, "best").path.name == "step-00000004"
+    assert checkpoint.choose(directory, "last").path.name == "step-00000008"
     again = train(run, directory, resume=True)
     assert (again["ended"], again["steps"]) == ("early_stop", 8)
 
@@ -65,7 +65,7 @@ def test_evaluation_and_sampling_and_saving_leave_the_losses_alone(workshop: Wor
         )
         directory = workshop.folder / f"run-{eval_interval}"
         train(run, directory)
-        weights = checkpoint.chosen(directory, "last").path / "model.safetensors"
+        weights = checkpoint.choose(directory, "last").path / "model.safetensors"
         losses = [(row["train/loss"], row["grad_norm"]) for row in rows_of(directory)]
         runs.append((losses, weights.read_bytes()))
     assert runs[0] == runs[1] == runs[2]
@@ -131,7 +131,7 @@ def test_a_diverged_run_keeps_its_last_good_checkpoint(
     monkeypatch.setattr(Session, "evaluate", poison)
     with pytest.raises(DivergedError, match="step 5"):
         train(run, workshop.folder / "run")
-    path = checkpoint.chosen(workshop.folder / "run", "step-2").path
+    path = checkpoint.choose(workshop.folder / "run", "step-2").path
     weights = tensor_files.read_tensors(path / "model.safetensors")
     assert all(tensor.isfinite().all() for tensor in weights.values())
 

@@ -172,13 +172,13 @@ def test_small_sources_and_single_files_are_made_as_ever(corpus):
 def test_small_files_share_a_part_and_large_ones_have_their_own(monkeypatch):
     monkeypatch.setattr(shards, "PART_BYTES", 10)
     sizes = [3, 3, 3, 3, 30, 10, 2, 2]
-    groups = shards.grouped([{"bytes": size} for size in sizes])
+    groups = shards.group_files([{"bytes": size} for size in sizes])
     assert [sizes[group] for group in groups] == [[3, 3, 3, 3], [30], [10], [2, 2]]
 
 
 def test_there_are_not_more_parts_than_files_may_be_open():
     sizes = [1 << 30] * 5000
-    assert len(shards.grouped([{"bytes": size} for size in sizes])) <= shards.MOST_PARTS
+    assert len(shards.group_files([{"bytes": size} for size in sizes])) <= shards.MOST_PARTS
 
 
 def test_train_tokens_may_end_in_any_part(corpus):
@@ -337,7 +337,7 @@ def test_parts_of_another_tokenizer_are_made_anew(corpus, monkeypatch):
     bpe = {"tokenizer": {"kind": "bpe", "vocab_size": 300}}
     work = interrupted(corpus, 5, **bpe)
     other = tokenizers.train_bpe(["another text"], 280)
-    (work / "tokenizer.json").write_text(storage.sealed(other.to_json()))
+    (work / "tokenizer.json").write_text(storage.seal(other.to_json()))
     made = noted(monkeypatch)
     corpus.prepared(**bpe)
     assert len(made) == 5
@@ -372,9 +372,9 @@ def test_damage_to_parts_is_one_line_that_names_the_file(corpus, name):
 def test_parts_that_are_not_all_there_are_found(corpus):
     corpus.write(*PROSE)
     folder = corpus.prepared().folder
-    meta = storage.unsealed((folder / "meta.json").read_text())
+    meta = storage.unseal((folder / "meta.json").read_text())
     meta["parts"].pop(1)
-    (folder / "meta.json").write_text(storage.sealed(meta))
+    (folder / "meta.json").write_text(storage.seal(meta))
     with pytest.raises(DataError, match="part-00001|its parts have"):
         open_token_files(folder)
 
@@ -440,14 +440,14 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
 def test_an_error_of_the_disk_in_a_process_is_one_of_storage(pool, monkeypatch):
     """A link that leads nowhere by the time a process opens it."""
     files = pool.write(*PROSE)
-    described = prepare.described
+    described = prepare.describe_sources
 
     def then_gone(*args: Any) -> Any:
         listing = described(*args)
         files[3].unlink()
         return listing
 
-    monkeypatch.setattr(prepare, "described", then_gone)
+    monkeypatch.setattr(prepare, "describe_sources", then_gone)
     monkeypatch.setattr(prepare.sources, "remarks", lambda *_: [])
     with pytest.raises(StorageError, match=f"^{files[3]}: No such file"):
         pool.prepared()
@@ -718,7 +718,7 @@ def test_a_ledger_forgets_files_that_are_gone(kept, three, tmp_path):
     three[1].write_bytes(b"other" * 30)
     time.sleep(0.02)
     kept(*three[1:])
-    files = storage.unsealed((tmp_path / "ledger.json").read_text())["files"]
+    files = storage.unseal((tmp_path / "ledger.json").read_text())["files"]
     assert sorted(files) == sorted(map(str, three[1:]))
 
 

@@ -20,19 +20,19 @@ VALUES = st.recursive(
 @settings(deadline=None, derandomize=True)
 @given(st.dictionaries(st.text().filter(lambda name: name != "sha256"), VALUES), st.data())
 def test_a_seal_gives_back_what_it_was_given_and_notices_any_change(value, data) -> None:
-    text = storage.sealed(value)
-    assert storage.unsealed(text) == value
+    text = storage.seal(value)
+    assert storage.unseal(text) == value
     at = data.draw(st.integers(0, len(text) - 1))
     other = data.draw(st.characters().filter(lambda c: c != text[at]))
     for changed in (text[:at] + other + text[at + 1 :], text[:at], text + " "):
         with pytest.raises(ValueError, match=r"damaged|not JSON|no sha256"):
-            storage.unsealed(changed)
+            storage.unseal(changed)
 
 
 def test_white_space_is_part_of_a_seal() -> None:
     """JSON means the same with a tab for a space; a disk that turns one into the other does not."""
     with pytest.raises(ValueError, match="damaged"):
-        storage.unsealed(storage.sealed({"a": 1}).replace(" ", "\t", 1))
+        storage.unseal(storage.seal({"a": 1}).replace(" ", "\t", 1))
 
 
 def test_a_file_is_replaced_or_left_as_it_was(

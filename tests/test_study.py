@@ -27,7 +27,7 @@ from gptlite.measure import suites
 from gptlite.planning import auto
 from gptlite.runs import directory as run_directory
 from gptlite.runs import start
-from gptlite.runs.session import unwatched
+from gptlite.runs.session import watch_nothing
 from gptlite.studies import study
 from gptlite.studies.config import StudyConfig, read_study
 from gptlite.studies.queue import Queue
@@ -304,7 +304,7 @@ def test_a_point_that_is_being_tried_is_waited_for(
     directory = bench.out / "runs" / job.name
     directory.mkdir(parents=True)
     other = ExitStack()
-    other.enter_context(run_directory.locked(directory))
+    other.enter_context(run_directory.hold(directory))
     waited = []
 
     def sleep(seconds: float) -> None:
@@ -313,7 +313,7 @@ def test_a_point_that_is_being_tried_is_waited_for(
             other.close()
 
     monkeypatch.setattr(time, "sleep", sleep)
-    assert study.do(queue, job, 1, unwatched)["state"] == "done"
+    assert study.do(queue, job, 1, watch_nothing)["state"] == "done"
     assert waited == [1]
 
 

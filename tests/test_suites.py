@@ -107,7 +107,7 @@ def test_a_text_file_of_one_row_can_be_measured(run_dir: Path, tmp_path: Path) -
     assert found["calibration"]["ece"] == unknown
     assert found["loss"]["loss_standard_error"] is None
     assert found["mc-dropout"]["averaged_loss"]["low"] is None
-    for draw in (figures.calibrated, figures.knockouts, figures.importances, figures.passes):
+    for draw in (figures.draw_calibration, figures.knockouts, figures.importances, figures.passes):
         assert list(draw(SimpleNamespace(evals=found)))  # type: ignore[arg-type]
 
 
@@ -236,7 +236,7 @@ def test_an_unknown_suite_is_refused_with_the_known_ones() -> None:
     with pytest.raises(
         ConfigError, match="no suite 'losss'; there are: loss, calib.*, all; did you mean 'loss'"
     ):
-        suites.named(["losss"])
+        suites.choose_suites(["losss"])
 
 
 def test_only_the_loss_can_be_measured_with_dropout_on() -> None:

@@ -43,7 +43,7 @@ def gpt2() -> tokenizers.BPETokenizer:
         pytest.skip(f"the gpt2 vocabulary is not in {TIKTOKEN}")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TIKTOKEN_CACHE_DIR", str(TIKTOKEN))
-        return tokenizers.pretrained("gpt2")
+        return tokenizers.load_pretrained("gpt2")
 
 
 MAKERS = {
@@ -334,7 +334,7 @@ def test_build_makes_what_the_config_asks_for():
 
 def test_an_encoding_that_does_not_exist_is_refused_with_those_that_do():
     with pytest.raises(ConfigError, match="no encoding 'gpt5'.*gpt2.*cl100k_base"):
-        tokenizers.pretrained("gpt5")
+        tokenizers.load_pretrained("gpt5")
 
 
 def refuses(name: str) -> None:
@@ -350,7 +350,7 @@ def test_a_vocabulary_that_cannot_be_fetched_is_one_line(monkeypatch, get_encodi
     monkeypatch.setattr(tiktoken, "get_encoding", get_encoding)
     monkeypatch.setattr(tokenizers, "DOWNLOAD_SECONDS", 0.05)
     with pytest.raises(ConfigError, match="TIKTOKEN_CACHE_DIR") as caught:
-        tokenizers.pretrained("gpt2")
+        tokenizers.load_pretrained("gpt2")
     assert len(caught.value.problems) == 1
 
 

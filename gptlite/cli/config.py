@@ -56,6 +56,6 @@ def import_config(
 ) -> None:
     """Print another project's config as YAML; its file is read, never run."""
     with user_errors():
-        from gptlite.interchange.foreign_config import translated
+        from gptlite.interchange.foreign_config import translate
 
-        print(translated(file), end="")
+        print(translate(file), end="")

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 
 from gptlite.config.run import SampleConfig
-from gptlite.config.strict_yaml import plain
+from gptlite.config.strict_yaml import read_scalar
 from gptlite.errors import UserError
 from gptlite.terminal import in_colour
 from gptlite.words import visible
@@ -47,17 +47,17 @@ def converse(
     state = State(options, seed, "", "")
     with suppress(EOFError):
         while True:
-            state = answered(state, read_line(), continue_, write)
+            state = answer(state, read_line(), continue_, write)
 
 
-def answered(state: State, line: str, continue_: Continue, write: Callable[[str], None]) -> State:
+def answer(state: State, line: str, continue_: Continue, write: Callable[[str], None]) -> State:
     """The state after one line."""
     if line.startswith(":"):
         word, _, value = line[1:].strip().partition(" ")
         if word in ("quit", "q"):
             raise EOFError
         if word != "again":
-            return changed(state, word, value.strip(), write)
+            return change_option(state, word, value.strip(), write)
         prompt, state = state.prompt, state._replace(seed=state.seed + 1)
     else:
         prompt = line or state.text
@@ -75,7 +75,7 @@ def answered(state: State, line: str, continue_: Continue, write: Callable[[str]
     return state._replace(text=text, prompt=prompt)
 
 
-def changed(state: State, word: str, value: str, write: Callable[[str], None]) -> State:
+def change_option(state: State, word: str, value: str, write: Callable[[str], None]) -> State:
     """An option set, or what there is to set."""
     known = [name for name in SampleConfig.model_fields if name not in ("interval", "prompts")]
     try:
@@ -84,7 +84,7 @@ def changed(state: State, word: str, value: str, write: Callable[[str], None]) -
         if word in known and not value:
             raise ValueError("nothing to set it to")
         if word in known:
-            asked = {**state.options.model_dump(), word: plain(value)}
+            asked = {**state.options.model_dump(), word: read_scalar(value)}
             return state._replace(options=SampleConfig.model_validate(asked))
         shown = (f"{name} {getattr(state.options, name)}" for name in known)
         write(f"{HELP}seed {state.seed}, {', '.join(shown)}\n")

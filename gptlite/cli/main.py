@@ -25,7 +25,7 @@ from gptlite.cli.options import (
     words,
 )
 from gptlite.cli.printing import print_json, print_results, stream, tell_passed_over
-from gptlite.distributed.torchrun import entered, refuse_ranks
+from gptlite.distributed.torchrun import join_ranks, refuse_ranks
 from gptlite.errors import ConfigError, UserError, at_step
 from gptlite.machine import let_waiting_threads_sleep
 from gptlite.terminal import leave_when_terminated, tell, tell_lines, user_errors
@@ -82,15 +82,15 @@ def train(
 ) -> None:
     """Train a model: tokenize if needed, train, evaluate, sample, save."""
     began = time.perf_counter()  # what came before took less than a tenth of a second
-    with user_errors(verbose), entered() as world:
-        from gptlite.runs.launch import agreed, launched, with_options
+    with user_errors(verbose), join_ranks() as world:
+        from gptlite.runs.launch import agree, make_launch, with_options
         from gptlite.runs.origin import load_run
 
         configs, values, texts = config or [], overrides or [], data or []
         read = partial(load_run, configs, with_options(values, texts, out_dir))
         where = {"out_dir": out_dir, "resume": resume}
-        decide = partial(launched, configs, values, texts, minutes=minutes, began=began, **where)
-        launch = agreed(decide, read if configs else None, world)
+        decide = partial(make_launch, configs, values, texts, minutes=minutes, began=began, **where)
+        launch = agree(decide, read if configs else None, world)
         from gptlite.core import loops
 
         loops.building()  # while torch loads; an error above shows before either
@@ -223,16 +223,16 @@ def evaluate(
     verbose: Verbose = False,
 ) -> None:
     """Measure a trained model on a split; results go to eval/ in the run directory."""
-    with user_errors(verbose), entered() as world:
+    with user_errors(verbose), join_ranks() as world:
         from gptlite.runs import directory as run_directory
 
-        directory = Path(world.shared(lambda: str(run_directory.existing_run(run))))
+        directory = Path(world.broadcast(lambda: str(run_directory.existing_run(run))))
         from gptlite.data.prepare import open_split
         from gptlite.measure import suites
         from gptlite.runs.trained import load_alike
 
         asked = words(",".join(suite or ["loss"]))
-        names = suites.named(name for name in asked if name != "lm-eval")
+        names = suites.choose_suites(name for name in asked if name != "lm-eval")
         if world.size > 1 and asked != ["loss"]:
             why = "several processes measure the loss only; start without torchrun"
             raise ConfigError(f"--suite {','.join(asked)}: {why}")
@@ -257,7 +257,7 @@ def evaluate(
             save(results, dropout_active)
             if "lm-eval" in asked:
                 found = lm_eval.evaluate(trained, words(tasks), include_path, limit)
-                results["lm-eval"] = suites.written(found)
+                results["lm-eval"] = suites.to_json(found)
                 save({"lm-eval": results["lm-eval"]}, False)
         finally:  # what took so long is not lost with the disk, nor with the next thing
             if json_ and results:

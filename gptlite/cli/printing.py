@@ -18,14 +18,14 @@ def print_json(value: Any) -> None:
 def print_results(results: dict[str, Any]) -> None:
     """Numbers by their names; lists are for the file."""
     for suite, result in results.items():
-        rows = [(name, written(value)) for name, value in scalars(result)]
+        rows = [(name, format_value(value)) for name, value in scalars(result)]
         width = max(len(name) for name, _ in rows)
         print("\n".join([f"{suite}:", *(f"  {name:{width}}  {value}" for name, value in rows)]))
 
 
-def written(value: Any) -> str:
+def format_value(value: Any) -> str:
     if isinstance(value, dict):
-        number, low, high = (written(value[part]) for part in ("value", "low", "high"))
+        number, low, high = (format_value(value[part]) for part in ("value", "low", "high"))
         return number if value["low"] is None else f"{number}  [{low}, {high}]"
     if value is None:
         return "none"

@@ -138,11 +138,11 @@ def validate(document: Document, *, to_train: bool = True) -> RunConfig:
     except ValidationError as error:
         schema = run_schema()
         for detail in error.errors(include_url=False):
-            path = trimmed(detail["loc"], document.values)
+            path = trim_location(detail["loc"], document.values)
             problems.setdefault(path, explain(path, detail["type"], document, schema))
         # What is left may contradict itself too, and the user wants to hear all of it.
         with suppress(ValidationError):
-            run = RunConfig.model_validate(without(document.values, problems))
+            run = RunConfig.model_validate(drop_values(document.values, problems))
     inner = {path[:end] for path in problems for end in range(len(path))}
     problems = {path: why for path, why in problems.items() if path not in inner}
     known = problems.keys() | document.refused
@@ -152,7 +152,7 @@ def validate(document: Document, *, to_train: bool = True) -> RunConfig:
         if not any(concerns(key, message, path) for path in known):
             problems.setdefault(tuple(key.split(".")), message)
     if run is None or problems or document.problems:
-        raise ConfigError(*document.problems, *located(problems, document))
+        raise ConfigError(*document.problems, *locate_problems(problems, document))
     return run
 
 
@@ -162,7 +162,7 @@ def concerns(key: str, message: str, path: Path_) -> bool:
     return f"{key}.".startswith(f"{name}.") or ("." in name and f" {name} " in f" {message} ")
 
 
-def trimmed(loc: tuple[int | str, ...], values: Any) -> Path_:
+def trim_location(loc: tuple[int | str, ...], values: Any) -> Path_:
     """The part of a validator's location that names keys, without its marks for union branches."""
     path: Path_ = ()
     for part in loc:
@@ -174,7 +174,7 @@ def trimmed(loc: tuple[int | str, ...], values: Any) -> Path_:
     return path
 
 
-def without(values: dict[str, Any], problems: dict[Path_, str]) -> dict[str, Any]:
+def drop_values(values: dict[str, Any], problems: dict[Path_, str]) -> dict[str, Any]:
     """A copy without the values that have a problem; a bad list goes whole."""
 
     bad = {path[:-1] if isinstance(path[-1], int) else path for path in problems}
@@ -188,7 +188,7 @@ def without(values: dict[str, Any], problems: dict[Path_, str]) -> dict[str, Any
     return result
 
 
-def located(problems: dict[Path_, str], document: Document) -> list[str]:
+def locate_problems(problems: dict[Path_, str], document: Document) -> list[str]:
     """The lines to print, in the order of the files."""
 
     def place(path: Path_) -> str:

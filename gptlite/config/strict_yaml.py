@@ -64,7 +64,7 @@ def problem_line(place: str, path: Path_, message: str) -> str:
     return f"{place}: {message}" if place == f"--set {dotted}" else f"{place}: {dotted}: {message}"
 
 
-def plain(text: str) -> Any:
+def read_scalar(text: str) -> Any:
     """The value of an unquoted scalar."""
     if text.lower() in CONSTANTS:
         return CONSTANTS[text.lower()]
@@ -149,7 +149,7 @@ class Reader:
         if LEADING_ZERO.match(event.value):
             why = "a number may not have a leading zero; quote it if it is text"
             self.note(event.start_mark, path, f"{why} (got {event.value[:40]})")
-        return plain(event.value)
+        return read_scalar(event.value)
 
     def mapping(self, path: Path_) -> dict[str, Any]:
         values: dict[str, Any] = {}
@@ -172,7 +172,7 @@ class Reader:
             raise self.refuse(mark, "keys must be strings")
         if event.style is None and event.value == "<<":
             raise self.refuse(mark, "merge keys are not allowed; write the values out")
-        if event.style is None and not isinstance(plain(event.value), str):
+        if event.style is None and not isinstance(read_scalar(event.value), str):
             raise self.refuse(mark, f"keys must be strings (got {event.value!r})")
         return event.value
 

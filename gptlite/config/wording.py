@@ -11,7 +11,7 @@ from functools import cache
 from typing import Any
 
 from gptlite.config.run import RunConfig
-from gptlite.config.strict_yaml import Document, Path_, plain
+from gptlite.config.strict_yaml import Document, Path_, read_scalar
 from gptlite.words import did_you_mean
 
 FOREIGN = {
@@ -78,7 +78,7 @@ def explain(path: Path_, kind: str, document: Document, schema: dict[str, Any]) 
     if value is None:
         return f"is empty; expected {describe(node, schema)}"
     quoted, names = path in document.quoted, words_of(node, schema)
-    a_word = quoted and names and isinstance(plain(value), str)
+    a_word = quoted and names and isinstance(read_scalar(value), str)
     if quoted and not a_word and not accepts(node, schema, "string"):
         return f"expected {describe(node, schema)}, got a quoted string"
     integral = accepts(node, schema, "integer") and not accepts(node, schema, "number")

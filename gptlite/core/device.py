@@ -68,7 +68,7 @@ def precisions(device: torch.device, own: set[str] | None = None) -> tuple[list[
 def shared_precisions(run: RunConfig, world: World) -> set[str]:
     """Precisions that the devices of all ranks have hardware for; all ranks call it."""
     own = native_precisions(torch.device(pick_device(run.device)[0]))
-    return set.intersection(*map(set, world.gathered(sorted(own))))
+    return set.intersection(*map(set, world.gather(sorted(own))))
 
 
 def native_precisions(device: torch.device) -> set[str]:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gptlite.config.dropout import SITES, DropoutConfig, DropoutSchedule, SitePlan
-from gptlite.core.masks import Mask, MaskKeys, cut_of, drop, signed
+from gptlite.core.masks import Mask, MaskKeys, cut_of, drop, to_int64
 from gptlite.errors import ConfigError
 from gptlite.keys import key
 
@@ -47,7 +47,7 @@ class Dropout(nn.Dropout):
         """Whether torch's generator draws the masks."""
         self.by_position = "T" in self.kind.mask and not plan.locked
         heads = range(n_head if "H" in self.kind.mask else 1)
-        salts = torch.tensor([signed(key("site", site, layer, head)) for head in heads])
+        salts = torch.tensor([to_int64(key("site", site, layer, head)) for head in heads])
         self.register_buffer("salts", salts, persistent=False)
 
     @property

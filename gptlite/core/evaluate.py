@@ -20,7 +20,7 @@ from gptlite.core.loss import nats_of
 from gptlite.core.masks import sample_keys
 from gptlite.core.model import GPT, to_device
 from gptlite.core.precision import precision
-from gptlite.core.world import ALONE, World, grouped
+from gptlite.core.world import ALONE, World, chunk
 from gptlite.data import tokenizers
 from gptlite.data.batches import IGNORED, Batch
 from gptlite.data.tokenizers import Tokenizer
@@ -131,7 +131,7 @@ def measure(
     place_nats, place_targets = torch.zeros(2, run.model.context_length, dtype=torch.float64)
     correct, text_bytes = torch.zeros((), dtype=torch.int64), 0.0
     with evaluating(model, dropout_active=dropout_active), precision(run):
-        passes = dealt(model, batches, run, world, dropout_active)
+        passes = deal_batches(model, batches, run, world, dropout_active)
         for batch, logits in passes:
             target = torch.from_numpy(batch.targets)
             scored, n_bytes = target != IGNORED, lengths[target.clamp(min=0)]
@@ -168,7 +168,7 @@ def variance_of_sum(sums: Tensor, counts: Tensor) -> float:
     return squares * rows / (rows - 1) if rows > 1 else math.nan
 
 
-def dealt(
+def deal_batches(
     model: GPT, batches: Iterable[Batch], run: RunConfig, world: World, dropout_active: bool
 ) -> Iterator[tuple[Batch, Tensor | None]]:
     """Every batch, with its logits where this rank computed them.
@@ -176,7 +176,7 @@ def dealt(
     All ranks make as many passes; at the end some compute what another one counts.
     """
     device, n_rows = next(model.parameters()).device, 0
-    for number, group in enumerate(grouped(iter(batches), world.size)):
+    for number, group in enumerate(chunk(iter(batches), world.size)):
         own = min(world.rank, len(group) - 1)
         for place, batch in enumerate(group):
             rows = np.arange(n_rows, n_rows := n_rows + len(batch.inputs))

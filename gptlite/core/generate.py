@@ -89,7 +89,7 @@ def draw(probability: Tensor, chance: Tensor) -> Tensor:
     return token.clamp(max=probability.shape[-1] - 1)
 
 
-def padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:
+def pad_left(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:
     """Rows filled up on the left, and which tokens are real (None: all)."""
     width = max(map(len, rows))
     ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows], device=device)
@@ -137,7 +137,9 @@ def continuations(
             if cache is None or full:
                 for i in full:
                     begins[i] = len(rows[i]) - max(1, context // 2)
-                ids, real = padded([row[at:] for row, at in zip(rows, begins, strict=True)], device)
+                ids, real = pad_left(
+                    [row[at:] for row, at in zip(rows, begins, strict=True)], device
+                )
                 cache = KVCache(model, len(rows))
             logits = model.head(model.features(ids, real, cache)[:, -1]).float()
         if not logits.isfinite().all():

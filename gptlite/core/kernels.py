@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from gptlite.core import loops
-from gptlite.core.masks import NAMES, Mask, built
+from gptlite.core.masks import NAMES, Mask, has_loop
 
 MOST_THREADS = 2
 """Of torch's, up to which one thread of a loop is faster: 2 to 4 times as fast as one of them. A
@@ -23,7 +23,7 @@ FEW_ROWS = 16
 
 def wins(x: Tensor, dtype: torch.dtype) -> bool:
     """Whether there is a loop for x that is faster than torch with its threads."""
-    if torch.compiler.is_compiling() or not built(x, dtype):
+    if torch.compiler.is_compiling() or not has_loop(x, dtype):
         return False
     return loops.has_threads() or torch.get_num_threads() <= MOST_THREADS
 

@@ -22,18 +22,18 @@ from torch.utils.checkpoint import checkpoint
 
 from gptlite.config.dropout import RATES
 from gptlite.core import loops
-from gptlite.keys import key, numbered
+from gptlite.keys import derive_keys, key
 
 TILE_WORDS = {"cpu": 1 << 17, "cuda": 1 << 24}
 """Words drawn at a time by `tiled`: on a CPU what its caches hold."""
 
 
-def signed(number: int) -> int:
+def to_int64(number: int) -> int:
     """The 64 bits of an unsigned number as torch's int64 holds them."""
     return number - (1 << 64) if number >= 1 << 63 else number
 
 
-GAMMA, FIRST, SECOND = map(signed, (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+GAMMA, FIRST, SECOND = map(to_int64, (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 STEP, ONE, TWO = (low - (1 << 32) * (low >> 31) for low in (0x9E3779B9, 0x21F0AAAD, 0xD35A2D97))
 BLOCK, HALF_BLOCK = 32, 16
 """Values that a block of words decides, and the words in it."""
@@ -60,7 +60,7 @@ def scramble(x: Tensor, high: Tensor) -> Tensor:
 
 def sample_keys(seed: int, step: int, rows: NDArray[np.int64]) -> Tensor:
     """One key for each of these rows of the update's global batch, (B,)."""
-    return torch.from_numpy(numbered(key(seed, "dropout", step), rows).view(np.int64))
+    return torch.from_numpy(derive_keys(key(seed, "dropout", step), rows).view(np.int64))
 
 
 class MaskKeys(NamedTuple):
@@ -130,7 +130,7 @@ def drop(x: Tensor, mask: Mask, dtype: torch.dtype | None = None) -> Tensor:
     dtype = dtype or x.dtype
     if isinstance(mask.cut, Tensor):  # a checkpoint has the mask drawn again in the backward pass
         fused: Tensor = checkpoint(
-            plain, x, mask, dtype, use_reentrant=False, preserve_rng_state=False
+            mask_by_formula, x, mask, dtype, use_reentrant=False, preserve_rng_state=False
         )
         return fused
     dropped: Tensor = _Drop.apply(x, mask, dtype) if mask.cut else x
@@ -143,9 +143,9 @@ class _Drop(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, mask: Mask, dtype: torch.dtype) -> Tensor:
         ctx.mask, ctx.dtype = mask, x.dtype
-        if built(x, dtype):
-            return compiled(x, mask, dtype)
-        y, kept = tiled(x, mask, dtype)
+        if has_loop(x, dtype):
+            return mask_by_loop(x, mask, dtype)
+        y, kept = mask_in_tiles(x, mask, dtype)
         ctx.save_for_backward(kept)
         return y
 
@@ -154,12 +154,12 @@ class _Drop(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         saved = ctx.saved_tensors  # once, as a checkpoint makes them at the first look
         if not saved:
-            return compiled(gradient, ctx.mask, ctx.dtype), None, None
+            return mask_by_loop(gradient, ctx.mask, ctx.dtype), None, None
         scaled = (gradient * saved[0]).mul_(RATES / (RATES - ctx.mask.cut))
         return scaled.to(ctx.dtype), None, None
 
 
-def plain(x: Tensor, mask: Mask, dtype: torch.dtype) -> Tensor:
+def mask_by_formula(x: Tensor, mask: Mask, dtype: torch.dtype) -> Tensor:
     """The formula, one word per value: what a compiler fuses, and what judges the fast paths."""
     feature, cut, rows = (
         torch.arange(x.shape[-1], device=x.device),
@@ -175,7 +175,7 @@ def plain(x: Tensor, mask: Mask, dtype: torch.dtype) -> Tensor:
     return (x.to(wide) * torch.where(kept, scale, 0.0)).to(dtype)
 
 
-def tiled(x: Tensor, mask: Mask, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def mask_in_tiles(x: Tensor, mask: Mask, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The product, and 1 where a value is kept. Needs no compiler.
 
     A few words per operation, in place, so that they stay in the cache.
@@ -209,13 +209,13 @@ NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 """Types of values that loops.c knows."""
 
 
-def built(x: Tensor, dtype: torch.dtype) -> bool:
+def has_loop(x: Tensor, dtype: torch.dtype) -> bool:
     """Whether there is a loop from x to this type."""
     known = x.is_cpu and x.dtype in NAMES and dtype in NAMES
     return known and loops.library() is not None
 
 
-def compiled(x: Tensor, mask: Mask, dtype: torch.dtype) -> Tensor:
+def mask_by_loop(x: Tensor, mask: Mask, dtype: torch.dtype) -> Tensor:
     """The product by loops.c."""
     x = x.contiguous()
     y = torch.empty_like(x, dtype=dtype)

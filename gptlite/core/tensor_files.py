@@ -43,12 +43,12 @@ def whole_files(
             groups[-1].append(key)
         for number, keys in enumerate(groups, 1):
             yield (
-                numbered(name, number, len(groups)),
+                part_name(name, number, len(groups)),
                 {key: world.full(part[key]).contiguous() for key in keys},
             )
 
 
-def numbered(name: str, number: int, total: int) -> str:
+def part_name(name: str, number: int, total: int) -> str:
     return name if total == 1 else name.replace(".", f"-{number:05}-of-{total:05}.", 1)
 
 

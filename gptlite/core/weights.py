@@ -29,14 +29,14 @@ def fill(model: GPT, tensors: Mapping[str, Tensor], where: object, world: World 
     )
     if world.first and have != want:
         odd = sorted(name for name in have.keys() | want.keys() if have.get(name) != want.get(name))
-        few = ", ".join(odd[:5]) + wrapped(tensors)
+        few = ", ".join(odd[:5]) + wrapper_hint(tensors)
         raise CheckpointError(f"{where}: {len(odd)} weights do not fit this model: {few}")
     with torch.no_grad():
         for name, target in own.items():
             world.put(target, tensors.get(name))
 
 
-def wrapped(names: Iterable[str]) -> str:
+def wrapper_hint(names: Iterable[str]) -> str:
     """What to do if the names are those of a model inside another, as other programs save them."""
     for prefix in ("_orig_mod.", "module."):
         if all(name.startswith(prefix) for name in names):

@@ -54,11 +54,11 @@ class World:
         """Whether this is the rank that speaks and writes."""
         return self.rank == 0
 
-    def shared(self, make: Callable[[], T]) -> T:
+    def broadcast(self, make: Callable[[], T]) -> T:
         """What the first rank makes, for all of them; JSON's kinds of values."""
         return make()
 
-    def gathered(self, value: Any) -> list[Any]:
+    def gather(self, value: Any) -> list[Any]:
         """The values of all ranks, in their order; JSON's kinds. None leaves before all came."""
         return [value]
 
@@ -101,11 +101,11 @@ ALONE = World()
 
 def unlike_first(world: World, value: Any) -> str:
     """The ranks that have another value than the first one, in words; empty if none."""
-    values = world.gathered(value)
+    values = world.gather(value)
     return ", ".join(str(rank) for rank, other in enumerate(values) if other != values[0])
 
 
-def grouped(items: Iterator[T], size: int) -> Iterator[list[T]]:
+def chunk(items: Iterator[T], size: int) -> Iterator[list[T]]:
     """So many at a time; the last group may be smaller."""
     group: list[T] = []
     for item in items:

@@ -186,7 +186,7 @@ def is_separate(scan: Scan, run: RunConfig) -> bool:
     return run.data.layout == "documents" or scan.n_documents > 1
 
 
-def learned(run: RunConfig, scan: Scan, texts: Iterator[tuple[str, Chunk]]) -> Tokenizer:
+def build_tokenizer(run: RunConfig, scan: Scan, texts: Iterator[tuple[str, Chunk]]) -> Tokenizer:
     """The tokenizer that the config asks for; one that is trained sees the training text only."""
     to_learn: Iterator[str] = (text for split, (text, _) in texts if split == "train")
     if run.tokenizer.kind == "bpe" and scan.n_bytes > MOST_LEARNED:

@@ -30,12 +30,12 @@ from gptlite.data.encoding import (
     Cut,
     Moved,
     Scan,
+    build_tokenizer,
     cut_of,
     divide,
     encode,
     first_pass,
     is_separate,
-    learned,
     progress,
     read,
     with_progress,
@@ -84,10 +84,10 @@ class Part:
 
 def worth_it(listing: list[About]) -> bool:
     n_bytes = sum(source["bytes"] for source in listing)
-    return n_bytes >= LARGE_BYTES and len(grouped(listing)) > 1
+    return n_bytes >= LARGE_BYTES and len(group_files(listing)) > 1
 
 
-def grouped(listing: list[About]) -> list[slice]:
+def group_files(listing: list[About]) -> list[slice]:
     """Which files are each part."""
     enough = max(PART_BYTES, sum(source["bytes"] for source in listing) // MOST_PARTS)
     groups, start, size = [], 0, 0
@@ -124,10 +124,10 @@ def tokenize(
     storage.make_folders(work)
     storage.clean(work)
     sha256 = [source["sha256"] for source in listing]
-    groups = grouped(listing)
+    groups = group_files(listing)
     parts = [Part(number, files[g], sha256[g], work) for number, g in enumerate(groups)]
-    scans = made_all(parts, partial(scan_part, run), "read", 0)
-    whole = merged([part.folder for part in parts], scans)
+    scans = make_all(parts, partial(scan_part, run), "read", 0)
+    whole = merge_scans([part.folder for part in parts], scans)
     if "split" in listing[-1]:
         to_train = ["split" not in listing[g.start] for g in groups]
         whole.n_train_bytes = sum(scan["bytes"] for scan in compress(scans, to_train))
@@ -135,8 +135,8 @@ def tokenize(
     built = own or kept_tokenizer(work)
     if built is None:
         texts = divide(with_progress(files, run, "learn", whole.n_bytes), cut)
-        built = learned(run, whole, texts)
-    storage.write_text(work / "tokenizer.json", storage.sealed(built.to_json()))
+        built = build_tokenizer(run, whole, texts)
+    storage.write_text(work / "tokenizer.json", storage.seal(built.to_json()))
     made = partial(
         replace,
         separate=is_separate(whole, run),
@@ -148,7 +148,7 @@ def tokenize(
         of_part = cut.part(n_bytes, slice(n_documents, n_documents + scan["documents"]))
         to_encode.append(made(part, cut=of_part))
         n_bytes, n_documents = n_bytes + scan["bytes"], n_documents + scan["documents"]
-    abouts = made_all(to_encode, partial(encode_part, run), "encode", n_bytes)
+    abouts = make_all(to_encode, partial(encode_part, run), "encode", n_bytes)
     for part in parts:
         storage.remove(part.folder)  # its scan
     return built, [about["splits"] for about in abouts]
@@ -162,12 +162,12 @@ def kept_tokenizer(work: Path) -> Tokenizer | None:
         return None
 
 
-def made_all(
+def make_all(
     parts: list[Part], make: Callable[[Part, Moved], About], desc: str, n_bytes: int
 ) -> list[About]:
     """What is in the folder of each part: there from an earlier attempt, or made now."""
     with ThreadPoolExecutor(machine.count_cores()) as threads:
-        found = list(threads.map(kept, parts))
+        found = list(threads.map(read_kept, parts))
     todo = [part for part, about in zip(parts, found, strict=True) if about is None]
     if len(todo) < len(parts):
         tell(f"{desc}: {len(parts) - len(todo)} of {len(parts)} parts are there already")
@@ -177,11 +177,11 @@ def made_all(
     return [next(made) if about is None else about for about in found]
 
 
-def kept(part: Part) -> About | None:
+def read_kept(part: Part) -> About | None:
     """What is whole in its folder and made from the same; None if that is not so."""
     try:
         path = part.folder / "made.json"
-        about = storage.unsealed(storage.read_regular(path, MOST_MADE_BYTES))
+        about = storage.unseal(storage.read_regular(path, MOST_MADE_BYTES))
         whole = all(
             storage.file_digest(part.folder / name) == sha256
             for name, sha256 in about["files"].items()
@@ -197,7 +197,7 @@ def keep(part: Part, fill: Callable[[Path], About]) -> About:
     storage.make_folders(begun)
     try:
         about = {"key": part.key, **fill(begun)}
-        storage.write_text(begun / "made.json", storage.sealed(about))
+        storage.write_text(begun / "made.json", storage.seal(about))
         if part.folder.exists():
             storage.remove(part.folder)
         storage.disk.rename(begun, part.folder)
@@ -223,7 +223,7 @@ def scan_part(run: RunConfig, part: Part, moved: Moved) -> About:
     return keep(part, fill)
 
 
-def merged(folders: list[Path], scans: list[About]) -> Scan:
+def merge_scans(folders: list[Path], scans: list[About]) -> Scan:
     """What one pass over all parts finds."""
     n_bytes, n_documents = (sum(scan[name] for scan in scans) for name in ("bytes", "documents"))
     characters = set().union(*(scan["characters"] for scan in scans))
@@ -258,7 +258,7 @@ def encode_part(run: RunConfig, part: Part, moved: Moved) -> About:
     return keep(part, fill)
 
 
-def joined(work: Path, parts: list[About]) -> dict[str, Any]:
+def join_counts(work: Path, parts: list[About]) -> dict[str, Any]:
     """Counts and digest of each split as if it were one file: equal tokens have equal digests."""
 
     def of_split(split: str) -> About:

@@ -29,12 +29,12 @@ from gptlite.data import parts as shards
 from gptlite.data import sources, tokenizers
 from gptlite.data.encoding import (
     Scan,
+    build_tokenizer,
     cut_of,
     divide,
     encode,
     first_pass,
     is_separate,
-    learned,
     progress,
     read,
     with_progress,
@@ -44,7 +44,7 @@ from gptlite.data.split import is_near
 from gptlite.data.token_files import TokenFiles, check_ids, open_token_files, token_dtype
 from gptlite.data.tokenizers import Tokenizer
 from gptlite.data.unknown import tell_lost
-from gptlite.digests import Looks, looks, unchanged
+from gptlite.digests import Looks, hold_unchanged, looks
 from gptlite.errors import ConfigError, DataError, StorageError
 from gptlite.terminal import tell
 
@@ -77,7 +77,7 @@ def prepare(run: RunConfig, own: Tokenizer | None = None, trained_on: str = "") 
             )
     else:
         own = None
-    return replace(found_or_made(run, own, trained_on), train_tokens=run.data.train_tokens)
+    return replace(find_or_make(run, own, trained_on), train_tokens=run.data.train_tokens)
 
 
 def open_split(run: RunConfig, built: Tokenizer, split: str, trained_on: str = "") -> TokenFiles:
@@ -96,7 +96,7 @@ def open_split(run: RunConfig, built: Tokenizer, split: str, trained_on: str = "
     all_of_it = {"val_source": None, "val_fraction": 1.0, "split_by": "tail", "train_tokens": None}
     data = run.data.model_copy(update={"source": split, "sha256": None, **all_of_it})
     try:
-        files = found_or_made(run.model_copy(update={"data": data}), built)
+        files = find_or_make(run.model_copy(update={"data": data}), built)
         if (n := files.n_tokens("val")) < 2:
             raise DataError(f"{split}: has {n} tokens, needs >= 2")
         return files
@@ -106,13 +106,13 @@ def open_split(run: RunConfig, built: Tokenizer, split: str, trained_on: str = "
         raise DataError(*(f"--split {line}" for line in lines)) from None
 
 
-def found_or_made(run: RunConfig, own: Tokenizer | None, trained_on: str = "") -> TokenFiles:
+def find_or_make(run: RunConfig, own: Tokenizer | None, trained_on: str = "") -> TokenFiles:
     folder = Path(os.path.expanduser(run.sources[0]))
     if len(run.sources) == 1 and os.path.isfile(folder / "train.bin"):
         return adopt(folder, run, own)
     files, to_validate = sources.locate(run), sources.locate_val(run)
     before = looks(files := [*files, *to_validate])
-    listing = described(files, run)
+    listing = describe_sources(files, run)
     cache = Path(run.data.cache_dir) / "tokens"
     earlier = cache / cache_key(run, listing, own, EARLIER_FORMAT)
     if trained_on and (earlier / "meta.json").is_file():
@@ -133,7 +133,7 @@ def found_or_made(run: RunConfig, own: Tokenizer | None, trained_on: str = "") -
     return open_token_files(target)
 
 
-def described(files: list[Path], run: RunConfig) -> list[dict[str, Any]]:
+def describe_sources(files: list[Path], run: RunConfig) -> list[dict[str, Any]]:
     """Name, size and digest of each source."""
     try:
         digests = ledger.digests(files, Path(run.data.cache_dir) / "digests.json", source_digest)
@@ -258,13 +258,13 @@ def make(
 ) -> None:
     """Tokenize into a temporary folder and rename it: a cache folder is whole or absent."""
     with workbench(target) as work:
-        with unchanged(before):
-            scan = scanned(files, listing, run)
+        with hold_unchanged(before):
+            scan = scan_sources(files, listing, run)
             cut = cut_of(scan, run)
             built = own
             if built is None:
                 learning = with_progress(files, run, "learn", scan.n_bytes)
-                built = learned(run, scan, divide(learning, cut))
+                built = build_tokenizer(run, scan, divide(learning, cut))
             with progress("encode", scan.n_bytes) as moved:
                 splits = encode(
                     files,
@@ -283,7 +283,7 @@ def make(
             os.rename(work, target)
 
 
-def scanned(files: list[Path], listing: list[dict[str, Any]], run: RunConfig) -> Scan:
+def scan_sources(files: list[Path], listing: list[dict[str, Any]], run: RunConfig) -> Scan:
     """What the first pass finds: in what is trained on, and then in what is validated on."""
     n_train = sum("split" not in about for about in listing)
     with progress("read", 0) as moved:
@@ -322,9 +322,9 @@ def make_of_parts(
     with shards.workplace(target) as work:
         if (target / "meta.json").is_file():  # made by another process, for which we waited
             return
-        with unchanged(before):
+        with hold_unchanged(before):
             built, parts = shards.tokenize(files, listing, run, own, work)
-        splits = shards.joined(work, parts)
+        splits = shards.join_counts(work, parts)
         check_splits(splits, run)
         finish(work, {**describe(run, built, splits, listing), "parts": parts}, built)
         storage.discard(target)  # one that has lost its meta.json
@@ -346,5 +346,5 @@ def check_splits(splits: dict[str, Any], run: RunConfig) -> None:
 
 
 def finish(work: Path, meta: dict[str, Any], built: Tokenizer) -> None:
-    storage.write_text(work / "tokenizer.json", storage.sealed(built.to_json()))
-    storage.write_text(work / "meta.json", storage.sealed(meta))
+    storage.write_text(work / "tokenizer.json", storage.seal(built.to_json()))
+    storage.write_text(work / "meta.json", storage.seal(meta))

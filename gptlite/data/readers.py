@@ -74,7 +74,7 @@ def is_plain(path: Path) -> bool:
 
 def has_marks(path: Path) -> bool:
     """Whether the beginning of a text has lines that say <|endoftext|>."""
-    with opened(path) as file:
+    with open_bytes(path) as file:
         start: bytes = file.read(CHUNK)
     return MARK.search(start.decode(errors="replace")) is not None
 
@@ -96,7 +96,7 @@ def read_file(path: Path, data: DataConfig) -> Iterator[Chunk]:
         yield from read_lines(path)
     else:
         ends_later = ""
-        for text in decoded(path):
+        for text in read_utf8(path):
             if ends_later:
                 yield ends_later, False
             ends_later = text
@@ -105,7 +105,7 @@ def read_file(path: Path, data: DataConfig) -> Iterator[Chunk]:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[Any]:
+def open_bytes(path: Path) -> Iterator[Any]:
     """The bytes of a file, decompressed as they are read. DataError if it is damaged."""
     suffix = path.suffix.lower()
     try:
@@ -135,7 +135,7 @@ def arrow(path: Path) -> Any:
 
 def check_start(path: Path) -> None:
     """DataError for what is no text, or none in UTF-8, by how it begins."""
-    with opened(path) as file:
+    with open_bytes(path) as file:
         start: bytes = file.read(START)
     for magic, what in NOT_TEXT.items():
         if start.startswith(magic):
@@ -148,10 +148,10 @@ def check_start(path: Path) -> None:
             raise DataError(f"data.source: {path}: {why}; convert it to UTF-8")
 
 
-def decoded(path: Path) -> Iterator[str]:
+def read_utf8(path: Path) -> Iterator[str]:
     """The text of a UTF-8 file, a mebibyte at a time; a byte order mark is left out."""
     decoder = codecs.getincrementaldecoder("utf-8")()
-    with opened(path) as file:
+    with open_bytes(path) as file:
         at, first = 0, True
         while raw := file.read(CHUNK):
             waiting = len(decoder.getstate()[0])
@@ -173,7 +173,7 @@ def not_utf8(path: Path, at: int) -> DataError:
 def read_lines(path: Path) -> Iterator[Chunk]:
     """Every non-empty line as a document, however long it is; a lone return ends one, too."""
     begun, held = False, ""
-    for text in decoded(path):
+    for text in read_utf8(path):
         text, held = held + text, ""
         if text.endswith("\r"):  # its newline may be in the next piece
             text, held = text[:-1], "\r"
@@ -192,7 +192,7 @@ def read_lines(path: Path) -> Iterator[Chunk]:
 def read_separated(path: Path, separator: str) -> Iterator[Chunk]:
     """What stands between separators, without the line break behind one."""
     begun, held = False, ""
-    for text in decoded(path):
+    for text in read_utf8(path):
         *documents, held = (held + text).split(separator)
         for document in documents:
             if document := document if begun else document.lstrip("\r\n"):
@@ -230,7 +230,7 @@ def read_records(path: Path, field: str) -> Iterator[Chunk]:
 
 def of_lines(path: Path) -> Iterator[tuple[str, Any]]:
     """The place and the value of each line of JSON."""
-    with opened(path) as raw, io.TextIOWrapper(raw, "utf-8-sig") as file:
+    with open_bytes(path) as raw, io.TextIOWrapper(raw, "utf-8-sig") as file:
         number = 0
         for line in records(path, file):
             number += 1
@@ -250,7 +250,7 @@ def is_array(path: Path) -> bool:
     """Whether a .json file is one array, and not a record on each line."""
     if kind_of(path) != ".json":
         return False
-    with opened(path) as file:
+    with open_bytes(path) as file:
         start: bytes = file.read(START)
     return start.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
 
@@ -258,7 +258,7 @@ def is_array(path: Path) -> bool:
 def of_array(path: Path) -> Iterator[tuple[str, Any]]:
     """The place and the value of each part of a JSON array, which is never held whole."""
     decoder, gap = json.JSONDecoder(), re.compile(r"[\s,]*")
-    text = (piece for piece in decoded(path) if piece)
+    text = (piece for piece in read_utf8(path) if piece)
     begins = next(piece for piece in text if not piece.isspace())
     held, at, number = begins.lstrip()[1:], 0, 1  # past the bracket, which was seen
     while True:
@@ -289,7 +289,7 @@ def pieces(text: str) -> Iterator[Chunk]:
 def read_table(path: Path, field: str, delimiter: str) -> Iterator[Chunk]:
     """The column of that name; DataError for a row with more or fewer fields than the first."""
     csv.field_size_limit(sys.maxsize)
-    with opened(path) as raw, io.TextIOWrapper(raw, "utf-8-sig", newline="") as file:
+    with open_bytes(path) as raw, io.TextIOWrapper(raw, "utf-8-sig", newline="") as file:
         rows = csv.reader(records(path, file), delimiter=delimiter, strict=True)
         names, begins = next_row(path, rows), rows.line_num + 1
         check_column(path, field, names, delimiter)
@@ -365,6 +365,6 @@ def records(path: Path, lines: Iterator[str]) -> Iterator[str]:
     try:
         yield from lines
     except UnicodeDecodeError:
-        for _ in decoded(path):  # the slow reader knows the place
+        for _ in read_utf8(path):  # the slow reader knows the place
             pass
         raise

@@ -32,7 +32,7 @@ PARAMETERS = ("split", "config", "revision", "rows")
 """What may follow the name of a dataset."""
 
 
-def fetched(url: str, data: DataConfig) -> list[Path]:
+def fetch(url: str, data: DataConfig) -> list[Path]:
     """The files that an address names, in the cache. Raises ConfigError, DataError, UserError."""
     cache = Path(data.cache_dir) / "downloads"
     try:
@@ -44,10 +44,10 @@ def fetched(url: str, data: DataConfig) -> list[Path]:
     except ImportError as error:
         raise UserError(f"data.source: {url}: {error}") from None
     except Exception as error:  # noqa: BLE001 - each kind of storage has errors of its own
-        raise not_fetched(url, error) from None
+        raise fetch_failure(url, error) from None
 
 
-def not_fetched(url: str, error: Exception) -> DataError:
+def fetch_failure(url: str, error: Exception) -> DataError:
     why = (str(error).strip().splitlines() or [""])[0][:200]
     return DataError(f"data.source: {url}: cannot be fetched ({type(error).__name__}: {why})")
 
@@ -59,7 +59,7 @@ def arriving(parts: Iterator[bytes], url: str) -> Iterator[bytes]:
     except UserError:
         raise
     except Exception as error:  # noqa: BLE001 - see above
-        raise not_fetched(url, error) from None
+        raise fetch_failure(url, error) from None
 
 
 def from_storage(url: str, data: DataConfig, cache: Path) -> list[Path]:
@@ -78,10 +78,10 @@ def from_storage(url: str, data: DataConfig, cache: Path) -> list[Path]:
         found = [path]
     if not found:
         raise DataError(f"data.source: {url}: matches no file")
-    return [copied(system, file, url, cache) for file in sorted(found)]
+    return [copy_to_cache(system, file, url, cache) for file in sorted(found)]
 
 
-def copied(system: Any, file: str, url: str, cache: Path) -> Path:
+def copy_to_cache(system: Any, file: str, url: str, cache: Path) -> Path:
     """One file in the cache, named by where it is and what it is there."""
     key = [url.partition("://")[0], file, system.checksum(file)]
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
@@ -146,7 +146,7 @@ def download(url: str, sha256: str, cache_dir: Path) -> Path:
         with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as response:
             if not response.url.startswith("https://"):
                 raise DataError(f"{url}: redirected to an address that is not https")
-            return keep(target, received(response), sha256, url)
+            return keep(target, receive(response), sha256, url)
     except (OSError, http.client.HTTPException, ValueError) as error:
         why = getattr(error, "reason", None) or error
         raise DataError(
@@ -155,7 +155,7 @@ def download(url: str, sha256: str, cache_dir: Path) -> Path:
         ) from None
 
 
-def received(response: http.client.HTTPResponse) -> Iterator[bytes]:
+def receive(response: http.client.HTTPResponse) -> Iterator[bytes]:
     """The bytes of a response; a broken connection is a URLError, to tell it from a full disk."""
     try:
         while part := response.read(CHUNK):

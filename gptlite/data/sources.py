@@ -64,7 +64,7 @@ def locate_one(source: str, data: DataConfig) -> list[Path]:
     if source.startswith("https://"):
         return [remote.download(source, str(data.sha256), Path(data.cache_dir))]
     if "://" in source:
-        return remote.fetched(source, data)
+        return remote.fetch(source, data)
     path = Path(os.path.expanduser(source))
     if os.path.isdir(path):  # a name too long is for check_regular to report
         files, others = in_folder(path, data)

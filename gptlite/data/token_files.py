@@ -100,8 +100,8 @@ def open_token_files(
     """Token files with their digests checked; DataError names what is damaged and the way out."""
     path = folder / "meta.json"
     try:
-        meta = storage.unsealed(storage.read_regular(path, MOST_META_BYTES))
-        return checked(folder, meta, tokenizers.read(folder / "tokenizer.json"))
+        meta = storage.unseal(storage.read_regular(path, MOST_META_BYTES))
+        return check_meta(folder, meta, tokenizers.read(folder / "tokenizer.json"))
     except DataError as error:
         why = str(error)
     except (OSError, ValueError) as error:
@@ -111,7 +111,7 @@ def open_token_files(
     raise DataError(f"{why}; {way_out}")
 
 
-def checked(folder: Path, meta: dict[str, Any], built: Tokenizer) -> TokenFiles:
+def check_meta(folder: Path, meta: dict[str, Any], built: Tokenizer) -> TokenFiles:
     if tokenizers.digest(built) != meta["tokenizer_sha256"]:
         raise DataError(f"{folder}/tokenizer.json: damaged (sha256 differs from meta.json)")
     ids = (meta["vocab_size"], meta["eot"])
@@ -126,7 +126,7 @@ def checked(folder: Path, meta: dict[str, Any], built: Tokenizer) -> TokenFiles:
         n_tokens = sum(about["tokens"] for _, about in files.files(split))
         if n_tokens != meta["splits"][split]["tokens"]:
             raise DataError(f"{folder}/meta.json: damaged (its parts have {n_tokens} tokens)")
-    check = partial(checked_digest, expected=expected, vocab_size=built.vocab_size)
+    check = partial(digest_checked_ids, expected=expected, vocab_size=built.vocab_size)
     found = digests.digests(list(expected), folder / "verified.json", check)
     for path, sha256 in zip(expected, found, strict=True):
         if sha256 != expected[path]:
@@ -141,7 +141,7 @@ def check_size(path: Path, n_tokens: int, size_of_one: int) -> None:
         raise DataError(f"{path}: has {size} bytes, {tokens}")
 
 
-def checked_digest(path: Path, expected: dict[Path, str], vocab_size: int) -> str:
+def digest_checked_ids(path: Path, expected: dict[Path, str], vocab_size: int) -> str:
     """sha256 of a token file; DataError for an id too large in one that is as it was made."""
     sha256 = storage.file_digest(path)
     if sha256 == expected[path] and path.stat().st_size:

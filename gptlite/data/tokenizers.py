@@ -296,7 +296,7 @@ def from_json(saved: dict[str, Any]) -> Tokenizer:
 def read(path: Path) -> Tokenizer:
     """A tokenizer's sealed file; DataError if it is damaged, or none."""
     try:
-        return from_json(storage.unsealed(storage.read_regular(path, MOST_BYTES)))
+        return from_json(storage.unseal(storage.read_regular(path, MOST_BYTES)))
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
     except (OSError, ValueError) as error:
@@ -317,7 +317,7 @@ def build(
         return CharTokenizer("".join(sorted(characters)), eot=eot, unknown=config.unknown)
     if config.kind == "bpe":
         return train_bpe(texts, config.vocab_size)
-    return pretrained(config.name)
+    return load_pretrained(config.name)
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
@@ -338,7 +338,7 @@ def byte_characters() -> Sequence[str]:
     return [chr(byte if byte in visible else next(others)) for byte in range(256)]
 
 
-def pretrained(name: str) -> BPETokenizer:
+def load_pretrained(name: str) -> BPETokenizer:
     """One of tiktoken's encodings; ConfigError when there is none or it cannot be had in time."""
     known = tiktoken.list_encoding_names()
     if name not in known:

@@ -51,7 +51,7 @@ def place_of(unknown: UnknownCharacter, files: list[Path], data: DataConfig) -> 
 
 def in_lines(file: Path, unknown: UnknownCharacter, data: DataConfig) -> str:
     line = column = 1
-    for text in readers.decoded(file):
+    for text in readers.read_utf8(file):
         at = unknown.first_in(text)
         head = text[:at]
         if "\n" in head:

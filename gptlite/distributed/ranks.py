@@ -106,7 +106,7 @@ class Ranks(World):
         self.here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         self.wait_for_all(JOIN_SECONDS)
         versions = f"torch {torch.__version__}, gptlite {__version__}"
-        processes, have = zip(*self.gathered([Process.own(), versions]), strict=True)
+        processes, have = zip(*self.gather([Process.own(), versions]), strict=True)
         for other, theirs in enumerate(have):
             if theirs != have[0]:
                 raise ConfigError(f"rank {other} has {theirs}, rank 0 has {have[0]}")
@@ -137,20 +137,20 @@ class Ranks(World):
                 )
             time.sleep(0.05)
 
-    def shared(self, make: Callable[[], T]) -> T:
-        found: T = self.gathered(make() if self.first else None)[0]
+    def broadcast(self, make: Callable[[], T]) -> T:
+        found: T = self.gather(make() if self.first else None)[0]
         return found
 
-    def gathered(self, value: Any) -> list[Any]:
+    def gather(self, value: Any) -> list[Any]:
         self.round += 1
         at = f"{self.round}/"
         self.store.set(at + str(self.rank), json.dumps(value))
-        values = [json.loads(self.awaited(at + str(other))) for other in range(self.size)]
+        values = [json.loads(self.wait_for(at + str(other))) for other in range(self.size)]
         if self.round > 1:  # all have read that one
             self.store.delete_key(f"{self.round - 1}/{self.rank}")
         return values
 
-    def awaited(self, key: str) -> bytes:
+    def wait_for(self, key: str) -> bytes:
         """A value that another rank will set; signals are seen while it is waited for."""
         while True:
             try:
@@ -171,7 +171,7 @@ class Ranks(World):
 
     def in_turn(self, make: Callable[[], T]) -> T:
         made = [make()] if self.turn == 0 else []
-        self.gathered(None)
+        self.gather(None)
         return made[0] if made else make()
 
     def device(self, run: RunConfig) -> torch.device:
@@ -257,7 +257,7 @@ def rendezvous() -> Store:
 
 
 @contextmanager
-def joined() -> Iterator[Ranks]:
+def join() -> Iterator[Ranks]:
     """This process among the others; what fails in one ends all, with one exit code.
 
     Only the first rank's errors leave here as they are: it speaks for all.
@@ -267,7 +267,7 @@ def joined() -> Iterator[Ranks]:
     ranks = Ranks(rendezvous())
     try:
         yield ranks
-        ranks.gathered(None)
+        ranks.gather(None)
     except BaseException as error:
         raise ranks.leave(error) from None
     finally:

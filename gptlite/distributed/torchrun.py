@@ -15,15 +15,15 @@ def n_ranks() -> int:
     return int(text)
 
 
-def entered() -> AbstractContextManager[World]:
+def join_ranks() -> AbstractContextManager[World]:
     """This process among the others that torchrun has started, if it has."""
     if n_ranks() == 1:
         return nullcontext(ALONE)
     # Its C++ side fills the screen where another rank is gone, which is said in one line of ours.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
-    from gptlite.distributed.ranks import joined
+    from gptlite.distributed.ranks import join
 
-    return joined()
+    return join()
 
 
 def refuse_ranks(command: str) -> None:

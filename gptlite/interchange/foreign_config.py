@@ -43,7 +43,7 @@ BOOK = {
 BOOK_NAMES = {"emb_dim", "n_heads", "n_layers", "drop_rate", "drop_rate_emb", "qkv_bias"}
 
 
-def translated(path: Path) -> str:
+def translate(path: Path) -> str:
     """The YAML of another project's config, checked. Raises ConfigError."""
     given, left_out = read(path)
     of_book = bool(BOOK_NAMES & given.keys())

@@ -24,7 +24,7 @@ from gptlite.data.tokenizers import (
 )
 from gptlite.errors import ConfigError, DataError
 from gptlite.interchange import hf_config
-from gptlite.interchange.hf_tokenizer import SYMBOLS, merges, shown
+from gptlite.interchange.hf_tokenizer import SYMBOLS, merges, show_token
 
 FILE = "tokenizer.json"
 FIELDS = {
@@ -319,12 +319,18 @@ def check_merges(model: dict[str, Any], ranks: dict[bytes, int]) -> None:
     """tiktoken merges two tokens wherever that makes a token, the lowest id first."""
     pairs, needed = pairs_in(model), merges(ranks)
     ids = [model["vocab"].get("".join(pair), -1) for pair in pairs]
-    if ids != sorted(ids) or -1 in ids or {(shown(a), shown(b)) for a, b in needed} - set(pairs):
+    if (
+        ids != sorted(ids)
+        or -1 in ids
+        or {(show_token(a), show_token(b)) for a, b in needed} - set(pairs)
+    ):
         raise Refused("model.merges: not in the order of its ids, as tiktoken's are")
     made = {a + b for a, b in needed}
     whole = [token for token in ranks if len(token) > 1 and token not in made]
     if whole and not model.get("ignore_merges"):
-        raise Refused(f"model.ignore_merges: false, and no merge makes {shown(whole[0])!r:.40}")
+        raise Refused(
+            f"model.ignore_merges: false, and no merge makes {show_token(whole[0])!r:.40}"
+        )
 
 
 def compare(ours: Tokenizer, text: str, whole: dict[str, Any], path: Path) -> None:

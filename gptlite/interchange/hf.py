@@ -84,7 +84,9 @@ def places(model: ModelConfig, family: str, *, transposed: bool = True) -> Itera
                 yield Place(f"blocks.{layer}.{ours}.{kind}", there, flips)
 
 
-def exported(model: ModelConfig, family: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def export_tensors(
+    model: ModelConfig, family: str, tensors: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     """Our tensors under their names. GPT-2 always has biases: zeros where we have none."""
     out: dict[str, Tensor] = {}
     for ours, theirs, transposed in places(model, family):
@@ -113,11 +115,11 @@ def has_bias(name: str) -> bool:
     return name.endswith(".bias") and "embedding" not in name and not name.startswith("head")
 
 
-def imported(
+def import_tensors(
     model: ModelConfig, family: str, tensors: Mapping[str, Tensor], *, transposed: bool = True
 ) -> dict[str, Tensor]:
     """Their tensors under our names, in float32. Raises CheckpointError naming what is odd."""
-    left = {plain(name, family): tensor for name, tensor in tensors.items()}
+    left = {strip_wrapper(name, family): tensor for name, tensor in tensors.items()}
     if len(left) < len(tensors):
         raise CheckpointError("two weights of one name, with and without what stands before it")
     out: dict[str, Tensor] = {}
@@ -145,7 +147,7 @@ def imported(
     return out
 
 
-def plain(name: str, family: str) -> str:
+def strip_wrapper(name: str, family: str) -> str:
     """A name without what wrappers put before it, and with what a bare model leaves out."""
     for prefix in PREFIXES:
         name = name.removeprefix(prefix)

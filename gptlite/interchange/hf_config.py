@@ -96,7 +96,7 @@ def family_of(model: ModelConfig) -> str:
     return family
 
 
-def written(
+def make_config(
     model: ModelConfig, dropout: DropoutConfig, vocab_size: int, layout: str
 ) -> dict[str, Any]:
     """The config.json of a model. Raises ConfigError if no architecture holds it."""
@@ -159,7 +159,7 @@ def llama(model: ModelConfig) -> dict[str, Any]:
     }
 
 
-def lost(dropout: DropoutConfig, family: str) -> list[str]:
+def lost_sites(dropout: DropoutConfig, family: str) -> list[str]:
     """Sites that drop and have no rate of their own there, or more to them than a rate."""
     plan, carried = dropout.plan(), PDROPS[family]
     home = {site: sites for sites in carried.values() for site in sites}

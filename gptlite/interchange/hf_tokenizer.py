@@ -17,7 +17,7 @@ BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "
 SYMBOLS = byte_characters()
 
 
-def written(
+def make_files(
     tokenizer: Tokenizer, context_length: int, begin: int | None = None
 ) -> dict[str, dict[str, Any]]:
     """tokenizer.json and tokenizer_config.json, by name; `begin` stands before every text."""
@@ -50,8 +50,8 @@ def document(tokenizer: Tokenizer) -> dict[str, Any]:
     decoder: dict[str, Any] = BYTES
     if isinstance(tokenizer, BPETokenizer):
         by_rank = sorted(tokenizer.ranks.items(), key=lambda item: item[1])
-        model["vocab"] = {shown(token): rank for token, rank in by_rank}
-        model["merges"] = [[shown(a), shown(b)] for a, b in merges(tokenizer.ranks)]
+        model["vocab"] = {show_token(token): rank for token, rank in by_rank}
+        model["merges"] = [[show_token(a), show_token(b)] for a, b in merges(tokenizer.ranks)]
         model["ignore_merges"] = True  # a word that is a token is that token, as in tiktoken
         pattern = POSSESSIVE_COUNT.sub(r"\1", tokenizer.pattern)
         split: dict[str, Any] = {"type": "Split", "pattern": {"Regex": pattern}}
@@ -93,7 +93,7 @@ def template(name: str, number: int) -> dict[str, Any]:
     }
 
 
-def shown(token: bytes) -> str:
+def show_token(token: bytes) -> str:
     """A token as vocabulary files show it."""
     return "".join(SYMBOLS[byte] for byte in token)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from gptlite.data.tokenizers import CharTokenizer, Tokenizer, pretrained
+from gptlite.data.tokenizers import CharTokenizer, Tokenizer, load_pretrained
 from gptlite.errors import CheckpointError, ConfigError
 from gptlite.interchange import torch_file
 
@@ -47,7 +47,7 @@ def tokenizer_of(path: Path, vocab_size: int, meta: Path | None) -> Tokenizer:
     """The characters of a meta.pkl, or GPT-2's vocabulary where the size is its."""
     beside = path.with_name("meta.pkl")
     if meta is None and vocab_size in GPT2_VOCABULARIES:
-        return pretrained("gpt2")
+        return load_pretrained("gpt2")
     if meta is None and not beside.is_file():
         raise ConfigError(
             f"{path}: the tokenizer of {vocab_size} tokens is not in it; give the meta.pkl that "

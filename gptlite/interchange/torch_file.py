@@ -59,8 +59,8 @@ def read(path: Path) -> Any:
             zipfile.ZipFile(file) as archive,
         ):
             names = {name.partition("/")[2]: name for name in archive.namelist()}
-            value = plain_values(stored(archive, names["data.pkl"], MOST_PICKLE_BYTES))
-            return with_tensors(value, lambda key: stored(archive, names[f"data/{key}"]))
+            value = plain_values(read_entry(archive, names["data.pkl"], MOST_PICKLE_BYTES))
+            return with_tensors(value, lambda key: read_entry(archive, names[f"data/{key}"]))
     except (OSError, zipfile.BadZipFile) as error:
         why = getattr(error, "strerror", None) or f"not a file that torch saved ({error})"
         raise CheckpointError(f"{path}: {why}") from None
@@ -82,7 +82,7 @@ def read_pickle(path: Path) -> Any:
         raise CheckpointError(f"{path}: damaged, or not plain values ({error!r:.100})") from None
 
 
-def stored(archive: zipfile.ZipFile, name: str, most: int | None = None) -> bytes:
+def read_entry(archive: zipfile.ZipFile, name: str, most: int | None = None) -> bytes:
     """The bytes of an entry; torch never compresses them, so that they cannot swell."""
     about = archive.getinfo(name)
     if about.compress_type != zipfile.ZIP_STORED or (most and about.file_size > most):
@@ -121,7 +121,7 @@ def combine(name: str, argument: Any, stack: list[Any]) -> None:
     elif name == "STACK_GLOBAL":
         stack[-2:] = [Opaque(f"{stack[-2]}.{stack[-1]}")]
     elif name in ("REDUCE", "NEWOBJ"):
-        stack[-2:] = [made(stack[-2], stack[-1])]
+        stack[-2:] = [call_known(stack[-2], stack[-1])]
     elif name == "BUILD":  # what is set on an object; ours are plain
         stack.pop()
     elif name == "TUPLE":
@@ -170,7 +170,7 @@ TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 ITEMS = {"APPEND": 1, "SETITEM": 2}
 
 
-def made(function: Any, arguments: Any) -> Any:
+def call_known(function: Any, arguments: Any) -> Any:
     """What stands for a call: only these three have a meaning here."""
     if not isinstance(function, Opaque):
         raise TypeError("a call of what is no name")

@@ -67,14 +67,14 @@ def calibration(found: Guesses) -> dict[str, Any]:
     """ECE with equal and with equally filled bins, Brier score, and the reliability curve."""
     even = np.linspace(0, 1, BINS + 1)
     filled = np.quantile(found.confidence, even)
-    sums = binned(found, even)
+    sums = bin_predictions(found, even)
     count, confidence, correct = sums.sum(0)
     brier = np.bincount(found.row, weights=found.brier).astype(np.float64)
     with np.errstate(invalid="ignore"):
         curve = np.stack([confidence / count, correct / count], 1)
     return {
         "ece": calibration_error(sums),
-        "adaptive_ece": calibration_error(binned(found, filled)),
+        "adaptive_ece": calibration_error(bin_predictions(found, filled)),
         "brier": mean_per_target(brier, sums[:, 0].sum(1), "calibration rows"),
         "accuracy": float(correct.sum() / count.sum()),
         "confidence": float(confidence.sum() / count.sum()),
@@ -87,7 +87,7 @@ def calibration(found: Guesses) -> dict[str, Any]:
     }
 
 
-def binned(found: Guesses, edges: Floats) -> Floats:
+def bin_predictions(found: Guesses, edges: Floats) -> Floats:
     """Count, confidence and correct guesses summed per row and bin, (rows, 3, bins)."""
     n = len(edges) - 1
     place = np.searchsorted(edges[1:-1], found.confidence, side="left")
@@ -159,10 +159,10 @@ def mc_dropout(
     found = {name: torch.cat(parts).numpy() for name, parts in sums.items()}
     if not all(np.isfinite(values).all() for values in found.values()):
         raise DivergedError("probabilities are not finite")
-    return averaged(found, passes)
+    return average_passes(found, passes)
 
 
-def averaged(sums: dict[str, Floats], passes: Sequence[int]) -> dict[str, Any]:
+def average_passes(sums: dict[str, Floats], passes: Sequence[int]) -> dict[str, Any]:
     """Sums per row as means per target; differences in pairs, below 0 where averaging helps."""
     targets, plain = sums["targets"], sums["deterministic"]
     over = {name: mean_per_target(x, targets, "mc-dropout rows") for name, x in sums.items()}

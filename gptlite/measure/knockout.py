@@ -97,7 +97,9 @@ def n_units(model: GPT, kind: str) -> int:
     return max(place.units.stop for place in KINDS[kind](model))
 
 
-def replaced(place: Place, gone: Tensor, fill: Tensor, _: Any, __: Any, output: Tensor) -> Tensor:
+def replace_units(
+    place: Place, gone: Tensor, fill: Tensor, _: Any, __: Any, output: Tensor
+) -> Tensor:
     """A forward hook: the output without the units that are gone, (B, units) at this place."""
     shape = [len(gone)] + [1] * (output.ndim - 1)
     shape[place.axis or 1] = gone.shape[1]
@@ -111,7 +113,7 @@ def removing(places: Sequence[Place], removed: Tensor, fills: Sequence[Tensor]) 
         for place, fill in zip(places, fills, strict=True):
             gone = removed[:, place.units]
             if gone.any():
-                hook = partial(replaced, place, gone, fill)
+                hook = partial(replace_units, place, gone, fill)
                 stack.callback(place.module.register_forward_hook(hook).remove)
         yield
 
@@ -271,7 +273,7 @@ def curve(
     return nats[which.reshape(-1)].reshape(len(counts), len(rank), -1)
 
 
-def resampled(nats: Floats, n_targets: Floats, name: str) -> Floats:
+def resample(nats: Floats, n_targets: Floats, name: str) -> Floats:
     """Losses of a curve (F, K, R) over resampled rows and masks, (RESAMPLES, F)."""
     rows = resamples(nats.shape[2], f"{name} rows")
     masks = resamples(nats.shape[1], f"{name} masks") / nats.shape[1]
@@ -323,7 +325,7 @@ def knockout(
     total, found = subject.n_targets.sum(), {}
     for name, part in zip(orders, np.split(nats, (n_masks, n_masks + 1), axis=1), strict=True):
         losses = part.mean(1).sum(1) / total
-        replicates = resampled(part, subject.n_targets, "knockout")
+        replicates = resample(part, subject.n_targets, "knockout")
         n = part.shape[2] if part.shape[1] == 1 else min(part.shape[1:])
         bounds = [interval(*both, n) for both in zip(losses.tolist(), replicates.T, strict=True)]
         found[name] = {

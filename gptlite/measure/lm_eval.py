@@ -156,10 +156,10 @@ def evaluate(
     except Exception as error:  # noqa: BLE001 - of a task's data: the Hub, a file, its YAML
         why = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"--tasks {','.join(tasks)}: {type(error).__name__}: {why:.200}") from None
-    return {task: plain(metrics) for task, metrics in found["results"].items()}
+    return {task: plain_names(metrics) for task, metrics in found["results"].items()}
 
 
-def plain(metrics: dict[str, Any]) -> dict[str, float]:
+def plain_names(metrics: dict[str, Any]) -> dict[str, float]:
     """The numbers by the harness's names, without the filter that it writes behind a comma."""
     return {
         name.removesuffix(",none"): float(value)

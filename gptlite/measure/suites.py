@@ -248,7 +248,7 @@ SUITES: dict[str, Callable[[Measurement], dict[str, Any]]] = {
 }
 
 
-def named(suites: Iterable[str]) -> list[str]:
+def choose_suites(suites: Iterable[str]) -> list[str]:
     """The suites asked for. Raises ConfigError for one that is not there."""
     names = list(suites)
     for name in names:
@@ -270,22 +270,22 @@ def evaluate(
     world: World = ALONE,
 ) -> dict[str, Any]:
     """Results by suite; `split` is val, train or a source, `files` opens what has it."""
-    names = named(suites)
+    names = choose_suites(suites)
     if dropout_active and names != ["loss"]:
         raise ConfigError("--dropout-active: only the suite loss can be measured with dropout on")
     of = Measurement(
         *(trained, split, files), effort=effort, dropout_active=dropout_active, world=world
     )
     with at_step(trained.step):
-        return {name: written(SUITES[name](of)) for name in names}
+        return {name: to_json(SUITES[name](of)) for name in names}
 
 
-def written(value: Any) -> Any:
+def to_json(value: Any) -> Any:
     """As JSON has it: null where a number is not finite."""
     if isinstance(value, dict):
-        return {name: written(part) for name, part in value.items()}
+        return {name: to_json(part) for name, part in value.items()}
     if isinstance(value, list):
-        return [written(part) for part in value]
+        return [to_json(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -164,7 +164,7 @@ def dropped_units(module: Dropout, x: Tensor, y: Tensor, real: Tensor | None) ->
 
 
 @contextmanager
-def watched(model: nn.Module, real: Tensor | None, seen: dict[str, Seen]) -> Iterator[None]:
+def watch(model: nn.Module, real: Tensor | None, seen: dict[str, Seen]) -> Iterator[None]:
     """Count inside what every module drops; the second call of a layer's module has its mask."""
     called: set[Dropout] = set()
 
@@ -208,11 +208,11 @@ def audit(run: RunConfig, model: GPT, rows: Layout) -> dict[str, Any]:
     with torch.random.fork_rng():
         with torch.no_grad():
             for step in range(MOST_PASSES):
-                with watched(model, real, training):
+                with watch(model, real, training):
                     logits(step)
                 if all(s.expected >= ENOUGH_DROPPED for site, s in training.items() if rates[site]):
                     break
-            with evaluating(model), watched(model, real, evaluation):
+            with evaluating(model), watch(model, real, evaluation):
                 quiet, again = logits(0), logits(1)
         if not quiet.isfinite().all():
             raise DivergedError("audit: the model's logits are not finite")

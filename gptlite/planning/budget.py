@@ -115,7 +115,7 @@ def climb(rungs: Iterable[Rung], files: TokenFiles, budget: Budget) -> Rung:
     One that would not even at the best pace to be hoped for is not timed.
     """
     began, best = budget.clock(), None
-    timing = between(0.2, RUNG_SHARE * budget.seconds, 1.0)
+    timing = clamp(0.2, RUNG_SHARE * budget.seconds, 1.0)
     hidden = not wants_bar("auto", sys.stderr)
     for rung in tqdm(rungs, "timing models", leave=False, disable=hidden, file=sys.stderr):
         if best is None:
@@ -137,7 +137,7 @@ def climb(rungs: Iterable[Rung], files: TokenFiles, budget: Budget) -> Rung:
     return best
 
 
-def between(low: float, value: float, high: float) -> float:
+def clamp(low: float, value: float, high: float) -> float:
     return max(low, min(value, high))
 
 
@@ -155,7 +155,7 @@ class Fit(NamedTuple):
 def guess_fit(rung: Rung, budget: Budget) -> Fit:
     """About how many updates fit, from what was timed on the way up."""
     steps = int(budget.left() * (1 - MOST_EVALUATING) / rung.seconds)
-    return Fit(int(between(FEWEST_STEPS, steps, rung.most_steps)))
+    return Fit(int(clamp(FEWEST_STEPS, steps, rung.most_steps)))
 
 
 def fit(costs: Costs, rung: Rung, n_val: int, budget: Budget, asked: Document) -> Fit:

@@ -116,7 +116,7 @@ def logarithmic(axes: Any, values: Sequence[float]) -> None:
     axes.minorticks_off()
 
 
-def finite(values: Numbers) -> list[float]:
+def keep_finite(values: Numbers) -> list[float]:
     return [float("nan") if value is None else float(value) for value in values]
 
 
@@ -139,21 +139,23 @@ def lines(
             style = "--" if line.dashed else "-"
             dot = "o" if len(line.x) == 1 else None
             (drawn,) = axes.plot(
-                *(finite(line.x), finite(line.y), style),
+                *(keep_finite(line.x), keep_finite(line.y), style),
                 label="\n".join(map(short, line.label.splitlines())),
                 marker=dot,
                 **chosen,
             )
             if line.low is not None and line.high is not None:
-                band = finite(line.low), finite(line.high)
-                axes.fill_between(finite(line.x), *band, color=drawn.get_color(), alpha=0.15, lw=0)
+                band = keep_finite(line.low), keep_finite(line.high)
+                axes.fill_between(
+                    keep_finite(line.x), *band, color=drawn.get_color(), alpha=0.15, lw=0
+                )
         for x, y, word in marks:
             axes.plot([x], [y], "o", color=INK, markersize=4)
             axes.annotate(word, (x, y), xytext=(-3, 6), textcoords="offset points", ha="right")
         if zero:
             axes.set_ylim(bottom=0)
         if log_x:
-            logarithmic(axes, [x for line in series for x in finite(line.x)])
+            logarithmic(axes, [x for line in series for x in keep_finite(line.x)])
         if len(series) > 1 or "," in series[0].label:
             canvas.legend()
         if epochs_per_step:
@@ -170,7 +172,7 @@ def heat_map(name: str, rows: Sequence[Numbers], x_label: str, y_label: str) -> 
     """One square per value, the darker the larger, with the number in it."""
     from matplotlib.patches import Rectangle
 
-    values = [finite(row) for row in rows]
+    values = [keep_finite(row) for row in rows]
     most = max((value for row in values for value in row if value == value), default=0.0) or 1.0
     n_rows, n_columns = len(values), max(map(len, values), default=0)
     height = 0.75 + min(6.0, 0.42 * n_rows)

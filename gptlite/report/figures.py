@@ -23,7 +23,7 @@ class Figure(NamedTuple):
     caption: str
 
 
-def drawn(*makers: tuple[Callable[..., Made], Any]) -> list[Figure]:
+def draw(*makers: tuple[Callable[..., Made], Any]) -> list[Figure]:
     """The figures of each maker; of one whose numbers are not what they should be, none."""
     figures: list[Figure] = []
     for make, argument in makers:
@@ -35,13 +35,17 @@ def drawn(*makers: tuple[Callable[..., Made], Any]) -> list[Figure]:
 
 
 def run_figures(run: RunFiles) -> list[Group]:
-    network_figure = drawn((network_of, run))
+    network_figure = draw((network_of, run))
     if not charts.available():
         return [("Dropout", network_figure)]
-    training = drawn((losses, run), (rate_and_norm, run), (throughput, run))
-    dropout = [*network_figure, *drawn((rates_over_time, run), (rates_over_depth, run))]
-    measured = drawn(
-        (knockouts, run), (importances, run), (positions, run), (calibrated, run), (passes, run)
+    training = draw((losses, run), (rate_and_norm, run), (throughput, run))
+    dropout = [*network_figure, *draw((rates_over_time, run), (rates_over_depth, run))]
+    measured = draw(
+        (knockouts, run),
+        (importances, run),
+        (positions, run),
+        (draw_calibration, run),
+        (passes, run),
     )
     if len(measured) < 3:
         hint = "More is measured by: gptlite eval --suite all, and gptlite report again."
@@ -178,7 +182,7 @@ def positions(run: RunFiles) -> Made:
     yield Figure(title, svg, "How much context helps.")
 
 
-def calibrated(run: RunFiles) -> Made:
+def draw_calibration(run: RunFiles) -> Made:
     found = run.evals["calibration"]
     ece = found["ece"]["value"]
     svg = charts.reliability("Reliability", found["reliability"])
@@ -203,10 +207,10 @@ def passes(run: RunFiles) -> Made:
 
 
 def runs_figures(runs: list[RunFiles]) -> list[Group]:
-    return [("Training", drawn((overlaid, runs)))] if charts.available() else []
+    return [("Training", draw((overlay_runs, runs)))] if charts.available() else []
 
 
-def overlaid(runs: list[RunFiles]) -> Made:
+def overlay_runs(runs: list[RunFiles]) -> Made:
     for title, name in (
         ("Validation loss", "val/loss"),
         ("Training loss, dropout off", "train/loss_dropout_off"),
@@ -220,7 +224,7 @@ def study_figures(study: dict[str, Any]) -> list[Group]:
     if not charts.available():
         return []
     return [
-        (metric, drawn((over_axes, (study, metric)), (differences, (study, metric))))
+        (metric, draw((over_axes, (study, metric)), (differences, (study, metric))))
         for metric in study.get("table", [])
     ]
 

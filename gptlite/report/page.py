@@ -16,7 +16,7 @@ from gptlite.report import charts
 from gptlite.report.figures import Figure, run_figures, runs_figures, study_figures
 from gptlite.report.verdict import Verdict, verdict
 from gptlite.runs import directory as run_directory
-from gptlite.runs.results import DAMAGED, RunFiles, read_run, read_study, shown
+from gptlite.runs.results import DAMAGED, RunFiles, format_value, read_run, read_study
 from gptlite.words import visible
 
 HINT = "figures need matplotlib: pip install 'gptlite[plot]'"
@@ -174,9 +174,9 @@ def results_table(run: RunFiles) -> Table:
     for suite in ("loss", "calibration", "mc-dropout"):
         for name, value in run.evals.get(suite, {}).items():
             if isinstance(value, dict) and {"value", "low", "high"} <= set(value):
-                rows.append([suite, name, shown(value["value"]), between(value)])
+                rows.append([suite, name, format_value(value["value"]), between(value)])
             elif isinstance(value, float):
-                rows.append([suite, name, shown(value), ""])
+                rows.append([suite, name, format_value(value), ""])
     return Table("Measured by gptlite eval", ["suite", "number", "value", "95 % interval"], rows)
 
 
@@ -192,9 +192,9 @@ def sites_table(run: RunFiles) -> Table:
 def comparison_page(runs: list[RunFiles]) -> Page:
     flat = [dict(leaves(run.config)) for run in runs]
     keys = dict.fromkeys(key for config in flat for key in config)
-    differ = [key for key in keys if len({shown(config.get(key)) for config in flat}) > 1]
+    differ = [key for key in keys if len({format_value(config.get(key)) for config in flat}) > 1]
     head = ["", *(run.name for run in runs)]
-    settings = [[key, *(shown(config.get(key)) for config in flat)] for key in differ]
+    settings = [[key, *(format_value(config.get(key)) for config in flat)] for key in differ]
     found = [
         dict(readable(run.notes, run.name, partial(tiles, run), list[tuple[str, str]]()))
         for run in runs
@@ -266,7 +266,7 @@ def points_table(study: dict[str, Any], metric: str) -> Table:
         value = point["metrics"].get(metric)
         if value is None:
             continue
-        row = [point["label"], shown(value["mean"]), between(value), "", "", ""]
+        row = [point["label"], format_value(value["mean"]), between(value), "", "", ""]
         other = against.get(point["label"])
         if other is not None:
             above = {True: "yes", False: "no"}.get(other["above_seed_noise"], "not known")
@@ -277,4 +277,8 @@ def points_table(study: dict[str, Any], metric: str) -> Table:
 
 
 def between(value: dict[str, Any]) -> str:
-    return "" if value["low"] is None else f"{shown(value['low'])} to {shown(value['high'])}"
+    return (
+        ""
+        if value["low"] is None
+        else f"{format_value(value['low'])} to {format_value(value['high'])}"
+    )

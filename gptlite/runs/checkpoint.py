@@ -130,14 +130,14 @@ def save(
     Raises DivergedError if they are not finite, StorageError after ATTEMPTS.
     """
     mine = [name for part in tensors.values() for name in not_finite(part)]
-    if broken := sorted({name for names in world.gathered(mine) for name in names}):
+    if broken := sorted({name for names in world.gather(mine) for name in names}):
         where = ", ".join(broken[:5])
         raise DivergedError(f"step {state.step}: not finite, so not saved: {where}; lower optim.lr")
     target = run_dir / "checkpoints" / folder_name(state.step)
     for attempt in range(ATTEMPTS):
         if attempt:
             time.sleep(SECONDS_BETWEEN_ATTEMPTS)
-        failure = attempted(target, tensors, state, world)
+        failure = attempt_write(target, tensors, state, world)
         if failure is None:
             return target
     raise StorageError(
@@ -146,7 +146,7 @@ def save(
     )
 
 
-def attempted(
+def attempt_write(
     target: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: State, world: World
 ) -> str | None:
     """Write if this is the first rank; why that failed, on all ranks."""
@@ -158,7 +158,7 @@ def attempted(
             failure = str(getattr(error, "strerror", None) or error)
     for _ in files:  # who does not write still gives the parts that it has
         pass
-    return world.shared(lambda: failure)
+    return world.broadcast(lambda: failure)
 
 
 def write(
@@ -167,7 +167,7 @@ def write(
     """One attempt. A loss of power at any moment leaves the folder whole or absent."""
     if target.is_dir():  # the same weights once more, with an evaluation that had been cut short
         have = read_state(target).files
-        storage.write_text(target / "state.json", storage.sealed(dumped(state, have)))
+        storage.write_text(target / "state.json", storage.seal(dump_state(state, have)))
         return
     disk, work = storage.disk, storage.temporary(target)
     free = disk.free_bytes(target.parent)
@@ -182,7 +182,7 @@ def write(
             disk.sync(work / name)
             where[name] = list(whole)
         names = [*where, *write_indexes(work, where, FILES)]
-        text = storage.sealed(dumped(state, {n: storage.file_digest(work / n) for n in names}))
+        text = storage.seal(dump_state(state, {n: storage.file_digest(work / n) for n in names}))
         disk.fill(work / "state.json", lambda path: path.write_text(text))
         disk.sync(work / "state.json")
         disk.sync(work)
@@ -192,16 +192,16 @@ def write(
         storage.discard(work)
 
 
-def dumped(state: State, files: dict[str, str]) -> dict[str, Any]:
+def dump_state(state: State, files: dict[str, str]) -> dict[str, Any]:
     return {**state.model_dump(mode="json"), "files": files}
 
 
-def point(run_dir: Path, name: str, step: int) -> None:
+def write_pointer(run_dir: Path, name: str, step: int) -> None:
     """Let `best` or `last` name a step."""
     storage.write_text(run_dir / "checkpoints" / name, folder_name(step) + "\n")
 
 
-def pointed(run_dir: Path, name: str) -> str | None:
+def read_pointer(run_dir: Path, name: str) -> str | None:
     """The folder that `best` or `last` names."""
     try:
         text = storage.read_regular(run_dir / "checkpoints" / name, 64).strip()
@@ -234,7 +234,7 @@ def read_state(path: Path) -> State:
         )
     at = path / "state.json"
     try:
-        saved = storage.unsealed(storage.read_regular(at, MOST_STATE_BYTES))
+        saved = storage.unseal(storage.read_regular(at, MOST_STATE_BYTES))
         if saved.get("format") != FORMAT:
             needs = f"format {saved.get('format')!r:.20}, this one reads {FORMAT}"
             raise CheckpointError(
@@ -276,7 +276,7 @@ def recover(run_dir: Path, foreign: Callable[[State], str | None]) -> Found | No
             problems += error.problems
             set_aside(path)
     traces = [p for p in (run_dir / "checkpoints").iterdir() if SET_ASIDE.match(p.name)]
-    if problems or traces or pointed(run_dir, "last"):
+    if problems or traces or read_pointer(run_dir, "last"):
         raise CheckpointError(
             *problems, f"{run_dir}: no usable checkpoint is left; begin anew with another --out-dir"
         )
@@ -291,7 +291,7 @@ def set_aside(path: Path) -> None:
         storage.disk.rename(path, next(name for name in names if not name.exists()))
 
 
-def chosen(run_dir: Path, which: str) -> Found:
+def choose(run_dir: Path, which: str) -> Found:
     """The checkpoint that `best`, `last` or `step-N` names, verified; nothing is renamed.
 
     If best or last is damaged, the newest good one stands in and `problems` say so.
@@ -300,7 +300,7 @@ def chosen(run_dir: Path, which: str) -> Found:
     if which not in ("best", "last") and not match:
         raise ConfigError(f"--checkpoint {which}: expected best, last or step-N")
     have = folders(run_dir)
-    name = folder_name(int(match[1])) if match else pointed(run_dir, which)
+    name = folder_name(int(match[1])) if match else read_pointer(run_dir, which)
     wanted = [path for path in have if path.name == name]
     others = [path for path in reversed(have) if path.name != name]
     problems = [] if wanted or not name or match else [f"{run_dir}: {which} is {name}, not there"]

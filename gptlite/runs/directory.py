@@ -64,7 +64,9 @@ def latest_run() -> Path:
     return max(found, key=written)
 
 
-def where(out_dir: str | None, configs: list[str], resume: str | None) -> tuple[Path, bool]:
+def choose_directory(
+    out_dir: str | None, configs: list[str], resume: str | None
+) -> tuple[Path, bool]:
     """The directory that a run trains in, and whether a run there goes on."""
     if out_dir is None:
         name = name_of(configs)
@@ -83,7 +85,7 @@ def where(out_dir: str | None, configs: list[str], resume: str | None) -> tuple[
     return directory, exists
 
 
-def resumed(named: str) -> Path:
+def resolve_resume(named: str) -> Path:
     """The run directory that `--resume PATH` means: itself, or that of a checkpoint in it."""
     directory = Path(named)
     if directory.parent.name == "checkpoints":
@@ -121,7 +123,7 @@ def clean(directory: Path) -> None:
 
 
 @contextmanager
-def locked(directory: Path) -> Iterator[None]:
+def hold(directory: Path) -> Iterator[None]:
     """Hold the directory: of two runs in one, the second leaves with exit code 6.
 
     The lock ends with the process, however that ends.

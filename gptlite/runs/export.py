@@ -28,14 +28,14 @@ def export(trained: Trained, out: Path) -> list[str]:
     family = hf_config.family_of(run.model)
     begin = first_token(text, run.data.layout == "documents")
     ends = {"eos_token_id": end_ids(text), "bos_token_id": text.eot if begin is None else begin}
-    config = hf_config.written(run.model, run.dropout, text.vocab_size, run.data.layout)
+    config = hf_config.make_config(run.model, run.dropout, text.vocab_size, run.data.layout)
     files: dict[str, Any] = {
         "config.json": config | ends,
         "generation_config.json": ends | {"pad_token_id": text.eot},
-        **hf_tokenizer.written(text, run.model.context_length, begin),
+        **hf_tokenizer.make_files(text, run.model.context_length, begin),
     }
-    tensors = hf.exported(run.model, family, model_tensors(trained.model.cpu()))
-    lost = hf_config.lost(run.dropout, family)
+    tensors = hf.export_tensors(run.model, family, model_tensors(trained.model.cpu()))
+    lost = hf_config.lost_sites(run.dropout, family)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"--out {out}: is there already; give a new directory")
     work = storage.temporary(out)

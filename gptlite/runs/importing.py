@@ -76,9 +76,9 @@ def from_folder(folder: Path) -> Foreign:
     tokenizer = foreign_tokenizer.read(folder)
     if tokenizer.marks.begin != tokenizer.eot:  # as changed elsewhere, whatever we noted
         sections.pop("data", None)
-    model = validated(sections, tokenizer).model
-    with named(folder):
-        tensors = hf.imported(model, hf_config.family_of(model), hf.read_folder(folder))
+    model = make_run_config(sections, tokenizer).model
+    with name_source(folder):
+        tensors = hf.import_tensors(model, hf_config.family_of(model), hf.read_folder(folder))
         vocab_size = hf_config.complete(config)["vocab_size"]
         context = model.context_length
         check_rows(tensors, "config.json", vocab_size=vocab_size, n_positions=context)
@@ -87,21 +87,21 @@ def from_folder(folder: Path) -> Foreign:
         if bare is None:  # trained on elsewhere: they are no longer zero
             sections["model"] = {**sections["model"], "bias": True}
         tensors = tensors if bare is None else bare
-    return Foreign(sections, tokenizer, cropped(tensors, tokenizer.vocab_size, folder))
+    return Foreign(sections, tokenizer, crop_vocabulary(tensors, tokenizer.vocab_size, folder))
 
 
 def from_nanogpt(path: Path, meta: Path | None) -> Foreign:
     sections, vocab_size, tokenizer, tensors = nanogpt.read(path, meta)
-    model = validated(sections, tokenizer).model
-    with named(path):
-        ours = hf.imported(model, "gpt2", tensors, transposed=False)
+    model = make_run_config(sections, tokenizer).model
+    with name_source(path):
+        ours = hf.import_tensors(model, "gpt2", tensors, transposed=False)
         context = model.context_length
         check_rows(ours, "model_args", vocab_size=vocab_size, block_size=context)
-    return Foreign(sections, tokenizer, cropped(ours, tokenizer.vocab_size, path))
+    return Foreign(sections, tokenizer, crop_vocabulary(ours, tokenizer.vocab_size, path))
 
 
 @contextmanager
-def named(source: Path) -> Iterator[None]:
+def name_source(source: Path) -> Iterator[None]:
     """Problems of the weights with the name of where they are."""
     try:
         yield
@@ -120,7 +120,7 @@ def check_rows(tensors: dict[str, Tensor], place: str, **said: int) -> None:
             raise CheckpointError(f"{name}.weight: {rows} rows, but {field} of {place} is {size}")
 
 
-def cropped(tensors: dict[str, Tensor], vocab_size: int, source: Path) -> dict[str, Tensor]:
+def crop_vocabulary(tensors: dict[str, Tensor], vocab_size: int, source: Path) -> dict[str, Tensor]:
     """The tensors without rows for padding of the vocabulary, which no text ever has."""
     for name in ("token_embedding.weight", "head.weight"):
         rows = len(tensors.get(name, range(vocab_size)))
@@ -152,7 +152,7 @@ def from_hub(name: str) -> Path:
         ) from None
 
 
-def validated(sections: dict[str, Any], tokenizer: Tokenizer) -> RunConfig:
+def make_run_config(sections: dict[str, Any], tokenizer: Tokenizer) -> RunConfig:
     """The config of the run: the model as it came, to be trained on only with data of one's own."""
     values = {
         **sections,
@@ -165,7 +165,7 @@ def validated(sections: dict[str, Any], tokenizer: Tokenizer) -> RunConfig:
 
 def write_run(foreign: Foreign, directory: Path, source: str) -> None:
     """config.yaml last: until then the directory is no run."""
-    run, text = validated(foreign.sections, foreign.tokenizer), foreign.tokenizer
+    run, text = make_run_config(foreign.sections, foreign.tokenizer), foreign.tokenizer
     use_threads(run)
     model = GPT(run.model, text.vocab_size)
     fill(model, foreign.tensors, source)
@@ -186,13 +186,13 @@ def write_run(foreign: Foreign, directory: Path, source: str) -> None:
     )
     run_directory.create(directory)
     try:
-        with run_directory.locked(directory):
+        with run_directory.hold(directory):
             storage.write_json(directory / "env.json", run_directory.environment())
-            saved = storage.sealed(text.to_json())
+            saved = storage.seal(text.to_json())
             storage.write_text(directory / "tokenizer" / "tokenizer.json", saved)
             checkpoint.save(directory, {checkpoint.FILES[0]: model_tensors(model)}, state)
             for name in ("best", "last"):
-                checkpoint.point(directory, name, 0)
+                checkpoint.write_pointer(directory, name, 0)
             storage.write_text(directory / "config.yaml", dump(run))
     except OSError as error:
         raise StorageError(f"--out {directory}: {error.strerror}") from None

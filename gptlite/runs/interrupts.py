@@ -54,7 +54,7 @@ class Interrupts:
             raise Cut
 
     @contextmanager
-    def noticed(self) -> Iterator["Interrupts"]:
+    def notice(self) -> Iterator["Interrupts"]:
         numbers = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
         before = {number: signal.getsignal(number) for number in numbers}
         # What the caller ignores, as nohup does, stays ignored.

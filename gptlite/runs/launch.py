@@ -27,7 +27,7 @@ class Launch(NamedTuple):
     """The YAML of a config that was made for a text, with its reasons."""
 
 
-def agreed(
+def agree(
     decide: Callable[[], Launch], own: Callable[[], RunConfig] | None, world: World
 ) -> Launch:
     """What the first rank decides, for all; `own` reads the config that this one was given.
@@ -42,7 +42,7 @@ def agreed(
         run = launch.run.model_dump(mode="json")
         return run, str(launch.directory), launch.resumes, launch.recipe
 
-    run, directory, resumes, recipe = world.shared(described)
+    run, directory, resumes, recipe = world.broadcast(described)
     launch = Launch(RunConfig.model_validate(run), Path(directory), resumes, recipe)
     if own is not None:
         check_alike(launch.run, own(), world)
@@ -53,7 +53,7 @@ def check_alike(first: RunConfig, own: RunConfig, world: World) -> None:
     """Raises ConfigError on all ranks if one of them was given another config."""
     from gptlite.runs.resume import differences
 
-    each = world.gathered(list(differences(first, own)))
+    each = world.gather(list(differences(first, own)))
     problems = [
         f"--config: rank {rank} was given another than rank 0: {change}"
         for rank, changes in enumerate(each)
@@ -63,7 +63,7 @@ def check_alike(first: RunConfig, own: RunConfig, world: World) -> None:
         raise ConfigError(*problems)
 
 
-def launched(
+def make_launch(
     configs: list[str],
     overrides: list[str],
     data: list[str],
@@ -77,19 +77,19 @@ def launched(
 
     Raises ConfigError, and DataError where a config has to be made for the data.
     """
-    named = None if resume in (None, "auto") else run_directory.resumed(str(resume))
+    named = None if resume in (None, "auto") else run_directory.resolve_resume(str(resume))
     values = with_options(overrides, data if configs or named else [], out_dir)
     if named is not None and not configs:
         configs, values = [str(named / "config.yaml")], as_this_machine_can(values)
     if configs:
         run = load_run(configs, values)
         look_at_text(run)
-        where = run_directory.where(run.out_dir, configs, resume)
+        where = run_directory.choose_directory(run.out_dir, configs, resume)
         return Launch(run, *((named, True) if named else where))
     if not data:
         raise ConfigError("--config: missing option; give a file, a shipped config, or --data TEXT")
     name = Path(data[0]).name.partition(".")[0] or "text"
-    directory, resumes = run_directory.where(out_dir, [name], resume)
+    directory, resumes = run_directory.choose_directory(out_dir, [name], resume)
     if resumes:
         stored = str(directory / "config.yaml")
         return Launch(load_run([stored], as_this_machine_can(values)), directory, True)

@@ -71,7 +71,7 @@ class MetricsFile:
         write_bytes(path, b"".join(line + b"\n" for line in lines if is_kept(line, resumed_step)))
 
     def write(self, row: dict[str, Any]) -> None:
-        append_line(self.path, json.dumps(finite(row)))
+        append_line(self.path, json.dumps(null_nonfinite(row)))
 
     def sync(self) -> None:
         """Before a checkpoint: who resumes there must find the rows until there."""
@@ -81,7 +81,7 @@ class MetricsFile:
             raise StorageError(f"{self.path}: {error.strerror}") from None
 
 
-def finite(row: dict[str, Any]) -> dict[str, Any]:
+def null_nonfinite(row: dict[str, Any]) -> dict[str, Any]:
     """The row as it is written: JSON has no word for what is not finite."""
     return {
         key: value if not isinstance(value, float) or math.isfinite(value) else None

@@ -26,7 +26,7 @@ from gptlite.planning.budget import (
     Budget,
     Fit,
     Rung,
-    between,
+    clamp,
     climb,
     fit,
     guess_fit,
@@ -220,7 +220,7 @@ def rehearse_training(
     choices: list[Choice], asked: Document, files: TokenFiles, rung: Rung, budget: Budget
 ) -> Fit:
     """What fits, by trying the run; again if that many updates call for another dropout rate."""
-    timing = between(1.0, CHOSEN_SHARE * budget.seconds, 10.0)
+    timing = clamp(1.0, CHOSEN_SHARE * budget.seconds, 10.0)
     n_val, fitting = count_evaluated(rung.run, files), guess_fit(rung, budget)
     for _ in range(2):
         rate, _ = dropout_rate(fitting.steps, rung)

@@ -68,9 +68,9 @@ class Records(Unrecorded):
         self.metrics.sync()
 
     def saved(self, step: int, best_step: int | None) -> None:
-        checkpoint.point(self.directory, "last", step)
+        checkpoint.write_pointer(self.directory, "last", step)
         if best_step == step:
-            checkpoint.point(self.directory, "best", step)
+            checkpoint.write_pointer(self.directory, "best", step)
         checkpoint.prune(self.directory, self.keep_last, best_step)
 
     def sample(self, step: int, text: str) -> None:

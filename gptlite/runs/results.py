@@ -131,7 +131,7 @@ def read_evals(folder: Path, notes: list[str]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def shown(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A value in a table."""
     if isinstance(value, float):
         return f"{value:.4f}" if 0.001 <= abs(value) < 1000 else f"{value:.4g}"

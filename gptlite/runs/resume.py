@@ -63,13 +63,13 @@ def start_point(
     if stored is None:
         return None
     changes = list(differences(stored, run))
-    found = checkpoint.recover(directory, lambda state: foreign(state, stored))
+    found = checkpoint.recover(directory, lambda state: why_foreign(state, stored))
     if found is not None:
         checkpoint.check_size(found.path, run.model.n_parameters(files.meta["vocab_size"]))
     if found is not None and found.state.data_digest != files.digest:
         changes.append("data: the text is not the one this run was trained on")
     if strict and found is not None:
-        changes += surroundings_changed(run, found.state.environment, ranks)
+        changes += changed_surroundings(run, found.state.environment, ranks)
     if changes:
         raise ConfigError(
             *(f"--resume: {change}" for change in changes),
@@ -78,7 +78,7 @@ def start_point(
     return found
 
 
-def foreign(state: State, stored: RunConfig) -> str | None:
+def why_foreign(state: State, stored: RunConfig) -> str | None:
     """Why a checkpoint is not of the run that is stored beside it."""
     try:
         changes = list(differences(stored, RunConfig.model_validate(state.config)))
@@ -118,7 +118,7 @@ def fingerprint(run: RunConfig, ranks: int) -> dict[str, Any]:
     }
 
 
-def surroundings_changed(run: RunConfig, before: dict[str, Any], ranks: int) -> list[str]:
+def changed_surroundings(run: RunConfig, before: dict[str, Any], ranks: int) -> list[str]:
     """What is not as it was when the checkpoint was saved: the last bits may differ."""
     now, before = fingerprint(run, ranks), {"ranks": 1, **before}
     changed = [name for name in now if name in before and before[name] != now[name]]
@@ -165,7 +165,7 @@ def initial_weights(run: RunConfig) -> dict[str, Tensor] | None:
 def initial_folder(init_from: str) -> Path:
     """The checkpoint that is meant by it, or by the run."""
     path = Path(init_from)
-    return checkpoint.chosen(path, "best").path if run_directory.has_run(path) else path
+    return checkpoint.choose(path, "best").path if run_directory.has_run(path) else path
 
 
 def reached_before(init_from: str) -> int | None:

@@ -21,9 +21,9 @@ from gptlite.planning import plan as planning
 from gptlite.runs import checkpoint
 from gptlite.runs.checkpoint import Best, Found, State
 from gptlite.runs.interrupts import Cut, Interrupts
-from gptlite.runs.metrics import Meter, finite
+from gptlite.runs.metrics import Meter, null_nonfinite
 from gptlite.runs.records import Records, Unrecorded
-from gptlite.runs.resume import fingerprint, jumps, surroundings_changed
+from gptlite.runs.resume import changed_surroundings, fingerprint, jumps
 from gptlite.runs.sinks import Place
 from gptlite.terminal import clock
 
@@ -31,7 +31,7 @@ Watch = Callable[[int, int, float], None]
 """Is told step, last step and validation loss of each evaluation; what it raises ends the run."""
 
 
-def unwatched(step: int, max_steps: int, val_loss: float) -> None:
+def watch_nothing(step: int, max_steps: int, val_loss: float) -> None:
     pass
 
 
@@ -48,7 +48,7 @@ class Session:
         directory: Path,
         saved: State | None,
         interrupts: Interrupts,
-        watch: Watch = unwatched,
+        watch: Watch = watch_nothing,
     ) -> None:
         run, self.watch, self.world = trainer.run, watch, trainer.world
         self.trainer, self.files, self.directory, self.run = trainer, files, directory, run
@@ -107,7 +107,7 @@ class Session:
         say(f"resumed at step {trainer.step} of {trainer.max_steps}")
         for jump in jumps(self.run, found.state, trainer.rows.n_rows, self.directory):
             say(jump)
-        for change in surroundings_changed(self.run, found.state.environment, self.world.size):
+        for change in changed_surroundings(self.run, found.state.environment, self.world.size):
             say(f"not as when it was saved: {change}; the last bits of results may differ")
 
     def work(self) -> dict[str, Any]:
@@ -210,7 +210,7 @@ class Session:
         val, subset = self.val_rows.sweep(rows, limit), trainer.rows.sweep(rows, TRAIN_SUBSET_ROWS)
         with self.interrupts.cutting(), at_step(step):
             measured, train = (
-                measure(trainer.model, self.polled(each), run, self.lengths, world=self.world)
+                measure(trainer.model, self.poll_batches(each), run, self.lengths, world=self.world)
                 for each in (val, subset)
             )
         if not self.verified:
@@ -228,7 +228,7 @@ class Session:
             "val/bits_per_byte": measured.bits_per_byte,
         }
 
-    def polled(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+    def poll_batches(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """The batches, until a signal has come to any rank."""
         for batch in batches:
             self.interrupts.poll()
@@ -249,7 +249,7 @@ class Session:
             skipped=trainer.skipped,
             trained_length=trainer.trained_length,
             loss_scale=trainer.scaler.state(),
-            pending=None if self.pending is None else finite(self.pending),
+            pending=None if self.pending is None else null_nonfinite(self.pending),
             data_digest=self.files.digest,
             tokenizer_sha256=digest(self.files.tokenizer),
             config=self.run.model_dump(mode="json"),

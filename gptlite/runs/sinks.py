@@ -133,12 +133,12 @@ class Sinks:
         self.say = say
         self.open: dict[str, Sink] = {}
         for name in place.run.log.sinks:
-            self.guarded(name, self.begin, name, place)
+            self.guard(name, self.begin, name, place)
 
     def begin(self, name: str, place: Place) -> None:
         self.open[name] = SINKS[name](place)
 
-    def guarded(self, name: str, act: Callable[..., None], *arguments: Any) -> None:
+    def guard(self, name: str, act: Callable[..., None], *arguments: Any) -> None:
         try:
             act(*arguments)
         except Exception as error:  # noqa: BLE001 - whatever it is, training is not its business
@@ -150,8 +150,8 @@ class Sinks:
         """Give the finite numbers of a row to all."""
         numbers = {n: v for n, v in row.items() if v is not None and math.isfinite(v)}
         for name, sink in list(self.open.items()):
-            self.guarded(name, sink.write, numbers)
+            self.guard(name, sink.write, numbers)
 
     def close(self) -> None:
         for name, sink in list(self.open.items()):
-            self.guarded(name, sink.close)
+            self.guard(name, sink.close)

@@ -29,7 +29,7 @@ from gptlite.runs.checkpoint import Found, State
 from gptlite.runs.interrupts import Interrupts
 from gptlite.runs.origin import given_tokenizer, load_run
 from gptlite.runs.resume import adopt, initial_weights, reached_before, start_point
-from gptlite.runs.session import Session, Watch, unwatched
+from gptlite.runs.session import Session, Watch, watch_nothing
 from gptlite.runs.sinks import check_installed
 from gptlite.runs.trained import load_tokenizer
 
@@ -40,7 +40,7 @@ def train(
     *,
     resume: bool = False,
     strict: bool = False,
-    watch: Watch = unwatched,
+    watch: Watch = watch_nothing,
     world: World = ALONE,
 ) -> dict[str, Any]:
     """Train a run in its directory; returns the summary. All ranks call it with the same.
@@ -52,19 +52,17 @@ def train(
     refuse_too_large(run)
     world.expects_life(run.distributed.timeout_seconds)
     stored = load_run([str(directory / "config.yaml")]) if world.first and resume else None
-    files = opened(run, directory, resume, world)
+    files = open_files(run, directory, resume, world)
     check_installed(run.log.sinks)
     if not resume:
         auto.check_warmup(run, files.rows("train", run.model.context_length).n_rows)
     weights = initial_weights(run) if world.first and not resume else None
     own = device.shared_precisions(run, world)
     asked = run if stored is None else adopt(run, device.adapt(stored, own)[0])
-    resolved, reasons = resolved_alike(asked, files, world, own)
+    resolved, reasons = resolve_alike(asked, files, world, own)
     keep_freed()
-    with held(directory, world), Interrupts(world).noticed() as interrupts:
-        found = found_by_first(
-            lambda: begun(resolved, stored, directory, files, strict, world), world
-        )
+    with hold_directory(directory, world), Interrupts(world).notice() as interrupts:
+        found = share_found(lambda: begin(resolved, stored, directory, files, strict, world), world)
         rows = files.rows("train", resolved.model.context_length)
         trainer = Trainer(resolved, rows, files.meta["vocab_size"], world)
         if found is not None:
@@ -87,14 +85,14 @@ def train(
             session.records.close()
 
 
-def opened(run: RunConfig, directory: Path, resume: bool, world: World) -> TokenFiles:
+def open_files(run: RunConfig, directory: Path, resume: bool, world: World) -> TokenFiles:
     """The token files, the same on all ranks, with enough text for the run and its prompts."""
     own = None  # that of init_from, which all ranks see, as the run directory perhaps is not
     if resume and run.init_from and (world.first or run_directory.has_run(directory)):
         own = load_tokenizer(directory)
     before = ""
     if resume and run.split_by == "document":  # by which rule, only the digest says
-        before = world.shared(lambda: trained_on(directory))
+        before = world.broadcast(lambda: trained_on(directory))
     files = world.in_turn(lambda: prepare(run, own or given_tokenizer(run), before))
     files.rows("train", run.model.context_length)
     files.tokens("val")  # too little text for validation is better known before training
@@ -109,12 +107,12 @@ def opened(run: RunConfig, directory: Path, resume: bool, world: World) -> Token
 def trained_on(directory: Path) -> str:
     """The digest of the token files that a run was trained on; none before its first checkpoint."""
     try:
-        return checkpoint.chosen(directory, "last").state.data_digest
+        return checkpoint.choose(directory, "last").state.data_digest
     except CheckpointError:
         return ""
 
 
-def resolved_alike(
+def resolve_alike(
     run: RunConfig, files: TokenFiles, world: World, own: set[str]
 ) -> tuple[RunConfig, dict[str, str]]:
     """What `auto` means for all ranks: the first one times and chooses among what all have."""
@@ -125,24 +123,24 @@ def resolved_alike(
         resolved, reasons = auto.resolve(run, **sizes, world=world, own=own)
         return resolved.model_dump(mode="json"), reasons
 
-    values, reasons = world.shared(choose)
+    values, reasons = world.broadcast(choose)
     resolved = RunConfig.model_validate(values)
     device.use_threads(resolved)
     return resolved, reasons
 
 
 @contextmanager
-def held(directory: Path, world: World) -> Iterator[None]:
+def hold_directory(directory: Path, world: World) -> Iterator[None]:
     """The run directory, made and cleaned by the first rank, which holds its lock."""
     if not world.first:
         yield
         return
     run_directory.create(directory)
-    with run_directory.locked(directory):
+    with run_directory.hold(directory):
         yield
 
 
-def begun(
+def begin(
     run: RunConfig,
     stored: RunConfig | None,
     directory: Path,
@@ -159,7 +157,7 @@ def begun(
     return start_point(run, stored, directory, files, strict=strict, ranks=world.size)
 
 
-def found_by_first(find: Callable[[], Found | None], world: World) -> Found | None:
+def share_found(find: Callable[[], Found | None], world: World) -> Found | None:
     """The checkpoint that the first rank found, for all."""
 
     def described() -> Any:
@@ -168,7 +166,7 @@ def found_by_first(find: Callable[[], Found | None], world: World) -> Found | No
             return None
         return str(found.path), found.state.model_dump(mode="json"), found.problems
 
-    if (shared := world.shared(described)) is None:
+    if (shared := world.broadcast(described)) is None:
         return None
     path, state, problems = shared
     return Found(Path(path), State.model_validate(state), problems)
@@ -180,5 +178,5 @@ def write_description(
     """config.yaml, env.json, plan.json and the tokenizer: what the run is."""
     storage.write_json(directory / "env.json", run_directory.environment())
     storage.write_json(directory / "plan.json", plan)
-    storage.write_text(directory / "tokenizer" / "tokenizer.json", storage.sealed(text.to_json()))
+    storage.write_text(directory / "tokenizer" / "tokenizer.json", storage.seal(text.to_json()))
     storage.write_text(directory / "config.yaml", dump(run))

@@ -35,7 +35,7 @@ def load_trained(run_dir: Path, which: str) -> Trained:
     for attempt in range(1, READS + 1):
         listing = checkpoint.folders(run_dir)
         try:
-            return load(run_dir, checkpoint.chosen(run_dir, which))
+            return load(run_dir, checkpoint.choose(run_dir, which))
         except CheckpointError:
             if attempt == READS or checkpoint.folders(run_dir) == listing:
                 raise
@@ -45,7 +45,7 @@ def load_trained(run_dir: Path, which: str) -> Trained:
 def load_alike(run_dir: Path, which: str, world: World) -> Trained:
     """The same model in all ranks: that of the checkpoint which the first one takes."""
     own = load_trained(run_dir, which) if world.first else None
-    step = world.shared(lambda: own.state.step if own else None)
+    step = world.broadcast(lambda: own.state.step if own else None)
     trained = own or load_trained(run_dir, f"step-{step}")
     if ranks := unlike_first(world, trained.state.model_dump(mode="json")):
         raise CheckpointError(f"{run_dir}: rank {ranks} has another step {step} than rank 0")
@@ -55,7 +55,7 @@ def load_alike(run_dir: Path, which: str, world: World) -> Trained:
 def alike(trained: Trained, world: World) -> Trained:
     """In one precision, that of the run only if all ranks compute in it."""
     own = trained.run.dtype
-    if all(dtype == own for dtype in world.gathered(own)):
+    if all(dtype == own for dtype in world.gather(own)):
         return trained
     note = f"dtype: {own} -> float32: another rank has no {own} products"
     run = trained.run.model_copy(update={"dtype": "float32"})

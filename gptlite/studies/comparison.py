@@ -60,7 +60,7 @@ def standard_error(x: Floats) -> float:
     return float(x.std(ddof=1) / np.sqrt(len(x)))
 
 
-def paired(values: Sequence[float], baseline: Sequence[float]) -> dict[str, Any]:
+def paired_difference(values: Sequence[float], baseline: Sequence[float]) -> dict[str, Any]:
     """The difference to the baseline, seed by seed, with the p of its being 0."""
     x = np.asarray(values, dtype=np.float64) - np.asarray(baseline, dtype=np.float64)
     mean = over_seeds(x.tolist())

@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag, ValidationError
 
 from gptlite.config import strict_yaml
-from gptlite.config.reader import merge, read_layers, trimmed
+from gptlite.config.reader import merge, read_layers, trim_location
 from gptlite.config.run import RunConfig, Texts
 from gptlite.config.section import Count, Section
 from gptlite.config.strict_yaml import Document, Path_, problem_line
@@ -157,7 +157,7 @@ class Study:
             values |= self.config.points[value] if axis == POINT else {axis: value}
         names = short_names(coordinates)
         parts = [
-            str(value) if axis == POINT else f"{names[axis]}={shown(value)}"
+            str(value) if axis == POINT else f"{names[axis]}={format_value(value)}"
             for axis, value in coordinates.items()
         ]
         return Point(coordinates, values, ", ".join(parts) or "base")
@@ -217,7 +217,7 @@ def short_names(axes: Values) -> dict[str, str]:
     return {axis: name if last.count(name) == 1 else axis for axis, name in pairs}
 
 
-def shown(value: Any) -> str:
+def format_value(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     return value if isinstance(value, str) else json.dumps(value)
@@ -242,7 +242,7 @@ def read_study(path: Path) -> Study:
 def mistakes(error: ValidationError, document: Document) -> Iterator[str]:
     schema, seen = StudyConfig.model_json_schema(), set()
     for detail in error.errors(include_url=False):
-        path = trimmed(detail["loc"], document.values)
+        path = trim_location(detail["loc"], document.values)
         if path in seen:
             continue
         seen.add(path)

@@ -18,7 +18,7 @@ from gptlite import locks, storage
 from gptlite.errors import ConfigError, RunInUseError
 from gptlite.keys import key
 from gptlite.runs import directory
-from gptlite.studies.config import Job, Range, Study, shown
+from gptlite.studies.config import Job, Range, Study, format_value
 from gptlite.studies.database import Place, optuna
 
 
@@ -49,10 +49,10 @@ class Queue:
         """Alive as a worker; the name is free to be taken over afterwards."""
         name = f"{platform.node()}-{os.getpid()}-{time.time_ns()}"
         storage.make_folders(self.folder / "workers" / name)
-        with directory.locked(self.folder / "workers" / name):
+        with directory.hold(self.folder / "workers" / name):
             yield name
 
-    def settled(self, name: str, choose: Callable[[], str]) -> str:
+    def settle_once(self, name: str, choose: Callable[[], str]) -> str:
         """What was chosen first for all runs of the study, as a trial that nobody runs: of those
         that choose at the same time on two machines the first counts."""
         with self.alone():
@@ -72,7 +72,7 @@ class Queue:
         with self.alone():
             self.take_up()
             grid = self.study.config.search == "grid"
-            return self.next_of_grid(worker) if grid else self.next_tried(worker)
+            return self.next_of_grid(worker) if grid else self.try_next(worker)
 
     def take_up(self) -> None:
         """Free the trials of workers that have died."""
@@ -129,7 +129,7 @@ class Queue:
                 first.setdefault(trial.user_attrs["job"], trial.number)
         return first
 
-    def next_tried(self, worker: str) -> Any:
+    def try_next(self, worker: str) -> Any:
         """A point that was measured otherwise, or a new one."""
         trials = self.trials.get_trials()
         standing = [trial.params for trial in trials if self.stands(trial)]
@@ -171,18 +171,18 @@ class Queue:
     def coordinates(self, trial: Any) -> dict[str, Any]:
         """Where a search looks next. Raises ConfigError if the axes are not what they were."""
         try:
-            return dict(self.suggested(trial))
+            return dict(self.suggest(trial))
         except ValueError as error:
             why = str(error).splitlines()[0]
             raise ConfigError(f"axes: changed since the search began ({why})") from None
 
-    def suggested(self, trial: Any) -> Iterator[tuple[str, Any]]:
+    def suggest(self, trial: Any) -> Iterator[tuple[str, Any]]:
         for axis, values in self.study.axes.items():
             if isinstance(values, Range):
                 limits = values.low, values.high
                 yield axis, trial.suggest_float(axis, *limits, log=values.log)
             else:
-                names = [shown(value) for value in values]
+                names = [format_value(value) for value in values]
                 yield axis, values[names.index(trial.suggest_categorical(axis, names))]
 
     def done(self, trial: Any, runs: list[dict[str, Any]]) -> None:

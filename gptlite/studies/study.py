@@ -26,7 +26,7 @@ from gptlite.errors import DivergedError, RunInUseError, Stopped, UserError
 from gptlite.runs import directory as run_directory
 from gptlite.runs.origin import given_tokenizer, load_run
 from gptlite.runs.results import scalars
-from gptlite.studies.comparison import decide, over_seeds, paired
+from gptlite.studies.comparison import decide, over_seeds, paired_difference
 from gptlite.studies.config import Job, Study, read_study
 from gptlite.studies.queue import Queue
 from gptlite.terminal import clock, leave_when_terminated, user_errors
@@ -139,7 +139,7 @@ def do(queue: Queue, job: Job, threads: int, watch: "Watch") -> Record:
         with open(os.devnull, "w") as silent, redirect_stderr(silent):  # train.log has it all
             while not (directory / "summary.json").is_file():
                 train(queue, job.run, directory, threads, watch)
-            results = measured(study, directory)
+            results = measure_run(study, directory)
     except (DivergedError, Pruned) as error:
         state, why = "failed" if isinstance(error, DivergedError) else "pruned", str(error)
     return {
@@ -174,7 +174,7 @@ def train(queue: Queue, run: RunConfig, directory: Path, threads: int, watch: "W
         shared = run.train.model_copy(update={"threads": threads})
         run = run.model_copy(update={"train": shared})
     if run.dtype == "auto":  # chosen by a clock, which could say otherwise for the next run
-        settled = run.model_copy(update={"dtype": queue.settled("dtype", fastest)})
+        settled = run.model_copy(update={"dtype": queue.settle_once("dtype", fastest)})
         run = run.model_copy(update={"dtype": device.adapt(settled)[0].dtype})
     try:
         start.train(run, directory, resume=run_directory.has_run(directory), watch=watch)
@@ -191,7 +191,7 @@ def dtype_of(directory: Path) -> str | None:
     return load_run([config]).dtype if run_directory.has_run(directory) else None
 
 
-def measured(study: Study, directory: Path) -> dict[str, Any]:
+def measure_run(study: Study, directory: Path) -> dict[str, Any]:
     """Results of the study's suites, which are also written to eval/ of the run."""
     if not study.config.evaluate:
         return {}
@@ -320,7 +320,9 @@ def comparisons(study: Study, points: dict[str, Any], done: list[Record]) -> lis
         for name in dict.fromkeys(name for a, b in pairs for name in a if name in b):
             both = [(a[name], b[name]) for a, b in pairs if name in a and name in b]
             about = {"label": label, "point": point, "against": other, "metric": name}
-            found.setdefault(name, []).append({**about, **paired(*zip(*both, strict=True))})
+            found.setdefault(name, []).append(
+                {**about, **paired_difference(*zip(*both, strict=True))}
+            )
     for of_metric in found.values():
         decide(of_metric)
     return [comparison for of_metric in found.values() for comparison in of_metric]
