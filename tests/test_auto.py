@@ -25,7 +25,7 @@ def test_every_auto_is_replaced_and_explained(workshop: Workshop) -> None:
     run = workshop.run(
         device="auto", dtype="auto", train={"threads": "auto"}, dropout={"rate": "auto"}
     )
-    resolved, reasons = resolve(run, n_rows=20)
+    resolved, reasons = resolve(run, n_rows=4)
     assert set(reasons) == {
         *("device", "dtype", "compile", "attention", "dropout.rate", "dropout.masks"),
         *("train.threads", "train.micro_batch_size", "train.early_stop", "train.recompute"),
@@ -33,8 +33,8 @@ def test_every_auto_is_replaced_and_explained(workshop: Workshop) -> None:
     values = [resolved.device, resolved.dtype, resolved.compile, resolved.attention]
     values += [getattr(resolved.train, k) for k in ("threads", "micro_batch_size", "early_stop")]
     assert "auto" not in values
-    assert resolved.dropout.rate == 0.05  # 8 updates of 8 rows are 3.2 epochs of 20
-    again, nothing = resolve(resolved, n_rows=20)
+    assert resolved.dropout.rate == 0.1  # 8 updates of 8 rows are 16 epochs of 4
+    again, nothing = resolve(resolved, n_rows=4)
     assert again == resolved
     assert set(nothing) == {"dropout.masks"}  # says how, which is no choice that is stored
 
@@ -185,7 +185,7 @@ def test_compiled_dropout_is_refused_where_it_is_wrong(workshop: Workshop) -> No
 
 @pytest.mark.parametrize(
     ("epochs", "rate"),
-    [(0.5, 0.0), (1.0, 0.0), (2.0, 0.05), (4.0, 0.05), (8.0, 0.1), (17.0, 0.2), (80.0, 0.2)],
+    [(0.5, 0.0), (8.0, 0.0), (13.0, 0.0), (14.0, 0.1), (40.0, 0.1), (80.0, 0.2)],
 )
 def test_an_automatic_rate_follows_the_planned_epochs(
     workshop: Workshop, epochs: float, rate: float
@@ -193,7 +193,7 @@ def test_an_automatic_rate_follows_the_planned_epochs(
     run = workshop.run(dropout={"rate": "auto"}, train={"max_steps": None, "epochs": epochs})
     resolved, reasons = resolve(run, n_rows=800)
     assert resolved.dropout.rates()["embedding"] == rate
-    assert reasons["dropout.rate"].startswith(f"{rate:g}: {epochs:.1f} epochs planned; ")
+    assert reasons["dropout.rate"].startswith(f"{rate:g}: {epochs:g} epochs: ")
 
 
 @pytest.mark.parametrize("compiler", [True, False])

@@ -26,6 +26,7 @@ from gptlite.core.model import GPT, Attention, to_device
 from gptlite.core.precision import HALF, LossScaler, precision
 from gptlite.data.batches import Layout, batch_at
 from gptlite.errors import DivergedError
+from gptlite.planning.rates import pick_rate
 
 STANDARD_ERRORS = 4
 """Further than this from its rate, a site is off."""
@@ -69,13 +70,14 @@ def site_plan(run: RunConfig, model: GPT, n_rows: int) -> list[dict[str, Any]]:
 
 
 def advice(run: RunConfig, epochs: float) -> Iterator[str]:
-    """What the literature would say to these rates; docs/dropout.md has the sources."""
+    """What is known of these rates; docs/dropout.md has the sources."""
     live = {site: rate for site, rate in run.dropout.rates().items() if rate > 0}
-    if live and epochs <= 1:
-        yield f"dropout in {epochs:.2f} epochs: text seen once is learned best without (rate 0)"
-    if not live and epochs > 16:
-        yield f"no dropout in {epochs:.1f} epochs: the text will be learned by heart (rate: auto)"
-    high = [f"{site} {rate:g}" for site, rate in live.items() if rate >= 0.5]
+    rate, why = pick_rate(epochs)
+    if live and not rate:
+        yield f"dropout in {why} (rate 0)"
+    if not live and rate:
+        yield f"no dropout in {why} (rate {rate:g})"
+    high = [f"{site} {value:g}" for site, value in live.items() if value >= 0.5]
     if high:
         yield f"half and more is much to drop: {', '.join(high)}"
 

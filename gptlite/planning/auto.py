@@ -29,6 +29,7 @@ from gptlite.core.precision import HALF
 from gptlite.core.world import ALONE, World
 from gptlite.errors import ConfigError
 from gptlite.planning import memory
+from gptlite.planning.rates import pick_rate
 
 BF16_GAIN = 1.1
 """A block must be this much faster in bfloat16 to be worth its rounding."""
@@ -65,7 +66,7 @@ def resolve(
     n_steps = run.planned_steps(n_rows)
     epochs = n_steps * run.train.batch_size / n_rows
     if run.dropout.rate == "auto":
-        rate, why = pick_dropout_rate(epochs)
+        rate, why = pick_rate(epochs)
         reasons["dropout.rate"] = f"{rate:g}: {why}"
         run = run.model_copy(update={"dropout": run.dropout.model_copy(update={"rate": rate})})
     if device.type == "cpu" and (why := loops.why_not()):
@@ -169,18 +170,6 @@ def check_warmup(run: RunConfig, n_rows: int) -> None:
             f"optim.warmup_steps: {warmup} is not below the {steps} updates that train.epochs "
             f"{run.train.epochs:g} makes of this text; set fewer, or more epochs"
         )
-
-
-def pick_dropout_rate(epochs: float) -> tuple[float, str]:
-    """From how often the text is seen; docs/dropout.md gives the sources."""
-    planned = f"{epochs:.1f} epochs planned"
-    if epochs <= 1:
-        return 0.0, f"{planned}; text seen once cannot be learned by heart"
-    if epochs <= 4:
-        return 0.05, f"{planned}; up to 4 repeated text is almost as good as new"
-    if epochs <= 16:
-        return 0.1, f"{planned}; repeated text begins to be learned by heart"
-    return 0.2, f"{planned}; a model sees each text so often that it learns it by heart"
 
 
 def pick_kernels(

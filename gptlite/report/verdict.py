@@ -7,6 +7,7 @@ a word: another seed or another validation text moves the loss as much.
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from gptlite.planning.rates import pick_rate
 from gptlite.runs.results import number
 
 NOTICEABLE = 0.02
@@ -74,8 +75,8 @@ def underfitting(fall: float, gap: float | None, drops: bool, epochs: float) -> 
         advice.append(
             "Nothing is being overfitted yet, so dropout costs and buys nothing: try rate 0."
         )
-    elif epochs <= 1:
-        advice.append("Text that is seen less than once needs no dropout.")
+    elif not pick_rate(epochs)[0]:
+        advice.append(f"It needs no dropout: {pick_rate(epochs)[1]}.")
     return Verdict("Underfitting", found, advice)
 
 
@@ -91,10 +92,8 @@ def level(gap: float | None, drops: bool, epochs: float) -> Verdict:
     found = "The validation loss has levelled off"
     found += "." if gap is None else f", {gap:.2f} nats above that of training text."
     advice = ["A larger model, or a longer schedule, would learn more from this text."]
-    if drops and epochs <= 1:
-        advice.append(
-            "The text was seen less than once: the literature finds no dropout best there."
-        )
+    if drops and not pick_rate(epochs)[0]:
+        advice.append(f"Try it without dropout: {pick_rate(epochs)[1]}.")
     return Verdict("Levelled off", found, advice)
 
 

@@ -32,6 +32,7 @@ from gptlite.planning.budget import (
     guess_fit,
     make_rung,
 )
+from gptlite.planning.rates import pick_rate
 from gptlite.planning.rehearsal import count_evaluated, rehearse
 from gptlite.runs import directory as run_directory
 from gptlite.runs.origin import given_tokenizer, inherit
@@ -58,12 +59,6 @@ LADDER = (
 )
 """(n_layer, n_embd, context_length), the smallest model first."""
 TOKENS_PER_UPDATE = 2048
-RATES = (
-    (13, 0.0, "in runs as short as this dropout costs up to about 13"),
-    (40, 0.1, "the best rate of short runs at about 20"),
-    (math.inf, 0.2, "the best rate of short runs at about 60"),
-)
-"""Up to so many epochs, the rate, and why: docs/dropout-study.md, section 1."""
 CHOSEN_SHARE = 0.03
 """Of the time, for timing the model that was chosen; one to ten seconds."""
 
@@ -234,9 +229,7 @@ def rehearse_training(
 
 def dropout_rate(steps: int, rung: Rung) -> tuple[float, str]:
     """The rate for a run of so many updates, and why."""
-    epochs = steps * rung.run.train.batch_size / rung.n_rows
-    rate, why = next((rate, why) for most, rate, why in RATES if epochs <= most)
-    return rate, f"{epochs:.1f} epochs: {why}"
+    return pick_rate(steps * rung.run.train.batch_size / rung.n_rows)
 
 
 def of_training(rung: Rung, fitting: Fit) -> Iterator[Choice]:
