@@ -84,28 +84,38 @@ BOOK = "https://github.com/rasbt/LLMs-from-scratch (ch05.ipynb)"
 LMXLAB = "lmxlab, hypothesis 001d: 3 M parameters, mean of 3 seeds"
 PUBLISHED = {
     "shakespeare_char_cpu": Published(
-        *("nats per character", 1.88, 0.02, NANOGPT, best_loss, "shakespeare_char_cpu")
+        "nats per character", 1.88, 0.02, NANOGPT, best_loss, "shakespeare_char_cpu"
     ),
     "shakespeare_char_cpu_own_lr": Published(
-        *("nats per character, learning rate 1e-3 as published", 1.88, 0.05, NANOGPT, best_loss),
-        *("shakespeare_char_cpu", ("optim.lr=1e-3",)),
+        "nats per character, learning rate 1e-3 as published",
+        1.88,
+        0.05,
+        NANOGPT,
+        best_loss,
+        "shakespeare_char_cpu",
+        ("optim.lr=1e-3",),
     ),
     "shakespeare_char": Published(
-        *("nats per character", 1.4697, 0.02, NANOGPT, best_loss, "shakespeare_char"), gpu=True
+        "nats per character", 1.4697, 0.02, NANOGPT, best_loss, "shakespeare_char", gpu=True
     ),
-    "names": Published(*("nats per letter", 1.92, 0.05, MAKEMORE, best_loss, "names")),
+    "names": Published("nats per letter", 1.92, 0.05, MAKEMORE, best_loss, "names"),
     "sort": Published(
-        *("% sorted exactly", 100.0, 0.0, MINGPT, sorted_right, "sort"), higher_is_better=True
+        "% sorted exactly", 100.0, 0.0, MINGPT, sorted_right, "sort", higher_is_better=True
     ),
     "the_verdict_best": Published(
-        *("nats per token, best step", 6.123, 0.1, BOOK, best_loss, "the_verdict")
+        "nats per token, best step", 6.123, 0.1, BOOK, best_loss, "the_verdict"
     ),
     "the_verdict": Published(
-        *("nats per token, last step", 6.373, 0.2, BOOK, last_loss, "the_verdict")
+        "nats per token, last step", 6.373, 0.2, BOOK, last_loss, "the_verdict"
     ),
     **{
         f"shakespeare_3m_{rate:g}": Published(
-            *("nats per character", number, 0.03, LMXLAB, best_loss, "shakespeare_3m"),
+            "nats per character",
+            number,
+            0.03,
+            LMXLAB,
+            best_loss,
+            "shakespeare_3m",
             (f"dropout.rate={rate:g}",),
         )
         for rate, number in ((0.0, 1.611), (0.1, 1.573), (0.2, 1.560))

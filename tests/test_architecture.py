@@ -211,6 +211,15 @@ def test_functions_are_short(path: Path) -> None:
             assert node.end_lineno - node.lineno < MAX_FUNCTION_LINES, node.name
 
 
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_calls_list_their_arguments(path: Path) -> None:
+    """A tuple that is taken apart at once says nothing and hides which argument is which."""
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Call):
+            starred = [a.value for a in node.args if isinstance(a, ast.Starred)]
+            assert not any(isinstance(value, ast.Tuple) for value in starred), node.lineno
+
+
 def foreign_code(source: ast.Module, module: str) -> Iterator[str]:
     """What could run code that a file holds."""
     aliases = {"np": "numpy"}

@@ -244,7 +244,9 @@ def evaluate(
         world.expects_life(trained.run.distributed.timeout_seconds)
         own = trained.run, trained.tokenizer, split, trained.state.data_digest
         results = suites.evaluate(
-            *(trained, split, names),
+            trained,
+            split,
+            names,
             lambda: world.in_turn(partial(open_split, *own)),
             effort=suites.FAST if fast else suites.FULL,
             dropout_active=dropout_active,

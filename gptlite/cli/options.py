@@ -65,7 +65,8 @@ def keys(incomplete: str) -> list[str]:
 
 
 _CONFIG = typer.Option(
-    *("--config", "-c"),
+    "--config",
+    "-c",
     help="YAML file or shipped config; repeat: later ones win.",
     autocompletion=configs,
 )
@@ -74,7 +75,8 @@ MoreConfigFiles = Annotated[list[str] | None, _CONFIG]
 Overrides = Annotated[
     list[str] | None,
     typer.Option(
-        *("--set", "-s"),
+        "--set",
+        "-s",
         help="One value, as in --set optim.lr=3e-4; wins over files.",
         autocompletion=keys,
     ),

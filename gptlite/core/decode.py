@@ -23,7 +23,13 @@ class Decoder:
         H, C, F = block.attention.n_head, block.norm_1.weight.numel(), block.mlp.down.in_features
         self.scratch = torch.empty(B * (2 * C + (H + 2 * G) * D + 2 * H * D + 3 * F))
         self.scene = loops.Scene(
-            *(B, C, H, G, D, F, L),
+            B,
+            C,
+            H,
+            G,
+            D,
+            F,
+            L,
             norm=int(isinstance(block.norm_1, nn.RMSNorm)),
             mlp=ACTIVATIONS[block.mlp.activation],
             epsilon=block.norm_1.eps,

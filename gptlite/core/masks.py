@@ -106,9 +106,15 @@ class Mask(NamedTuple):
         assert len(self.salts) == (H[0] if H else 1)
         strides = (self.keys.stride(0), 0 if shared else self.keys.stride(1))
         return loops.Rows(
-            *(self.keys.data_ptr(), self.salts.data_ptr(), *strides),
-            *(B, len(self.salts), T, W),
-            *(threshold(self.cut), RATES / (RATES - self.cut)),
+            self.keys.data_ptr(),
+            self.salts.data_ptr(),
+            *strides,
+            B,
+            len(self.salts),
+            T,
+            W,
+            threshold(self.cut),
+            RATES / (RATES - self.cut),
         )
 
 

@@ -72,12 +72,8 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig, site: SiteMaker, layer: int, kernel: str):
         super().__init__()
-        self.n_head, self.n_kv_head, self.layer, self.kernel = (
-            config.n_head,
-            config.kv_heads,
-            layer,
-            kernel,
-        )
+        self.n_head, self.n_kv_head = config.n_head, config.kv_heads
+        self.layer, self.kernel = layer, kernel
         self.head_width = config.n_embd // config.n_head
         width = (config.n_head + 2 * config.kv_heads) * self.head_width
         self.qkv = Linear(config.n_embd, width, bias=config.bias)
@@ -240,7 +236,9 @@ class GPT(nn.Module):
         """The untrained model of a resolved run."""
         recompute = run.train.recompute is True
         return cls(
-            *(run.model, vocab_size, run.dropout),
+            run.model,
+            vocab_size,
+            run.dropout,
             kernel=run.attention,
             seed=run.seed,
             recompute=recompute,

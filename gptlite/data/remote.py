@@ -113,7 +113,8 @@ def dataset(url: str, field: str, cache: Path) -> Path:
             f"data.source: {url}: needs datasets: pip install 'gptlite[data]'"
         ) from None
     stream = datasets.load_dataset(
-        *(address.netloc + address.path, options.get("config")),
+        address.netloc + address.path,
+        options.get("config"),
         split=options.get("split", "train"),
         revision=options.get("revision"),
         streaming=True,

@@ -236,7 +236,9 @@ def rendezvous() -> Store:
     def connect() -> None:
         try:
             store = TCPStore(
-                *(host, int(port), int(size)),
+                host,
+                int(port),
+                int(size),
                 is_master=rank == "0" and not agent,
                 timeout=timedelta(seconds=CONNECT_SECONDS),
                 wait_for_workers=False,

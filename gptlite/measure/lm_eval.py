@@ -122,7 +122,10 @@ class Subject(TemplateLM):  # type: ignore[misc]
             stops = [until] if isinstance(until, str) else until
             model, text = self.trained.model, self.trained.tokenizer
             generation = Generation(
-                *(model, text, [prompt], options),
+                model,
+                text,
+                [prompt],
+                options,
                 seed=0,
                 stops=stops,
                 context=self.context_length,

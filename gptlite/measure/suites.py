@@ -182,8 +182,13 @@ def knock_out(of: Measurement) -> dict[str, Any]:
             "n_units": len(of.singles(kind, "zero")),
             **{
                 ablation: knockout.knockout(
-                    *(subject, kind, of.singles(kind, ablation).sum(1), unigram),
-                    *(effort.fractions, effort.n_masks, of.fills(kind, ablation)),
+                    subject,
+                    kind,
+                    of.singles(kind, ablation).sum(1),
+                    unigram,
+                    effort.fractions,
+                    effort.n_masks,
+                    of.fills(kind, ablation),
                 )
                 for ablation in ABLATIONS
             },
@@ -274,7 +279,7 @@ def evaluate(
     if dropout_active and names != ["loss"]:
         raise ConfigError("--dropout-active: only the suite loss can be measured with dropout on")
     of = Measurement(
-        *(trained, split, files), effort=effort, dropout_active=dropout_active, world=world
+        trained, split, files, effort=effort, dropout_active=dropout_active, world=world
     )
     with at_step(trained.step):
         return {name: to_json(SUITES[name](of)) for name in names}

@@ -139,7 +139,9 @@ def lines(
             style = "--" if line.dashed else "-"
             dot = "o" if len(line.x) == 1 else None
             (drawn,) = axes.plot(
-                *(keep_finite(line.x), keep_finite(line.y), style),
+                keep_finite(line.x),
+                keep_finite(line.y),
+                style,
                 label="\n".join(map(short, line.label.splitlines())),
                 marker=dot,
                 **chosen,

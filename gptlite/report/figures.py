@@ -69,12 +69,16 @@ def losses(run: RunFiles) -> Made:
     best = run.best
     marks = [(best["step"], best["val/loss"], f"{best['val/loss']:.3f}")] if best else []
     svg = charts.lines(
-        *("Losses", [line for line in series if line.x], "updates", "nats per token"),
+        "Losses",
+        [line for line in series if line.x],
+        "updates",
+        "nats per token",
         epochs_per_step=run.epochs_per_step,
         marks=marks,
     )
     yield Figure(
-        *("Losses", svg),
+        "Losses",
+        svg,
         "The gap is validation minus training with dropout off. Training with dropout on is "
         "another quantity: the loss of the model with parts missing.",
     )

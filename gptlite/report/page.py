@@ -118,7 +118,8 @@ def run_page(run: RunFiles) -> Page:
         subtitle=readable(notes, "plan.json or config.yaml", lambda: sizes(run), ""),
         tiles=readable(notes, "metrics.jsonl", lambda: tiles(run), list[tuple[str, str]]()),
         verdict=readable(
-            *(notes, "config.yaml or metrics.jsonl"),
+            notes,
+            "config.yaml or metrics.jsonl",
             lambda: verdict(run.rows, run.config, run.plan.get("epochs")),
             nothing,
         ),
