@@ -156,7 +156,7 @@ def bench_generators(repeats: int) -> Iterator[str]:
     generators: dict[str, tuple[Callable[[], Any], str]] = {
         "lowbias32 with a second key, 2 draws a word": (
             partial(masks.scramble, halves, high),
-            "64 bits of key a row; tests/test_masks.py",
+            "64 bits of key a row; tests/core/test_masks.py",
         ),
         "splitmix64, 4 draws a word": (partial(mix, words), "BigCrush (Steele 2014)"),
         "murmur3 fmix32, 2 draws a word": (partial(fmix32, halves), "only 32 bits of key"),

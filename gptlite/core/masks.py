@@ -8,7 +8,7 @@
 One word decides two values, and the backward pass draws masks again instead of keeping them. `mix`
 is splitmix64's finaliser (Steele, Lea, Flood 2014), `scramble` lowbias32 (Wellons, hash-prospector)
 with the high half added behind its first product: what every CPU multiplies fast is 32 bits wide.
-`tests/test_masks.py` tests their use here. `plain` says what comes out.
+`tests/core/test_masks.py` tests their use here. `plain` says what comes out.
 """
 
 from typing import Any, NamedTuple

@@ -188,7 +188,7 @@ def test_trackio_keeps_the_rows_of_each_run(tmp_path: Path) -> None:
     boards = tmp_path / "boards"
     ran = subprocess.run(
         [sys.executable, "-c", TRACKED, str(tmp_path)],
-        **{"cwd": Path(__file__).parent, "capture_output": True, "text": True, "check": True},
+        **{"cwd": Path(__file__).parents[1], "capture_output": True, "text": True, "check": True},
         env={**os.environ, "TRACKIO_DIR": str(boards), "HF_HUB_OFFLINE": "1"},
     )
     assert ran.stdout == ""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "torture.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "torture.py"
 PARTS = (
     ("kill", "others", "readers", "two-runs"),
     ("power", "cadence"),

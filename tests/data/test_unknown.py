@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Workshop
-from test_shards import EVERY_FILE, here
+from test_parts import EVERY_FILE, here
 
 from gptlite.core.evaluate import byte_lengths, measure
 from gptlite.core.model import GPT

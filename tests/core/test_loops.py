@@ -17,7 +17,7 @@ from gptlite.core.masks import Mask
 from gptlite.planning import auto
 from tests.conftest import Workshop
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 has_gcc = pytest.mark.skipif(shutil.which("gcc") is None, reason="no gcc here")
 
 

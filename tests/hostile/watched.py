@@ -1,6 +1,6 @@
 """A process that runs cases of hostile.py and stops what no file may bring about.
 
-`python tests/watched.py FOLDER` reads the name of a case from each line, as JSON, and prints what
+`python watched.py FOLDER` reads the name of a case from each line, as JSON, and prints what
 happened in one; test_hostile_files.py judges.
 """
 

@@ -24,7 +24,7 @@ from gptlite.errors import ConfigError, DataError
 
 PROSE = "\n\n".join(text for _, text in sorted(topics.items()))
 """The language reference of this Python: some 450 thousand characters."""
-TIKTOKEN = Path(__file__).resolve().parents[2] / "shared" / "tiktoken"
+TIKTOKEN = Path(__file__).resolve().parents[3] / "shared" / "tiktoken"
 # tiktoken names a cached file by the sha1 of its address; these are vocab.bpe and encoder.json.
 GPT2_FILES = (
     "6d1cbeee0f20b3d9449abfede4726ed8212e3aee",

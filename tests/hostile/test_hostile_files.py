@@ -39,6 +39,7 @@ def what_happens(
     """By the name of a case; one process runs one after the other."""
     folder = tmp_path_factory.mktemp("hostile")
     surroundings = {**os.environ, "CC": "none", "PYTHONDONTWRITEBYTECODE": "1", "CI": "true"}
+    surroundings["PYTHONPATH"] = os.pathsep.join(sys.path)
     command = [sys.executable, watched.__file__, str(folder)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with (
