@@ -1,7 +1,7 @@
 """YAML files and `--set` → one RunConfig, or every problem at once with its place.
 
 Files merge left to right and `--set` last; each value remembers where it came from. What is said
-about a value that will not do is in `config_words.py`.
+about a value that will not do is in `wording.py`.
 """
 
 import os

@@ -8,7 +8,7 @@
 One word decides two values, and the backward pass draws masks again instead of keeping them. `mix`
 is splitmix64's finaliser (Steele, Lea, Flood 2014), `scramble` lowbias32 (Wellons, hash-prospector)
 with the high half added behind its first product: what every CPU multiplies fast is 32 bits wide.
-`tests/core/test_masks.py` tests their use here. `plain` says what comes out.
+`tests/core/test_masks.py` tests their use here. `mask_by_formula` says what comes out.
 """
 
 from typing import Any, NamedTuple
@@ -25,7 +25,7 @@ from gptlite.core import loops
 from gptlite.keys import derive_keys, key
 
 TILE_WORDS = {"cpu": 1 << 17, "cuda": 1 << 24}
-"""Words drawn at a time by `tiled`: on a CPU what its caches hold."""
+"""Words drawn at a time by `mask_in_tiles`: on a CPU what its caches hold."""
 
 
 def to_int64(number: int) -> int:

@@ -98,7 +98,7 @@ def bin_predictions(found: Guesses, edges: Floats) -> Floats:
 
 
 def calibration_error(sums: Floats) -> dict[str, Any]:
-    """Mean distance between confidence and accuracy over targets, of `binned` sums.
+    """Mean distance between confidence and accuracy over targets, of `bin_predictions`.
 
     Each half of the rows says for the other which of the two is larger in each bin; the ends of the
     interval are means of those of both, as the halves are not independent.

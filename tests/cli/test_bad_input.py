@@ -338,7 +338,7 @@ def test_damaged_token_files_say_what_to_do(name: str, harm: Any, why: str) -> N
 def test_two_byte_ids_are_refused_for_a_vocabulary_of_four(monkeypatch: pytest.MonkeyPatch) -> None:
     ranks = {bytes([i]): i for i in range(256)}
     large = tokenizers.BPETokenizer("tiktoken", "large", tokenizers.GPT2_PATTERN, ranks, 100_256)
-    monkeypatch.setattr(prepare.tokenizers, "pretrained", lambda name: large)
+    monkeypatch.setattr(prepare.tokenizers, "load_pretrained", lambda name: large)
     Path("ids").mkdir()
     for name in ("train", "val"):
         np.arange(101, dtype="<u2").tofile(Path("ids") / f"{name}.bin")
