@@ -189,10 +189,10 @@ def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "text.txt").write_text("the cat sat on the mat and the dog sat on the log. " * 100)
     (folder / "run.yaml").write_text(
         "{device: cpu, dtype: float32, compile: false, attention: math, "
-        + "data: {source: text.txt, cache_dir: cache}, tokenizer: {kind: byte}, "
-        + "model: {n_layer: 1, n_head: 2, n_embd: 16, context_length: 16}, "
-        + "optim: {warmup_steps: 0}, train: {max_steps: 4, batch_size: 4, threads: 1}, "
-        + "sample: {max_new_tokens: 5}}\n"
+        "data: {source: text.txt, cache_dir: cache}, tokenizer: {kind: byte}, "
+        "model: {n_layer: 1, n_head: 2, n_embd: 16, context_length: 16}, "
+        "optim: {warmup_steps: 0}, train: {max_steps: 4, batch_size: 4, threads: 1}, "
+        "sample: {max_new_tokens: 5}}\n"
     )
     return folder
 
