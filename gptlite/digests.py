@@ -25,7 +25,7 @@ SETTLED_NS = 2_000_000_000
 systems count time in steps of up to two seconds."""
 
 
-def digests(files: list[Path], ledger: Path, digest: Callable[[Path], str]) -> list[str]:
+def digests_of(files: list[Path], ledger: Path, digest: Callable[[Path], str]) -> list[str]:
     """What `digest` says of each file. Raises what it raises."""
     before = {file: look_at(file) for file in files}
     if sum(looks[2] for looks in before.values()) < LARGE_BYTES:

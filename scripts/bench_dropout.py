@@ -58,7 +58,7 @@ def instead(run: Callable[[], Any], **replaced: Callable[..., Any]) -> Callable[
 
 
 def without_compiler(run: Callable[[], Any]) -> Callable[[], None]:
-    return instead(run, built=lambda x, dtype: False)
+    return instead(run, has_loop=lambda x, dtype: False)
 
 
 def keep_freed_memory() -> bool:

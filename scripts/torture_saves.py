@@ -29,6 +29,7 @@ from faults import (
 from torture_runs import Outcome, Workplace, digest, on_disk, wait
 
 from gptlite import storage
+from gptlite.core.weights import FILES
 from gptlite.data.prepare import prepare
 from gptlite.errors import UserError
 from gptlite.runs import checkpoint, start
@@ -114,7 +115,7 @@ def timeless(run_dir: Path, step: int) -> Any:
     folder = run_dir / "checkpoints" / checkpoint.folder_name(step)
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     kept = [{key: value for key, value in row.items() if key not in CLOCKS} for row in rows]
-    return kept, [(folder / name).read_bytes() for name in checkpoint.FILES]
+    return kept, [(folder / name).read_bytes() for name in FILES]
 
 
 def recorded(place: Workplace, n: int) -> list[Operation]:

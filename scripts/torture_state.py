@@ -18,6 +18,7 @@ from torture_runs import Outcome, Workplace, digest, on_disk
 from gptlite import storage
 from gptlite.core import tensor_files
 from gptlite.core.train import Trainer
+from gptlite.core.weights import FILES
 from gptlite.data.token_files import open_token_files
 from gptlite.errors import CheckpointError, DataError
 from gptlite.runs import checkpoint
@@ -106,7 +107,7 @@ def cadence(place: Workplace, rng: random.Random, n: int) -> Iterator[Outcome]:
         folder = run_dir / "checkpoints" / checkpoint.folder_name(STEPS)
         rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
         losses.add(tuple(row["train/loss"] for row in rows if row["step"] % 4 == 0))
-        weights.add(b"".join((folder / name).read_bytes() for name in checkpoint.FILES))
+        weights.add(b"".join((folder / name).read_bytes() for name in FILES))
     same = len(losses) == len(weights) == 1
     result = "all alike" if same else f"{len(weights)} different ends"
     yield Outcome("pace of evaluation, saving, logging, sampling", len(paces), result, same)
@@ -210,14 +211,14 @@ def divergence(place: Workplace, rng: random.Random, n: int) -> Iterator[Outcome
         code = place.run(config, name, prepared=poisoned(kind, first, times))
         run_dir, said = place.folder / name, place.said(name)
         last = checkpoint.choose(run_dir, "last")
-        tensors = [tensor_files.read_tensors(last.path / file) for file in checkpoint.FILES]
+        tensors = [tensor_files.read_tensors(last.path / file) for file in FILES]
         assert all(t.isfinite().all() for part in tensors for t in part.values())
         if policy == "stop":
             assert code == 4, said[-2:]
             assert last.state.step == first - 1
             for word in (f"step {first}:", "loss", "gradient norm", str(last.path), "optim.lr"):
                 assert word in said[-1], said[-1]
-            for file in checkpoint.FILES:
+            for file in FILES:
                 healthy = place.folder / "healthy" / "checkpoints" / last.path.name / file
                 assert healthy.read_bytes() == (last.path / file).read_bytes()
         else:

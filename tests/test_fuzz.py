@@ -33,12 +33,11 @@ from gptlite.core import tensor_files
 from gptlite.core.generate import draw, probabilities
 from gptlite.core.model import GPT
 from gptlite.core.optim import lr_at
-from gptlite.core.weights import model_tensors
+from gptlite.core.weights import FILES, model_tensors
 from gptlite.data import tokenizers
 from gptlite.data.batches import Batch, Ids, batch_at
 from gptlite.errors import CheckpointError, ConfigError, DataError
 from gptlite.runs import checkpoint
-from gptlite.runs.checkpoint import FILES
 from gptlite.runs.metrics import MetricsFile
 from gptlite.runs.origin import load_run
 from gptlite.storage import Disk

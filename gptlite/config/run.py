@@ -2,7 +2,7 @@
 
 Sections are frozen and strict: an unknown key or a wrong type never passes silently. What no
 single field can know (two keys that contradict each other, sizes that cannot fit) is in
-`contradictions`. `config_reader.py` makes a RunConfig from YAML and `--set`.
+`contradictions`. `reader.py` makes a RunConfig from YAML and `--set`.
 """
 
 import math

@@ -273,7 +273,7 @@ def first_token(text: Tokenizer, documents: bool) -> int | None:
     return text.eot if documents else text.marks.begin
 
 
-def encoded(text: Tokenizer, prompt: str, place: str) -> list[int]:
+def encode_text(text: Tokenizer, prompt: str, place: str) -> list[int]:
     """Ids of a text by itself. Raises ConfigError naming `place` and what is not known."""
     try:
         prompt.encode()
@@ -291,7 +291,7 @@ def encode_prompt(
 
     Raises ConfigError naming `place` and the character that the tokenizer does not know.
     """
-    ids = encoded(text, prompt, place)
+    ids = encode_text(text, prompt, place)
     if (first := first_token(text, documents)) is not None:
         return [first, *ids]
     if ids:

@@ -24,7 +24,7 @@ from gptlite.core.masks import sample_keys
 from gptlite.core.model import GPT, to_device
 from gptlite.core.optim import Optimizer, lr_at
 from gptlite.core.precision import LossScaler, Scale, precision
-from gptlite.core.weights import fill, model_tensors
+from gptlite.core.weights import FILES, fill, model_tensors
 from gptlite.core.world import ALONE, World
 from gptlite.data.batches import Batch, Layout, batch_at
 from gptlite.errors import CheckpointError, DivergedError
@@ -159,9 +159,10 @@ class Trainer:
         if self.trained_length is not None:
             self.trained_length = reached and max(reached, self.trained_length)
 
-    def tensors(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """All that an update changes, besides the step and the scale: weights and moments."""
-        return model_tensors(self.model), self.optimizer.state_tensors()
+    def tensors(self) -> dict[str, dict[str, torch.Tensor]]:
+        """Weights and moments, by the file of a checkpoint that has them."""
+        model, optimizer = model_tensors(self.model), self.optimizer.state_tensors()
+        return dict(zip(FILES, (model, optimizer), strict=True))
 
     def restore(
         self,

@@ -9,6 +9,9 @@ from gptlite.core.model import GPT
 from gptlite.core.world import ALONE, World
 from gptlite.errors import CheckpointError
 
+FILES = ("model.safetensors", "optimizer.safetensors")
+"""Where a checkpoint has the weights, and what the optimizer remembers."""
+
 
 def model_tensors(model: GPT) -> dict[str, Tensor]:
     """The weights by name; a tied output matrix is stored once."""

@@ -2,12 +2,12 @@
 
 A folder per content in the cache, named by the digest of everything that decides what is in it:
 
-    train.bin, val.bin   token ids, see data.py
+    train.bin, val.bin   token ids, see token_files.py
     tokenizer.json       the tokenizer, which also travels with every run
     meta.json            written last: layout, counts, bytes, digests
 
 A trained tokenizer sees the training part only. Several files that are large together go through
-several processes, into parts; see shards.py.
+several processes, into parts; see parts.py.
 """
 
 import hashlib
@@ -22,11 +22,9 @@ from typing import Any
 
 import numpy as np
 
-from gptlite import digests as ledger
 from gptlite import locks, storage
 from gptlite.config.run import RunConfig
-from gptlite.data import parts as shards
-from gptlite.data import sources, tokenizers
+from gptlite.data import parts, sources, tokenizers
 from gptlite.data.encoding import (
     Scan,
     build_tokenizer,
@@ -44,7 +42,7 @@ from gptlite.data.split import is_near
 from gptlite.data.token_files import TokenFiles, check_ids, open_token_files, token_dtype
 from gptlite.data.tokenizers import Tokenizer
 from gptlite.data.unknown import tell_lost
-from gptlite.digests import Looks, hold_unchanged, looks
+from gptlite.digests import Looks, digests_of, hold_unchanged, looks
 from gptlite.errors import ConfigError, DataError, StorageError
 from gptlite.terminal import tell
 
@@ -126,7 +124,7 @@ def find_or_make(run: RunConfig, own: Tokenizer | None, trained_on: str = "") ->
         try:
             for remark in sources.remarks(run, files, listing):
                 tell(remark)
-            way = make_of_parts if shards.worth_it(listing) else make
+            way = make_of_parts if parts.worth_it(listing) else make
             way(target, files, listing, run, own, before)
         except OSError as error:
             raise StorageError(f"{error.filename or target}: {error.strerror}") from None
@@ -136,7 +134,8 @@ def find_or_make(run: RunConfig, own: Tokenizer | None, trained_on: str = "") ->
 def describe_sources(files: list[Path], run: RunConfig) -> list[dict[str, Any]]:
     """Name, size and digest of each source."""
     try:
-        digests = ledger.digests(files, Path(run.data.cache_dir) / "digests.json", source_digest)
+        ledger = Path(run.data.cache_dir) / "digests.json"
+        digests = digests_of(files, ledger, source_digest)
         about = zip(files, digests, strict=True)
         return [{"name": f.name, "bytes": f.stat().st_size, "sha256": d} for f, d in about]
     except OSError as error:
@@ -214,8 +213,8 @@ def check_format(path: Path, size_of_one: int) -> None:
 
 def count(tokens: np.ndarray, sha256: str, built: Tokenizer) -> dict[str, Any]:
     lengths = np.array(tokenizers.token_lengths(built), dtype=np.int64)
-    parts = range(0, len(tokens), 1 << 24)
-    n_bytes = sum(int(lengths[tokens[start : start + (1 << 24)]].sum()) for start in parts)
+    starts = range(0, len(tokens), 1 << 24)
+    n_bytes = sum(int(lengths[tokens[start : start + (1 << 24)]].sum()) for start in starts)
     ends = 0 if built.eot is None else int(np.count_nonzero(tokens == built.eot))
     return {"tokens": len(tokens), "documents": max(1, ends), "bytes": n_bytes, "sha256": sha256}
 
@@ -235,11 +234,11 @@ def describe(
         "eot": built.eot,
         "bytes_per_token": n_bytes / max(1, n_tokens),
         "splits": splits,
-        "sources": named(listing),
+        "sources": shorten(listing),
     }
 
 
-def named(listing: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def shorten(listing: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The sources as meta.json has them, which must stay small enough to be read again."""
     if len(listing) <= MOST_LISTED:
         return listing
@@ -319,14 +318,14 @@ def make_of_parts(
     before: Looks,
 ) -> None:
     """The same in parts, by several processes; parts that a killed attempt left are taken up."""
-    with shards.workplace(target) as work:
+    with parts.workplace(target) as work:
         if (target / "meta.json").is_file():  # made by another process, for which we waited
             return
         with hold_unchanged(before):
-            built, parts = shards.tokenize(files, listing, run, own, work)
-        splits = shards.join_counts(work, parts)
+            built, made = parts.tokenize(files, listing, run, own, work)
+        splits = parts.join_counts(work, made)
         check_splits(splits, run)
-        finish(work, {**describe(run, built, splits, listing), "parts": parts}, built)
+        finish(work, {**describe(run, built, splits, listing), "parts": made}, built)
         storage.discard(target)  # one that has lost its meta.json
         os.rename(work, target)
 

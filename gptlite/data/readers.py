@@ -69,6 +69,7 @@ def is_searched(path: PurePath, data: DataConfig) -> bool:
 
 
 def is_plain(path: Path) -> bool:
+    """Whether its text is what stands in its lines."""
     return kind_of(path) not in (*RECORDS, *TABLES, ".parquet")
 
 

@@ -70,7 +70,7 @@ def locate_one(source: str, data: DataConfig) -> list[Path]:
         files, others = in_folder(path, data)
         if not files:
             endings = " ".join((*SUFFIXES, *data.include))
-            there = f" (but {counted(others)}; data.include)" if others else ""
+            there = f" (but {list_endings(others)}; data.include)" if others else ""
             raise DataError(f"data.source: {source}: no {endings} file in this folder{there}")
         return files
     if not os.path.exists(path) and glob.has_magic(source):
@@ -99,14 +99,14 @@ def in_folder(folder: Path, data: DataConfig) -> tuple[list[Path], Counter[str]]
     return sorted(files), others
 
 
-def counted(endings: Counter[str]) -> str:
+def list_endings(endings: Counter[str]) -> str:
     """The most frequent ones, and how many more there are."""
     most = endings.most_common(4)
     left = endings.total() - sum(n for _, n in most)
     return ", ".join([*(f"{name} {n}" for name, n in most), *([f"{left} more"] if left else [])])
 
 
-def repeated(files: list[Path], listing: list[dict[str, Any]]) -> Iterator[str]:
+def find_repeats(files: list[Path], listing: list[dict[str, Any]]) -> Iterator[str]:
     """Links, and copies under other names, count too."""
     first: dict[str, int] = {}
     digests = [about["sha256"] for about in listing]
@@ -129,8 +129,8 @@ def remarks(run: RunConfig, files: list[Path], listing: list[dict[str, Any]]) ->
         read, others = in_folder(path, run.data) if path.is_dir() else ([], Counter())
         if others:
             n = f"{others.total()} of {len(read) + others.total()} files skipped"
-            yield f"data.source: {source}: {n}: {counted(others)}; data.include takes more endings"
-    yield from repeated(files, listing)
+            yield f"data.source: {source}: {n}: {list_endings(others)}; data.include takes more endings"
+    yield from find_repeats(files, listing)
     if run.data.separator is None:
         plain = [file for file in files[:MOST_LOOKED_INTO] if readers.is_plain(file)]
         marked = next((file for file in plain if readers.has_marks(file)), None)

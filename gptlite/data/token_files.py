@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gptlite import digests, storage
+from gptlite import storage
 from gptlite.data import tokenizers
 from gptlite.data.batches import STRETCH, Documents, Joined, Layout, Stream, Tokens
 from gptlite.data.tokenizers import Tokenizer
+from gptlite.digests import digests_of
 from gptlite.errors import DataError
 
 MOST_META_BYTES = 1 << 26
@@ -127,7 +128,7 @@ def check_meta(folder: Path, meta: dict[str, Any], built: Tokenizer) -> TokenFil
         if n_tokens != meta["splits"][split]["tokens"]:
             raise DataError(f"{folder}/meta.json: damaged (its parts have {n_tokens} tokens)")
     check = partial(digest_checked_ids, expected=expected, vocab_size=built.vocab_size)
-    found = digests.digests(list(expected), folder / "verified.json", check)
+    found = digests_of(list(expected), folder / "verified.json", check)
     for path, sha256 in zip(expected, found, strict=True):
         if sha256 != expected[path]:
             raise DataError(f"{path}: damaged (sha256 differs from meta.json)")

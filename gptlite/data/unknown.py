@@ -13,8 +13,6 @@ from gptlite.terminal import tell
 WORTH_TELLING = 0.01
 """Share of a text's bytes."""
 MOST_LOST = 0.5
-RECORDS = (".jsonl", ".csv", ".parquet")
-"""Kinds of files whose text is not what stands in their lines."""
 
 
 def count_unknown(built: Tokenizer, text: str) -> dict[str, int]:
@@ -43,7 +41,7 @@ def tell_lost(splits: dict[str, Any], source: str) -> None:
 def place_of(unknown: UnknownCharacter, files: list[Path], data: DataConfig) -> DataError:
     """The same error with the place in the source where the first of these characters stands."""
     for file in files:
-        where = in_records if readers.kind_of(file) in RECORDS else in_lines
+        where = in_lines if readers.is_plain(file) else in_records
         if place := where(file, unknown, data):
             return DataError(f"data.source: {file}{place} {unknown.why}")
     return DataError(f"data.source: {unknown}")  # the file has changed meanwhile

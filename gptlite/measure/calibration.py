@@ -105,7 +105,7 @@ def calibration_error(sums: Floats) -> dict[str, Any]:
     """
     halves = sums[::2], sums[1::2]
     both = [
-        directed(one, other) for one, other in (halves, halves[::-1]) if len(one) and len(other)
+        measure_gap(one, other) for one, other in (halves, halves[::-1]) if len(one) and len(other)
     ]
     known = {name: [half[name] for half in both] for name in ("value", "low", "high")}
     return {
@@ -114,7 +114,7 @@ def calibration_error(sums: Floats) -> dict[str, Any]:
     }
 
 
-def directed(one: Floats, other: Floats) -> dict[str, Any]:
+def measure_gap(one: Floats, other: Floats) -> dict[str, Any]:
     """How far confidence and accuracy are apart in these rows, in the direction of the others."""
     gap = one[:, 1] - one[:, 2]  # (rows, bins)
     direction = np.sign((other[:, 1] - other[:, 2]).sum(0))

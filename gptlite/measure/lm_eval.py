@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from gptlite.core.evaluate import eval_rows
-from gptlite.core.generate import Generation, encode_prompt, encoded
+from gptlite.core.generate import Generation, encode_prompt, encode_text
 from gptlite.core.language_model import LanguageModel
 from gptlite.core.precision import precision
 from gptlite.errors import ConfigError, DivergedError, UserError, at_step
@@ -50,7 +50,7 @@ class Subject(TemplateLM):  # type: ignore[misc]
         return encode_prompt(text, "", text.marks.begin is None)[0]
 
     def tok_encode(self, string: str, *_: Any, **__: Any) -> list[int]:
-        return encoded(self.trained.tokenizer, string, "prompt") if string else []
+        return encode_text(self.trained.tokenizer, string, "prompt") if string else []
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], **_: Any

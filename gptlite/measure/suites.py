@@ -112,7 +112,7 @@ class Measurement:
 
     def spread(self, tokens: int, half: int | None = None) -> Batch:
         """About this many tokens in rows spread over the split; no row is in both halves."""
-        n = max(6, -(-tokens // self.run.model.context_length)) * (1 if half is None else 2)
+        n = max(6, -(-tokens // self.trained.context_length)) * (1 if half is None else 2)
         (batch,) = self.rows.sweep(n, n)
         if half is None or len(batch.inputs) == 1:
             return batch

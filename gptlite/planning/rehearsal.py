@@ -151,8 +151,7 @@ def time_save(trainer: Trainer) -> float:
 
     def save() -> None:
         storage.disk.make_folder(work)
-        names = ("model.safetensors", "optimizer.safetensors")
-        for name, tensors in zip(names, trainer.tensors(), strict=True):
+        for name, tensors in trainer.tensors().items():
             storage.disk.fill(work / name, partial(save_file, tensors))
             storage.disk.sync(work / name)
             storage.file_digest(work / name)

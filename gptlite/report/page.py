@@ -278,8 +278,6 @@ def points_table(study: dict[str, Any], metric: str) -> Table:
 
 
 def between(value: dict[str, Any]) -> str:
-    return (
-        ""
-        if value["low"] is None
-        else f"{format_value(value['low'])} to {format_value(value['high'])}"
-    )
+    if value["low"] is None:
+        return ""
+    return f"{format_value(value['low'])} to {format_value(value['high'])}"

@@ -37,12 +37,11 @@ from gptlite.core.tensor_files import (
     write_indexes,
 )
 from gptlite.core.train import Progress, Trainer
-from gptlite.core.weights import fill
+from gptlite.core.weights import FILES, fill
 from gptlite.core.world import ALONE, World
 from gptlite.errors import CheckpointError, ConfigError, DivergedError, StorageError
 
 FORMAT = 2
-FILES = ("model.safetensors", "optimizer.safetensors")
 FOLDER = re.compile(r"step-([0-9]{8})\Z")
 SET_ASIDE = re.compile(r"step-[0-9]{8}\.corrupt(-[0-9]+)?\Z")
 ATTEMPTS = 3
@@ -259,6 +258,16 @@ def read_state(path: Path) -> State:
     return state
 
 
+def data_digest(run_dir: Path) -> str:
+    """That of the token files which a run was trained on, by its newest checkpoint that says so;
+    whether its tensors are whole is for `recover`."""
+    for path in reversed(folders(run_dir)):
+        with suppress(OSError, ValueError, KeyError):
+            text = storage.read_regular(path / "state.json", MOST_STATE_BYTES)
+            return str(storage.unseal(text)["data_digest"])
+    return ""
+
+
 def recover(run_dir: Path, foreign: Callable[[State], str | None]) -> Found | None:
     """The newest checkpoint that verifies and belongs to the run; bad ones are set aside.
 
@@ -332,11 +341,6 @@ def check_size(path: Path, n_parameters: int) -> None:
 def load_weights(model: GPT, path: Path) -> None:
     """Fill the model from a checkpoint folder. Raises CheckpointError naming what does not fit."""
     fill(model, read_tensors(path / FILES[0]), path)
-
-
-def tensors_of(trainer: Trainer) -> dict[str, dict[str, Tensor]]:
-    """What `save` stores of a trainer, by file."""
-    return dict(zip(FILES, trainer.tensors(), strict=True))
 
 
 def restore(trainer: Trainer, found: Found) -> None:

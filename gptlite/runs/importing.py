@@ -18,7 +18,7 @@ from gptlite.config.run import RunConfig
 from gptlite.config.strict_yaml import Document
 from gptlite.core.device import use_threads
 from gptlite.core.model import GPT
-from gptlite.core.weights import fill, model_tensors
+from gptlite.core.weights import FILES, fill, model_tensors
 from gptlite.data import tokenizers
 from gptlite.data.tokenizers import Tokenizer
 from gptlite.errors import CheckpointError, ConfigError, StorageError
@@ -190,7 +190,7 @@ def write_run(foreign: Foreign, directory: Path, source: str) -> None:
             storage.write_json(directory / "env.json", run_directory.environment())
             saved = storage.seal(text.to_json())
             storage.write_text(directory / "tokenizer" / "tokenizer.json", saved)
-            checkpoint.save(directory, {checkpoint.FILES[0]: model_tensors(model)}, state)
+            checkpoint.save(directory, {FILES[0]: model_tensors(model)}, state)
             for name in ("best", "last"):
                 checkpoint.write_pointer(directory, name, 0)
             storage.write_text(directory / "config.yaml", dump(run))

@@ -9,9 +9,11 @@ from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
 from gptlite.config.run import RunConfig
-from gptlite.core import loops, tensor_files
+from gptlite.core import loops
 from gptlite.core.dropout import strength_at
 from gptlite.core.optim import lr_at
+from gptlite.core.tensor_files import read_tensors
+from gptlite.core.weights import FILES
 from gptlite.data.token_files import TokenFiles
 from gptlite.errors import ConfigError
 from gptlite.runs import checkpoint, importing, origin
@@ -143,33 +145,23 @@ def jumps(run: RunConfig, state: State, n_rows: int, directory: Path) -> Iterato
         yield f"dropout: jumps from {was:.0%} to {now:.0%} of its rates here, {spans}"
 
 
-def initial_weights(run: RunConfig) -> dict[str, Tensor] | None:
-    """The weights that `init_from` names: of a checkpoint, the best of a run, or Hugging Face's.
+def initial_weights(run: RunConfig) -> tuple[dict[str, Tensor], int | None]:
+    """The weights that `init_from` names (of a checkpoint, the best of a run, or Hugging Face's),
+    and the positions that they were trained for (None: all that there are).
 
     Learned positions past a shorter context are left out. Raises CheckpointError, ConfigError.
     """
-    if run.init_from is None:
-        return None
+    assert run.init_from is not None
+    path, reached = Path(run.init_from), None
     if origin.is_hugging_face(run.init_from):
-        tensors = importing.from_folder(Path(run.init_from)).tensors
+        tensors = importing.from_folder(path).tensors
     else:
-        folder = initial_folder(run.init_from)
-        checkpoint.read_state(folder)
-        tensors = tensor_files.read_tensors(folder / checkpoint.FILES[0])
+        if run_directory.has_run(path):
+            path, state, _ = checkpoint.choose(path, "best")
+        else:
+            state = checkpoint.read_state(path)
+        tensors, reached = read_tensors(path / FILES[0]), state.trained_length
     if "position_embedding.weight" in tensors:
         kept = tensors["position_embedding.weight"][: run.model.context_length]
         tensors["position_embedding.weight"] = kept
-    return tensors
-
-
-def initial_folder(init_from: str) -> Path:
-    """The checkpoint that is meant by it, or by the run."""
-    path = Path(init_from)
-    return checkpoint.choose(path, "best").path if run_directory.has_run(path) else path
-
-
-def reached_before(init_from: str) -> int | None:
-    """Positions that the weights of `init_from` were trained for; None: all."""
-    if origin.is_hugging_face(init_from):
-        return None
-    return checkpoint.read_state(initial_folder(init_from)).trained_length
+    return tensors, reached

@@ -256,7 +256,7 @@ class Session:
             environment=fingerprint(self.run, self.world.size),
         )
         self.records.sync()
-        checkpoint.save(self.directory, checkpoint.tensors_of(trainer), state, self.world)
+        checkpoint.save(self.directory, trainer.tensors(), state, self.world)
         self.saved_step = trainer.step
         self.records.saved(trainer.step, None if self.best is None else self.best.step)
 

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from gptlite import storage
 from gptlite.config.reader import dump
 from gptlite.config.run import RunConfig
@@ -19,7 +21,7 @@ from gptlite.core.world import ALONE, World, unlike_first
 from gptlite.data.prepare import prepare
 from gptlite.data.token_files import TokenFiles
 from gptlite.data.tokenizers import Tokenizer
-from gptlite.errors import CheckpointError, ConfigError, DataError
+from gptlite.errors import ConfigError, DataError
 from gptlite.planning import auto
 from gptlite.planning import plan as planning
 from gptlite.planning.memory import keep_freed, refuse_too_large
@@ -28,7 +30,7 @@ from gptlite.runs import directory as run_directory
 from gptlite.runs.checkpoint import Found, State
 from gptlite.runs.interrupts import Interrupts
 from gptlite.runs.origin import given_tokenizer, load_run
-from gptlite.runs.resume import adopt, initial_weights, reached_before, start_point
+from gptlite.runs.resume import adopt, initial_weights, start_point
 from gptlite.runs.session import Session, Watch, watch_nothing
 from gptlite.runs.sinks import check_installed
 from gptlite.runs.trained import load_tokenizer
@@ -56,7 +58,10 @@ def train(
     check_installed(run.log.sinks)
     if not resume:
         auto.check_warmup(run, files.rows("train", run.model.context_length).n_rows)
-    weights = initial_weights(run) if world.first and not resume else None
+    weights: dict[str, Tensor] = {}
+    reached = None
+    if world.first and run.init_from is not None and not resume:
+        weights, reached = initial_weights(run)
     own = device.shared_precisions(run, world)
     asked = run if stored is None else adopt(run, device.adapt(stored, own)[0])
     resolved, reasons = resolve_alike(asked, files, world, own)
@@ -68,8 +73,8 @@ def train(
         if found is not None:
             checkpoint.restore(trainer, found)
         elif run.init_from is not None:
-            fill(trainer.model, weights or {}, f"init_from: {run.init_from}", world)
-            trainer.know_positions(reached_before(run.init_from))
+            fill(trainer.model, weights, f"init_from: {run.init_from}", world)
+            trainer.know_positions(world.broadcast(lambda: reached))
         plan = planning.make_plan(resolved, trainer.model, files, trainer.rows, reasons, world.size)
         if world.first:
             write_description(trainer.run, files.tokenizer, directory, plan)
@@ -90,9 +95,7 @@ def open_files(run: RunConfig, directory: Path, resume: bool, world: World) -> T
     own = None  # that of init_from, which all ranks see, as the run directory perhaps is not
     if resume and run.init_from and (world.first or run_directory.has_run(directory)):
         own = load_tokenizer(directory)
-    before = ""
-    if resume and run.split_by == "document":  # by which rule, only the digest says
-        before = world.broadcast(lambda: trained_on(directory))
+    before = world.broadcast(lambda: checkpoint.data_digest(directory)) if resume else ""
     files = world.in_turn(lambda: prepare(run, own or given_tokenizer(run), before))
     files.rows("train", run.model.context_length)
     files.tokens("val")  # too little text for validation is better known before training
@@ -102,14 +105,6 @@ def open_files(run: RunConfig, directory: Path, resume: bool, world: World) -> T
     if ranks := unlike_first(world, files.digest):
         raise DataError(f"data.source: rank {ranks} has other text or tokens than rank 0")
     return files
-
-
-def trained_on(directory: Path) -> str:
-    """The digest of the token files that a run was trained on; none before its first checkpoint."""
-    try:
-        return checkpoint.choose(directory, "last").state.data_digest
-    except CheckpointError:
-        return ""
 
 
 def resolve_alike(

@@ -2,7 +2,7 @@
 
     studies/NAME/  study.yaml study.json report.html journal.log runs/POINT-seed-N-DIGEST/ workers/
 
-Workers take one run after the other from the queue in `trials.py`. A run that was begun goes on
+Workers take one run after the other from the queue in `queue.py`. A run that was begun goes on
 where it stopped; a finished one is at most measured again. study.json is made anew after each.
 """
 

@@ -76,7 +76,7 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(
     first = trainer(run)
     again = [(u.loss, u.grad_norm, u.lr) for u in first.updates(3)]
     (tmp_path / "checkpoints").mkdir()
-    path = checkpoint.save(tmp_path, checkpoint.tensors_of(first), state_at(3))
+    path = checkpoint.save(tmp_path, first.tensors(), state_at(3))
     torch.manual_seed(99)  # whatever state the generator is in
     second = trainer(run)
     checkpoint.restore(second, checkpoint.Found(path, checkpoint.read_state(path), []))
@@ -275,7 +275,7 @@ def test_a_schedule_repeats_itself_after_a_resume(workshop: Workshop, tmp_path: 
     losses = [u.loss for u in straight.updates(8)]
     again = [u.loss for u in first.updates(5)]
     (tmp_path / "checkpoints").mkdir()
-    path = checkpoint.save(tmp_path, checkpoint.tensors_of(first), state_at(5))
+    path = checkpoint.save(tmp_path, first.tensors(), state_at(5))
     checkpoint.restore(second, checkpoint.Found(path, checkpoint.read_state(path), []))
     assert again + [u.loss for u in second.updates(8)] == losses
     assert equal(second, straight)

@@ -12,8 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptlite import locks, machine
-from gptlite.data import encoding, prepare, readers, tokenizers, workers
-from gptlite.data import parts as shards
+from gptlite.data import encoding, parts, prepare, readers, tokenizers, workers
 from gptlite.data.batches import IGNORED, Batch, Documents, Layout, Stream, batch_at
 from gptlite.data.token_files import TokenFiles, open_token_files, token_dtype
 from gptlite.errors import DataError
@@ -601,9 +600,9 @@ def test_a_text_that_changes_while_it_is_read_is_one_line_and_not_kept(
     (folder / "other.txt").write_text(text)
     module = prepare
     if way == "parts":
-        module = shards
+        module = parts
         for limit, value in {"LARGE_BYTES": 1, "PART_BYTES": 0}.items():
-            monkeypatch.setattr(shards, limit, value)
+            monkeypatch.setattr(parts, limit, value)
         monkeypatch.setattr(
             workers, "work", lambda do, jobs, _, moved: [do(j, moved) for j in jobs]
         )

@@ -21,11 +21,9 @@ import pytest
 import yaml
 from conftest import TINY, Workshop, merged, prose
 
-from gptlite import digests as ledger
-from gptlite import machine, storage
+from gptlite import digests, machine, storage
 from gptlite.config.run import RunConfig
-from gptlite.data import parts as shards
-from gptlite.data import prepare, tokenizers, workers
+from gptlite.data import parts, prepare, tokenizers, workers
 from gptlite.data.batches import Joined, batch_at, places_of
 from gptlite.data.token_files import TokenFiles, open_token_files
 from gptlite.errors import DataError, StorageError, UserError
@@ -63,7 +61,7 @@ class Corpus:
 
     def prepared(self, limits: dict[str, int] = EVERY_FILE, **sections: Any) -> TokenFiles:
         for name, value in limits.items():
-            self.patch.setattr(shards, name, value)
+            self.patch.setattr(parts, name, value)
         return prepare.prepare(self.run(**sections))
 
     def one_pass(self, **sections: Any) -> TokenFiles:
@@ -170,15 +168,15 @@ def test_small_sources_and_single_files_are_made_as_ever(corpus):
 
 
 def test_small_files_share_a_part_and_large_ones_have_their_own(monkeypatch):
-    monkeypatch.setattr(shards, "PART_BYTES", 10)
+    monkeypatch.setattr(parts, "PART_BYTES", 10)
     sizes = [3, 3, 3, 3, 30, 10, 2, 2]
-    groups = shards.group_files([{"bytes": size} for size in sizes])
+    groups = parts.group_files([{"bytes": size} for size in sizes])
     assert [sizes[group] for group in groups] == [[3, 3, 3, 3], [30], [10], [2, 2]]
 
 
 def test_there_are_not_more_parts_than_files_may_be_open():
     sizes = [1 << 30] * 5000
-    assert len(shards.group_files([{"bytes": size} for size in sizes])) <= shards.MOST_PARTS
+    assert len(parts.group_files([{"bytes": size} for size in sizes])) <= parts.MOST_PARTS
 
 
 def test_train_tokens_may_end_in_any_part(corpus):
@@ -262,13 +260,13 @@ def interrupted(corpus: Corpus, n_parts: int, **sections: Any) -> Path:
 def noted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The folders that are made from now on."""
     made: list[str] = []
-    keep = shards.keep
+    keep = parts.keep
 
-    def noting(part: shards.Part, fill: Any) -> Any:
+    def noting(part: parts.Part, fill: Any) -> Any:
         made.append(part.folder.name)
         return keep(part, fill)
 
-    monkeypatch.setattr(shards, "keep", noting)
+    monkeypatch.setattr(parts, "keep", noting)
     return made
 
 
@@ -506,9 +504,9 @@ def test_results_are_in_the_order_of_the_jobs(tmp_path):
 COMMAND = """
 import os
 from gptlite import machine
-from gptlite.data import parts as shards
+from gptlite.data import parts
 from gptlite.data import workers
-shards.LARGE_BYTES, shards.PART_BYTES = 1, 1 << 20
+parts.LARGE_BYTES, parts.PART_BYTES = 1, 1 << 20
 machine.count_cores = lambda: 2
 from gptlite.cli.main import main
 main()
@@ -650,8 +648,8 @@ def test_a_command_whose_process_is_killed_says_which_file_and_goes_on_later(lar
 @pytest.fixture
 def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Digests by way of a ledger; says which files were hashed."""
-    monkeypatch.setattr(ledger, "LARGE_BYTES", 100)
-    monkeypatch.setattr(ledger, "SETTLED_NS", 0)
+    monkeypatch.setattr(digests, "LARGE_BYTES", 100)
+    monkeypatch.setattr(digests, "SETTLED_NS", 0)
     hashed: list[str] = []
 
     def digest(file: Path) -> str:
@@ -660,7 +658,7 @@ def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def ask(*files: Path) -> tuple[list[str], list[str]]:
         hashed.clear()
-        found = ledger.digests(list(files), tmp_path / "ledger.json", digest)
+        found = digests.digests_of(list(files), tmp_path / "ledger.json", digest)
         assert found == [storage.file_digest(file) for file in files]
         return found, sorted(hashed)
 
@@ -693,13 +691,13 @@ def test_a_file_that_changed_is_hashed_again_even_with_its_old_time(kept, three)
 
 
 def test_a_file_that_was_just_written_is_not_remembered(kept, three, monkeypatch):
-    monkeypatch.setattr(ledger, "SETTLED_NS", 10**12)
+    monkeypatch.setattr(digests, "SETTLED_NS", 10**12)
     kept(*three)
     assert kept(*three)[1] == ["0.bin", "1.bin", "2.bin"]
 
 
 def test_small_files_are_always_hashed(kept, three, monkeypatch):
-    monkeypatch.setattr(ledger, "LARGE_BYTES", 1000)
+    monkeypatch.setattr(digests, "LARGE_BYTES", 1000)
     kept(*three)
     assert len(kept(*three)[1]) == 3
 
@@ -724,8 +722,8 @@ def test_a_ledger_forgets_files_that_are_gone(kept, three, tmp_path):
 
 def test_token_files_that_were_verified_open_without_hashing(corpus, monkeypatch):
     corpus.write(*PROSE)
-    monkeypatch.setattr(ledger, "LARGE_BYTES", 1)
-    monkeypatch.setattr(ledger, "SETTLED_NS", 0)
+    monkeypatch.setattr(digests, "LARGE_BYTES", 1)
+    monkeypatch.setattr(digests, "SETTLED_NS", 0)
     files = corpus.prepared()
     time.sleep(0.02)
     open_token_files(files.folder)
@@ -736,7 +734,7 @@ def test_token_files_that_were_verified_open_without_hashing(corpus, monkeypatch
 
 def test_a_link_in_the_place_of_a_token_file_is_refused_all_the_same(corpus, monkeypatch):
     corpus.write(*PROSE)
-    monkeypatch.setattr(ledger, "LARGE_BYTES", 1)
+    monkeypatch.setattr(digests, "LARGE_BYTES", 1)
     files = corpus.prepared()
     path = files.folder / "part-00000" / "train.bin"
     path.rename(corpus.folder / "elsewhere")

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,8 +11,10 @@ from conftest import Workshop
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gptlite.config.run import RunConfig
 from gptlite.data import encoding, prepare
 from gptlite.data.split import choose_documents, is_near
+from gptlite.data.tokenizers import BPETokenizer, train_bpe
 from gptlite.errors import ConfigError
 from gptlite.runs.start import train
 from gptlite.runs.trained import load_trained
@@ -146,3 +149,22 @@ def test_a_run_of_the_earlier_rule_goes_on_with_its_own_documents(
     assert "not the text this run was trained on" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="the text is not the one this run was trained on"):
         train(longer, directory, resume=True)
+
+
+def test_a_run_goes_on_with_the_tokens_of_the_tokenizer_that_it_learned(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a text is not split by document: the same config would learn others now."""
+    run = workshop.run(tokenizer={"kind": "bpe", "vocab_size": 300})
+    directory, key = workshop.folder / "run", prepare.cache_key
+
+    def learn_fewer(run: RunConfig, scan: object, texts: Any) -> BPETokenizer:
+        return train_bpe((text for split, (text, _) in texts if split == "train"), 270)
+
+    with monkeypatch.context() as before:
+        before.setattr(prepare, "build_tokenizer", learn_fewer)
+        before.setattr(prepare, "cache_key", lambda *of: key(*of[:3], prepare.EARLIER_FORMAT))
+        train(run, directory)
+    assert prepare.prepare(run).meta["vocab_size"] == 300
+    longer = run.model_copy(update={"train": run.train.model_copy(update={"max_steps": 10})})
+    assert train(longer, directory, resume=True)["steps"] == 10

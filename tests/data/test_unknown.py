@@ -77,6 +77,12 @@ def table(rows: list[str]) -> str:
 
 PLACES: dict[str, tuple[str, str, str]] = {
     "in the first line": ("e.txt", "abж", r"e\.txt:1:3: character 'ж'"),
+    "in a table of tabs": (
+        "e.tsv",
+        "n\ttext\n1\tab\n2\tcж\n",
+        r"e\.tsv: document 2, position 2: .*'ж'",
+    ),
+    "in an array": ("e.json", '[{"text": "ab\\u0436"}]', r"e\.json: document 1, position 3: .*'ж'"),
     "in a later line": ("e.txt", "abc\n" * 30 + "cab a漢b\n", r"e\.txt:31:6: character '漢'"),
     "far into a line": ("e.md", "abc " * 30 + "é", r"e\.md:1:121: character 'é'"),
     "a carriage return": ("e.txt", "abc\r\nab", r"e\.txt:1:4: character '\\r'"),

@@ -21,7 +21,7 @@ from gptlite.core import tensor_files
 from gptlite.core.dropout import Dropout
 from gptlite.core.model import GPT
 from gptlite.core.train import Trainer
-from gptlite.core.weights import model_tensors
+from gptlite.core.weights import FILES, model_tensors
 from gptlite.core.world import World
 from gptlite.errors import ConfigError, StorageError
 from gptlite.planning.plan import plan_run, summary_lines
@@ -127,8 +127,8 @@ def test_a_checkpoint_of_two_ranks_goes_on_in_one_and_in_four(workshop: Workshop
     directory = workshop.folder / "run"
     together(2, partial(work, half, directory), workshop.folder / "ranks")
     saved = checkpoint.choose(directory, "last").path
-    assert sorted(p.name for p in saved.iterdir()) == [*sorted(checkpoint.FILES), "state.json"]
-    whole = {n: t.shape for n, t in tensor_files.read_tensors(saved / checkpoint.FILES[0]).items()}
+    assert sorted(p.name for p in saved.iterdir()) == [*sorted(FILES), "state.json"]
+    whole = {n: t.shape for n, t in tensor_files.read_tensors(saved / FILES[0]).items()}
     names = model_tensors(GPT.of_run(half, workshop.files().meta["vocab_size"]))
     assert whole == {name: tensor.shape for name, tensor in names.items()}
     more = run_of(workshop, "fsdp", optim=constant, train={"max_steps": 25})
@@ -149,7 +149,7 @@ def test_two_ranks_that_stop_and_go_on_are_bit_for_bit_undisturbed(workshop: Wor
     together(2, partial(apart, run, directories[1], elsewhere), workshop.folder / "ranks")
     assert not elsewhere.exists()
     last = [checkpoint.choose(each, "last").path for each in directories]
-    for name in checkpoint.FILES:
+    for name in FILES:
         assert (last[0] / name).read_bytes() == (last[1] / name).read_bytes()
 
 
@@ -325,7 +325,7 @@ def test_a_rank_that_is_killed_ends_the_others_and_nothing_saved_is_lost(
     last = [
         checkpoint.choose(each, "last").path for each in (workshop.folder / "straight", directory)
     ]
-    for name in checkpoint.FILES:
+    for name in FILES:
         assert (last[0] / name).read_bytes() == (last[1] / name).read_bytes()
 
 
@@ -358,7 +358,7 @@ def test_large_tensors_are_written_as_several_files_and_read_as_one(
     folder = checkpoint.choose(workshop.folder / "many", "last").path
     assert len(list(folder.glob("model-*-of-*.safetensors"))) > 2
     assert all(path.stat().st_size < 1 << 16 for path in folder.iterdir())
-    for name in checkpoint.FILES:
+    for name in FILES:
         whole = checkpoint.choose(workshop.folder / "one", "last").path / name
         want, have = (tensor_files.read_tensors(path) for path in (whole, folder / name))
         assert want.keys() == have.keys()

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gptlite import storage
+from gptlite.core.weights import FILES
 from gptlite.errors import ConfigError
-from gptlite.runs.checkpoint import FILES
 
 STEP = Path("copy/checkpoints/step-00000002")
 SECRET = Path("../secret")

@@ -23,11 +23,12 @@ from safetensors.torch import load_file, save_file
 from test_bad_input import _own_folder, invoke, trained_run  # noqa: F401
 
 from gptlite import storage
+from gptlite.core.weights import FILES
 from gptlite.data import tokenizers
 from gptlite.errors import CheckpointError, DataError
 from gptlite.report import charts
 from gptlite.runs import checkpoint
-from gptlite.runs.checkpoint import FILES, State
+from gptlite.runs.checkpoint import State
 
 CASES = {case.name: case for case in hostile.cases()}
 

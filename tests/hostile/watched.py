@@ -18,8 +18,8 @@ from typing import Any
 
 from hostile import NEW, SECRET, STEP, Case, cases, used
 
+from gptlite.core.weights import FILES
 from gptlite.report import charts
-from gptlite.runs.checkpoint import FILES
 
 WATCHED = (
     "pickle.find_class",

@@ -16,7 +16,7 @@ from gptlite.config.reader import dump
 from gptlite.core import tensor_files
 from gptlite.core.generate import Generation
 from gptlite.core.model import GPT
-from gptlite.core.weights import model_tensors
+from gptlite.core.weights import FILES, model_tensors
 from gptlite.data import tokenizers
 from gptlite.data.tokenizers import (
     GPT2_PATTERN,
@@ -30,7 +30,6 @@ from gptlite.errors import CheckpointError, ConfigError, DataError, UserError
 from gptlite.interchange import foreign_tokenizer, hf_tokenizer
 from gptlite.runs import checkpoint
 from gptlite.runs import directory as run_directory
-from gptlite.runs.checkpoint import FILES
 from gptlite.runs.export import export
 from gptlite.runs.importing import import_model
 from gptlite.runs.trained import Trained, load_trained

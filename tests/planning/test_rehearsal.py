@@ -12,6 +12,7 @@ from gptlite.config.run import RunConfig
 from gptlite.core.generate import Generation
 from gptlite.core.optim import Optimizer
 from gptlite.core.train import Trainer
+from gptlite.core.weights import FILES
 from gptlite.core.world import World
 from gptlite.data.batches import Batch
 from gptlite.planning import auto, rehearsal
@@ -209,7 +210,7 @@ def test_a_save_writes_what_a_checkpoint_holds(
     tried, sizes = sizes, {}
     train(workshop.run(), workshop.folder / "run")
     saved = checkpoint.choose(workshop.folder / "run", "last").path
-    for name in checkpoint.FILES:
+    for name in FILES:
         assert tried[name] == pytest.approx((saved / name).stat().st_size, rel=0.01)
 
 

@@ -13,10 +13,10 @@ from gptlite import storage
 from gptlite.config.run import ModelConfig
 from gptlite.core import tensor_files
 from gptlite.core.model import GPT
-from gptlite.core.weights import model_tensors
+from gptlite.core.weights import FILES, model_tensors
 from gptlite.errors import CheckpointError, ConfigError, DivergedError, StorageError
 from gptlite.runs import checkpoint
-from gptlite.runs.checkpoint import FILES, Found
+from gptlite.runs.checkpoint import Found
 
 SMALL = ModelConfig(n_layer=1, n_head=2, n_embd=16, context_length=8)
 

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from gptlite import locks
 from gptlite.cli.main import app
 from gptlite.core.train import MOST_SKIPPED, Trainer
+from gptlite.core.weights import FILES
 from gptlite.core.world import World
 from gptlite.errors import (
     CheckpointError,
@@ -42,7 +43,7 @@ def harm(folder: Path) -> None:
 
 def weights(directory: Path, step: int) -> list[bytes]:
     folder = directory / "checkpoints" / checkpoint.folder_name(step)
-    return [(folder / name).read_bytes() for name in checkpoint.FILES]
+    return [(folder / name).read_bytes() for name in FILES]
 
 
 @pytest.fixture
@@ -137,15 +138,13 @@ def test_a_run_does_not_stand_on_the_file_it_came_from(workshop: Workshop, train
     found = checkpoint.choose(trained, "last")
     resumed = trainer_on(load_run([str(trained / "config.yaml")]), workshop.files())
     checkpoint.restore(resumed, found)
-    before = {
-        k: v.clone() for part in checkpoint.tensors_of(resumed).values() for k, v in part.items()
-    }
-    for name in checkpoint.FILES:
+    before = {k: v.clone() for part in resumed.tensors().values() for k, v in part.items()}
+    for name in FILES:
         size = (found.path / name).stat().st_size
         with (found.path / name).open("r+b") as file:
             file.seek(size // 2)
             file.write(bytes(size // 2))
-    after = {k: v for part in checkpoint.tensors_of(resumed).values() for k, v in part.items()}
+    after = {k: v for part in resumed.tensors().values() for k, v in part.items()}
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
