@@ -129,7 +129,8 @@ def remarks(run: RunConfig, files: list[Path], listing: list[dict[str, Any]]) ->
         read, others = in_folder(path, run.data) if path.is_dir() else ([], Counter())
         if others:
             n = f"{others.total()} of {len(read) + others.total()} files skipped"
-            yield f"data.source: {source}: {n}: {list_endings(others)}; data.include takes more endings"
+            endings = f"{list_endings(others)}; data.include takes more endings"
+            yield f"data.source: {source}: {n}: {endings}"
     yield from find_repeats(files, listing)
     if run.data.separator is None:
         plain = [file for file in files[:MOST_LOOKED_INTO] if readers.is_plain(file)]
