@@ -83,11 +83,11 @@ def underfitting(fall: float, gap: float | None, drops: bool, epochs: float) -> 
 def level(gap: float | None, drops: bool, epochs: float) -> Verdict:
     if gap is not None and gap >= WIDE_GAP:
         found = f"The validation loss has levelled off, {gap:.2f} nats above that of training text."
-        more = "more dropout" if drops else "dropout (rate 0.1 to 0.2)"
+        rate = pick_rate(epochs)[0]
+        dropout = "more dropout, " if drops else f"dropout (rate {rate:g}), "
+        instead = f"try {dropout if rate else ''}more weight decay, or more text"
         return Verdict(
-            "A wide gap, not yet overfitting",
-            found,
-            [f"Training longer would overfit: try {more}, more weight decay, or more text."],
+            "A wide gap, not yet overfitting", found, [f"Training longer would overfit: {instead}."]
         )
     found = "The validation loss has levelled off"
     found += "." if gap is None else f", {gap:.2f} nats above that of training text."

@@ -54,6 +54,9 @@ def test_a_wide_gap_is_named_before_the_loss_rises() -> None:
     found = verdict(rows([3.0, 2.0, 2.0, 2.0], [3.0, 1.9, 1.7, 1.6]), CONFIG, 10)
     assert found.title == "A wide gap, not yet overfitting"
     assert "0.40 nats above" in found.found
+    assert not any("dropout" in line for line in found.advice)
+    often = verdict(rows([3.0, 2.0, 2.0, 2.0], [3.0, 1.9, 1.7, 1.6], epochs=30), CONFIG, 30)
+    assert any("try dropout (rate 0.1), " in line for line in often.advice)
 
 
 def test_a_loss_that_was_not_finite_is_passed_over() -> None:
