@@ -36,11 +36,11 @@ TORCH_FREE = (
     "studies.queue"
 )
 """Packages and modules that describe; those on the lowest floor do too."""
-CORE_FILES, CORE_LINES = 18, 2800
+CORE_FILES, CORE_LINES = 18, 2660
 """At most to read for who wants to understand core/train.py with all that it imports."""
 UNPICKLERS = {"pickle", "_pickle", "shelve", "marshal", "dill", "cloudpickle", "joblib", "code"}
 ONLY_IN = {
-    "ctypes": {"core.loops", "planning.memory"},
+    "ctypes": {"core.decode", "core.loops", "planning.memory"},
     "subprocess": {"core.loops"},
     "runpy": set(),
     "imp": set(),

@@ -2,6 +2,7 @@
 computing. The judge is `model.Block`, which works wherever this does not.
 """
 
+import ctypes
 from typing import Any
 
 import torch
@@ -10,19 +11,79 @@ from torch import Tensor, nn
 from gptlite.core import loops
 from gptlite.core.kernels import address, wins
 from gptlite.core.masks import NAMES
+from gptlite.core.model import GPT, Block, KVCache, Scene
 
 ACTIVATIONS = {"gelu": 0, "relu2": 1, "swiglu": 2}
 """Of the MLP, as block.c numbers them."""
 
 
-class Decoder:
-    """The blocks of one model with one cache, as block.c reads them; weights must not move."""
+class Addresses(ctypes.Structure):
+    """Of a block's weights and of its cache, as in block.c."""
 
-    def __init__(self, cache: Any, block: Any) -> None:
-        B, G, L, D = cache.keys[0].shape
+    _fields_ = tuple(
+        (name, ctypes.c_void_p)
+        for name in (
+            *("qkv", "output", "up", "down"),
+            *("qkv_bias", "output_bias", "up_bias", "down_bias"),
+            *("norm_1", "norm_1_bias", "norm_2", "norm_2_bias", "q_norm", "k_norm"),
+            *("keys", "values"),
+        )
+    )
+
+
+class Sizes(ctypes.Structure):
+    """Of a batch of new tokens, and what they see: `Scene` in block.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("B", "C", "H", "G", "D", "F", "L")),
+        *((name, ctypes.c_int64) for name in ("at", "norm", "mlp")),
+        ("epsilon", ctypes.c_float),
+        *((name, ctypes.c_void_p) for name in ("real", "cosine", "sine", "scratch")),
+    )
+
+
+class DecodingCache(KVCache):
+    """A cache whose new tokens go through blocks by block.c; the weights must not move."""
+
+    def __init__(self, model: GPT, batch_size: int) -> None:
+        super().__init__(model, batch_size)
+        self.works: bool | None = None
+        """Whether block.c can do it; known when the first token comes."""
+
+    def decode(self, block: Block, x: Tensor, scene: Scene) -> Tensor | None:
+        if x.shape[1] != 1 or block.training or torch.is_grad_enabled() or self.length == 0:
+            return None
+        if self.works is None:
+            self.works = self.suits(block, x)
+            if self.works:
+                self.prepare(block)
+        if not self.works:
+            return None
+        layer = block.attention.layer
+        if layer == 0:
+            self.look(scene)
+        if layer not in self.blocks:
+            self.blocks[layer] = addresses_of(block, self.keys[layer], self.values[layer])
+        y = x.clone(memory_format=torch.contiguous_format)
+        self.run(ctypes.byref(self.blocks[layer]), ctypes.byref(self.sizes), y.data_ptr())
+        return y
+
+    def suits(self, block: Block, x: Tensor) -> bool:
+        """Whether block.c knows such a block, with nobody watching what happens inside it."""
+        attention, mlp = block.attention, block.mlp
+        weights = [m.weight for m in (attention.qkv, attention.output, mlp.up, mlp.down)]
+        known = attention.kernel != "math" and mlp.activation in ACTIVATIONS
+        alike = all(w.dtype == weights[0].dtype and w.is_contiguous() for w in weights)
+        plain = x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+        short = self.keys[0].shape[2] <= loops.LONGEST_ROW
+        hooked = any(module._forward_hooks for module in block.modules())
+        return known and alike and plain and short and not hooked and wins(weights[0], x.dtype)
+
+    def prepare(self, block: Block) -> None:
+        B, G, L, D = self.keys[0].shape
         H, C, F = block.attention.n_head, block.norm_1.weight.numel(), block.mlp.down.in_features
         self.scratch = torch.empty(B * (2 * C + (H + 2 * G) * D + 2 * H * D + 3 * F))
-        self.scene = loops.Scene(
+        self.sizes = Sizes(
             B,
             C,
             H,
@@ -36,33 +97,24 @@ class Decoder:
             scratch=self.scratch.data_ptr(),
         )
         self.run = loops.function(f"block_{NAMES[block.mlp.up.weight.dtype]}")
-        self.blocks: dict[int, loops.Block] = {}
-        self.held: list[Tensor] = []
-        """What the scene has addresses of."""
+        self.blocks: dict[int, Addresses] = {}
 
-    def look(self, scene: Any, cache: Any) -> None:
-        """Tell where the new token stands and what it may see."""
-        self.scene.at, self.held = cache.length, []
-        self.scene.real = None if scene.visible is None else cache.real.data_ptr()
+    def look(self, scene: Scene) -> None:
+        """Tell block.c where the new token stands and what it may see."""
+        self.sizes.at = self.length
+        self.sizes.real = None if scene.visible is None else self.real.data_ptr()
         if scene.rotation is not None:
-            B, D = self.scene.B, self.scene.D
-            self.held = [x.expand(B, 1, 1, D // 2).contiguous() for x in scene.rotation]
-            self.scene.cosine, self.scene.sine = (x.data_ptr() for x in self.held)
-
-    def step(self, block: Any, x: Tensor, layer: int, cache: Any) -> Tensor:
-        if layer not in self.blocks:
-            self.blocks[layer] = describe(block, cache.keys[layer], cache.values[layer])
-        y = x.clone(memory_format=torch.contiguous_format)
-        self.run(self.blocks[layer], self.scene, y.data_ptr())
-        return y
+            B, D = self.sizes.B, self.sizes.D
+            # Kept, as block.c has their addresses only.
+            self.turns = [x.expand(B, 1, 1, D // 2).contiguous() for x in scene.rotation]
+            self.sizes.cosine, self.sizes.sine = (x.data_ptr() for x in self.turns)
 
 
-def describe(block: Any, keys: Tensor, values: Tensor) -> loops.Block:
-    """Where the weights of a block are."""
+def addresses_of(block: Block, keys: Tensor, values: Tensor) -> Addresses:
     attention, mlp = block.attention, block.mlp
     q_norm, k_norm = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
     matrices = (attention.qkv, attention.output, mlp.up, mlp.down)
-    tensors = (
+    tensors: tuple[Any, ...] = (
         *(matrix.weight for matrix in matrices),
         *(matrix.bias for matrix in matrices),
         *(block.norm_1.weight, getattr(block.norm_1, "bias", None)),
@@ -70,35 +122,4 @@ def describe(block: Any, keys: Tensor, values: Tensor) -> loops.Block:
         *(norm.weight if norm is not None else None for norm in (q_norm, k_norm)),
         *(keys, values),
     )
-    return loops.Block(*map(address, tensors))
-
-
-def takes(block: Any, x: Tensor, cache: Any) -> bool:
-    """Whether `decode` takes x (B, 1, C) through a block now, where nothing drops or is watched."""
-    if x.shape[1] != 1 or block.training or torch.is_grad_enabled() or cache.length == 0:
-        return False
-    if cache.decoder is None:
-        cache.decoder = decoder(block, x, cache)
-    return cache.decoder is not False
-
-
-def decoder(block: Any, x: Tensor, cache: Any) -> Decoder | bool:
-    """What decodes with this cache; False where the plain way has to."""
-    attention, mlp = block.attention, block.mlp
-    weights = [m.weight for m in (attention.qkv, attention.output, mlp.up, mlp.down)]
-    known = attention.kernel != "math" and mlp.activation in ACTIVATIONS
-    alike = all(w.dtype == weights[0].dtype and w.is_contiguous() for w in weights)
-    plain = x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    short = cache.keys[0].shape[2] <= loops.LONGEST_ROW
-    hooked = any(module._forward_hooks for module in block.modules())
-    if known and alike and plain and short and not hooked and wins(weights[0], x.dtype):
-        return Decoder(cache, block)
-    return False
-
-
-def decode(block: Any, x: Tensor, scene: Any, cache: Any) -> Tensor:
-    """(B, 1, C) → (B, 1, C); keys and values of the new token go into the cache."""
-    if block.attention.layer == 0:
-        cache.decoder.look(scene, cache)
-    out: Tensor = cache.decoder.step(block, x, block.attention.layer, cache)
-    return out
+    return Addresses(*map(address, tensors))

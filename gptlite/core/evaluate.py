@@ -7,6 +7,7 @@ depend on the batch size or on padding.
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from gptlite.core.loss import nats_of
 from gptlite.core.masks import sample_keys
 from gptlite.core.model import GPT, to_device
 from gptlite.core.precision import precision
-from gptlite.core.world import ALONE, World, chunk
+from gptlite.core.world import ALONE, World
 from gptlite.data import tokenizers
 from gptlite.data.batches import IGNORED, Batch
 from gptlite.data.tokenizers import Tokenizer
@@ -176,7 +177,9 @@ def deal_batches(
     All ranks make as many passes; at the end some compute what another one counts.
     """
     device, n_rows = next(model.parameters()).device, 0
-    for number, group in enumerate(chunk(iter(batches), world.size)):
+    source = iter(batches)
+    groups = iter(lambda: list(islice(source, world.size)), [])
+    for number, group in enumerate(groups):
         own = min(world.rank, len(group) - 1)
         for place, batch in enumerate(group):
             rows = np.arange(n_rows, n_rows := n_rows + len(batch.inputs))

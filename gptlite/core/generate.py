@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from gptlite.config.run import SampleConfig
+from gptlite.core.decode import DecodingCache
 from gptlite.core.dropout import dropouts, evaluating
 from gptlite.core.model import GPT, KVCache
 from gptlite.data.tokenizers import Tokenizer
@@ -140,7 +141,7 @@ def continuations(
                 ids, real = pad_left(
                     [row[at:] for row, at in zip(rows, begins, strict=True)], device
                 )
-                cache = KVCache(model, len(rows))
+                cache = DecodingCache(model, len(rows))
             logits = model.head(model.features(ids, real, cache)[:, -1]).float()
         if not logits.isfinite().all():
             raise DivergedError("the model's logits are not finite")

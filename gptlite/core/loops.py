@@ -38,31 +38,6 @@ class Rows(ctypes.Structure):
     )
 
 
-class Block(ctypes.Structure):
-    """Addresses of a block's weights and of its cache, as in block.c."""
-
-    _fields_ = tuple(
-        (name, ctypes.c_void_p)
-        for name in (
-            *("qkv", "output", "up", "down"),
-            *("qkv_bias", "output_bias", "up_bias", "down_bias"),
-            *("norm_1", "norm_1_bias", "norm_2", "norm_2_bias", "q_norm", "k_norm"),
-            *("keys", "values"),
-        )
-    )
-
-
-class Scene(ctypes.Structure):
-    """Sizes of a batch of new tokens and what they see, as in block.c."""
-
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("B", "C", "H", "G", "D", "F", "L")),
-        *((name, ctypes.c_int64) for name in ("at", "norm", "mlp")),
-        ("epsilon", ctypes.c_float),
-        *((name, ctypes.c_void_p) for name in ("real", "cosine", "sine", "scratch")),
-    )
-
-
 @cache
 def building() -> Future[tuple[ctypes.CDLL | None, str]]:
     """Begin to build; what is called first need not wait."""
@@ -139,7 +114,7 @@ def function(name: str) -> Callable[..., None]:
     elif name.startswith("linear"):
         found.argtypes = (*[address] * 4, *[ctypes.c_int64] * 3)
     elif name.startswith("block"):
-        found.argtypes = (ctypes.POINTER(Block), ctypes.POINTER(Scene), address)
+        found.argtypes = (address, address, address)
     else:
         found.argtypes = (*[address] * 5, *[ctypes.c_int64] * 8)
     found.restype = None

@@ -17,7 +17,6 @@ from torch.utils.checkpoint import checkpoint
 
 from gptlite.config.dropout import DropoutConfig
 from gptlite.config.run import ModelConfig, RunConfig
-from gptlite.core.decode import Decoder, decode, takes
 from gptlite.core.dropout import Dropout, SiteMaker, site_maker
 from gptlite.core.kernels import Linear, causal_attention, fits, gelu, read, reads_one
 from gptlite.core.loss import total_nats
@@ -44,8 +43,6 @@ class KVCache:
         self.values = [torch.empty(shape, device=device) for _ in range(config.n_layer)]
         self.real = torch.ones(shape[0], shape[2], dtype=torch.bool, device=device)
         self.length = 0
-        self.decoder: Decoder | bool | None = None
-        """What takes single tokens through blocks; made when the first one comes."""
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store (B, G, T, D) behind what is there and return all of it, (B, G, S, D)."""
@@ -54,6 +51,10 @@ class KVCache:
         values.narrow(2, self.length, T).copy_(v)
         end = self.length + T
         return keys.narrow(2, 0, end), values.narrow(2, 0, end)
+
+    def decode(self, block: "Block", x: Tensor, scene: "Scene") -> Tensor | None:
+        """x (B, 1, C) through a whole block at once, where `decode.DecodingCache` can."""
+        return None
 
 
 class Scene(NamedTuple):
@@ -186,14 +187,14 @@ class Block(nn.Module):
         self.drop_layer = site("layer", layer)
 
     def forward(self, x: Tensor, scene: Scene, cache: KVCache | None) -> Tensor:
-        if cache is not None and takes(self, x, cache):
-            return decode(self, x, scene, cache)
+        if cache is not None and (decoded := cache.decode(self, x, scene)) is not None:
+            return decoded
         # The same mask twice: a layer drops whole.
         x = x + self.drop_layer(self.attention(self.norm_1(x), scene, cache), scene.keys)
         return x + self.drop_layer(self.mlp(self.norm_2(x), scene), scene.keys)
 
 
-def make_norm(config: ModelConfig) -> nn.Module:
+def make_norm(config: ModelConfig) -> nn.RMSNorm | nn.LayerNorm:
     if config.norm == "rmsnorm":
         return nn.RMSNorm(config.n_embd, eps=1e-5)
     return nn.LayerNorm(config.n_embd, bias=config.bias)

@@ -4,7 +4,7 @@
 the same methods; whoever calls them need not know which it is.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -103,15 +103,3 @@ def unlike_first(world: World, value: Any) -> str:
     """The ranks that have another value than the first one, in words; empty if none."""
     values = world.gather(value)
     return ", ".join(str(rank) for rank, other in enumerate(values) if other != values[0])
-
-
-def chunk(items: Iterator[T], size: int) -> Iterator[list[T]]:
-    """So many at a time; the last group may be smaller."""
-    group: list[T] = []
-    for item in items:
-        group.append(item)
-        if len(group) == size:
-            yield group
-            group = []
-    if group:
-        yield group

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gptlite.config.run import ModelConfig, SampleConfig
 from gptlite.core import loops
-from gptlite.core.decode import Decoder
+from gptlite.core.decode import DecodingCache
 from gptlite.core.generate import continuations, halve, pad_left
 from gptlite.core.model import GPT, KVCache
 
@@ -45,9 +45,7 @@ def decode_steps(
 ) -> tuple[Tensor, KVCache]:
     """Logits of five tokens behind these prompts, (5, B, 1, V)."""
     ids, real = pad_left(rows, torch.device("cpu"))
-    cache = KVCache(model, len(rows))
-    if plainly:
-        cache.decoder = False
+    cache = (KVCache if plainly else DecodingCache)(model, len(rows))
     model(ids, real, cache)
     tokens = [torch.tensor([[step + row] for row in range(len(rows))]) for step in range(5)]
     return torch.stack([model(token, None, cache) for token in tokens]), cache
@@ -63,7 +61,8 @@ def test_a_decoded_token_is_that_of_the_plain_blocks(
         halve(model)
     for rows in ([[1, 2, 3]], [[1, 2, 3], [4], [5, 6, 7, 8, 9]]):
         found, cache = decode_steps(model, rows)
-        assert isinstance(cache.decoder, Decoder)
+        assert isinstance(cache, DecodingCache)
+        assert cache.works
         expected, other = decode_steps(model, rows, plainly=True)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
         for mine, theirs in zip(cache.keys + cache.values, other.keys + other.values, strict=True):
@@ -92,10 +91,10 @@ def test_what_block_c_does_not_know_goes_the_plain_way(why: str) -> None:
         model.train()
     half = torch.autocast("cpu", torch.bfloat16, enabled=why == "autocast")
     with torch.set_grad_enabled(why == "gradients"), half:
-        cache = KVCache(model, 1)
+        cache = DecodingCache(model, 1)
         model(torch.tensor([[1, 2]]), None, cache)
         model(torch.tensor([[3]]), None, cache)
-    assert not isinstance(cache.decoder, Decoder)
+    assert not cache.works
 
 
 def test_generation_past_the_context_decodes_with_each_new_cache() -> None:

@@ -8,9 +8,10 @@ from torch import Tensor
 from gptlite.config.dropout import DropoutConfig
 from gptlite.config.run import ModelConfig
 from gptlite.core import kernels, loops, masks
+from gptlite.core.decode import DecodingCache
 from gptlite.core.kernels import causal_attention, gelu
 from gptlite.core.masks import Mask, sample_keys
-from gptlite.core.model import GPT, KVCache, attention_weights
+from gptlite.core.model import GPT, attention_weights
 from tests.conftest import only
 
 needs_compiler = pytest.mark.skipif(loops.library() is None, reason="no C compiler here")
@@ -250,7 +251,7 @@ def test_generation_with_the_loops_is_generation_without(
     real[0, :4] = real[1, :1] = False
     for library in (loops.library(), None):
         monkeypatch.setattr(loops, "library", lambda library=library: library)
-        cache = KVCache(model, 3)
+        cache = DecodingCache(model, 3)
         with torch.no_grad():
             parts = [model(ids[:, :8], real[:, :8], cache)]
             parts += [model(ids[:, [at]], None, cache) for at in range(8, 20)]
