@@ -101,7 +101,7 @@ def trainer(shape: dict[str, Any], folder: Path, *, vocab_size: int = 65, **top:
     )
     files = prepare(run)
     rows = files.rows("train", run.model.context_length)
-    resolved, _ = auto.resolve(run, vocab_size=vocab_size, n_rows=rows.n_rows)
+    resolved, _ = auto.resolve_run(run, vocab_size=vocab_size, n_rows=rows.n_rows)
     return Trainer(resolved, rows, files.meta["vocab_size"])
 
 

@@ -76,7 +76,7 @@ def resolve_run(run: RunConfig) -> RunConfig:
     """The run with every `auto` replaced."""
     files = prepare(run)
     n_rows = files.rows("train", run.model.context_length).n_rows
-    return auto.resolve(run, vocab_size=files.meta["vocab_size"], n_rows=n_rows)[0]
+    return auto.resolve_run(run, vocab_size=files.meta["vocab_size"], n_rows=n_rows)[0]
 
 
 def make_trainer(run: RunConfig) -> Trainer:

@@ -47,7 +47,7 @@ def site_plan(run: RunConfig, model: GPT, n_rows: int) -> list[dict[str, Any]]:
     native, entries = run.dropout.native_sites(run.attention), []
     for site, planned in run.dropout.plan().items():
         names = [n for n, m in model.named_modules() if isinstance(m, Dropout) and m.site == site]
-        shape = sizes(run, SITES[site].tensor, part)
+        shape = shape_of(run, SITES[site].tensor, part)
         by = ("native" if site in native else "keyed") if planned.rate else "-"
         fused = site in run.dropout.fused_sites(run.attention)
         entries.append(
@@ -61,7 +61,7 @@ def site_plan(run: RunConfig, model: GPT, n_rows: int) -> list[dict[str, Any]]:
                 "profile": planned.profile,
                 "scale": "inverted" if planned.inverted else "none",
                 "shape": shape,
-                "mask": sizes(run, mask_letters(site, planned.locked), part),
+                "mask": shape_of(run, mask_letters(site, planned.locked), part),
                 "elements_per_update": math.prod(shape) * len(names) * run.train.batch_size // part,
                 "masks": "native, inside the fused kernel" if fused else by,
             }
@@ -86,7 +86,7 @@ def mask_letters(site: str, locked: bool) -> str:
     return SITES[site].locked if locked else SITES[site].mask
 
 
-def sizes(run: RunConfig, letters: str, part: int) -> list[int]:
+def shape_of(run: RunConfig, letters: str, part: int) -> list[int]:
     """A shape in numbers, for `part` sequences of full length."""
     model = run.model
     length = {"T": model.context_length, "S": model.context_length}
@@ -123,7 +123,7 @@ def site_seconds(run: RunConfig, model: GPT, entry: dict[str, Any]) -> float:
 
 
 @dataclass
-class Seen:
+class DropCounts:
     """What passed through the modules of one site."""
 
     units: int = 0
@@ -149,7 +149,7 @@ class Seen:
         return gap / math.sqrt(self.variance) if self.variance else math.copysign(math.inf, gap)
 
 
-def dropped_units(module: Dropout, x: Tensor, y: Tensor, real: Tensor | None) -> tuple[int, int]:
+def count_dropped(module: Dropout, x: Tensor, y: Tensor, real: Tensor | None) -> tuple[int, int]:
     """How many draws of a module can be told from what went in and came out, and how many drop."""
     alive = x != 0
     if real is not None and module.kind.tensor.startswith("BT"):
@@ -166,7 +166,7 @@ def dropped_units(module: Dropout, x: Tensor, y: Tensor, real: Tensor | None) ->
 
 
 @contextmanager
-def watch(model: nn.Module, real: Tensor | None, seen: dict[str, Seen]) -> Iterator[None]:
+def watch(model: nn.Module, real: Tensor | None, seen: dict[str, DropCounts]) -> Iterator[None]:
     """Count inside what every module drops; the second call of a layer's module has its mask."""
     called: set[Dropout] = set()
 
@@ -174,7 +174,7 @@ def watch(model: nn.Module, real: Tensor | None, seen: dict[str, Seen]) -> Itera
         assert isinstance(module, Dropout)
         if module not in called:
             called.add(module)
-            seen[module.site].add(module, *dropped_units(module, inputs[0], output, real))
+            seen[module.site].add(module, *count_dropped(module, inputs[0], output, real))
 
     hooks = [module.register_forward_hook(look) for module in dropouts(model)]
     try:
@@ -205,7 +205,7 @@ def audit(run: RunConfig, model: GPT, rows: Layout) -> dict[str, Any]:
         with precision(run):
             return model(inputs, real, samples=samples)
 
-    training, evaluation = ({site: Seen() for site in SITES} for _ in range(2))
+    training, evaluation = ({site: DropCounts() for site in SITES} for _ in range(2))
     rates = run.dropout.rates()
     with torch.random.fork_rng():
         with torch.no_grad():
@@ -219,15 +219,15 @@ def audit(run: RunConfig, model: GPT, rows: Layout) -> dict[str, Any]:
         if not quiet.isfinite().all():
             raise DivergedError("audit: the model's logits are not finite")
         scaler = LossScaler(run.dtype, device)
-        zero = {"dropout_on": zero_gradients(model, scaler, logits(), targets)}
+        zero = {"dropout_on": zero_gradient_share(model, scaler, logits(), targets)}
         set_strength(model, 0.0)
         off = logits()
-        zero["dropout_off"] = zero_gradients(model, scaler, off, targets)
+        zero["dropout_off"] = zero_gradient_share(model, scaler, off, targets)
     norm = torch.linalg.vector_norm  # that of a tensor warns on Apple's GPUs
     distance = norm(off.detach() - quiet) / norm(quiet)
     fused = run.dropout.fused_sites(run.attention)
     sites = [
-        verdict(site, training[site], evaluation[site], rates[site], site in fused)
+        judge_site(site, training[site], evaluation[site], rates[site], site in fused)
         for site in SITES
     ]
     problems = [f"dropout.sites.{s['site']}: {s['problem']}" for s in sites if s["problem"]]
@@ -238,7 +238,7 @@ def audit(run: RunConfig, model: GPT, rows: Layout) -> dict[str, Any]:
     return {"sites": sites, "zero_gradient_share": zero, "problems": problems}
 
 
-def zero_gradients(model: GPT, scaler: LossScaler, logits: Tensor, targets: Tensor) -> float:
+def zero_gradient_share(model: GPT, scaler: LossScaler, logits: Tensor, targets: Tensor) -> float:
     """Share of the parameters whose gradient is exactly zero."""
     model.zero_grad(set_to_none=True)
     scaler.scaled(mean_nats(logits, targets)).backward()
@@ -247,8 +247,8 @@ def zero_gradients(model: GPT, scaler: LossScaler, logits: Tensor, targets: Tens
     return zeros / sum(gradient.numel() for gradient in gradients)
 
 
-def verdict(
-    site: str, training: Seen, evaluation: Seen, rate: float, inside: bool
+def judge_site(
+    site: str, training: DropCounts, evaluation: DropCounts, rate: float, inside: bool
 ) -> dict[str, Any]:
     """What was found at a site, and what is wrong with it, if anything."""
     problem = ""

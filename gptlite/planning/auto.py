@@ -39,7 +39,7 @@ OLDEST_FOR_TRITON = (7, 0)
 """Compute capability from which on Triton makes kernels."""
 
 
-def resolve(
+def resolve_run(
     run: RunConfig,
     *,
     vocab_size: int,
@@ -86,9 +86,9 @@ def resolve(
     if run.compile == "auto":
         reasons["compile"] = why
     run = run.model_copy(update={"compile": top["compile"]})  # a compiled loss takes more memory
-    parts, why_parts = pick_parts(run, vocab_size, device, world)
-    train |= parts
-    reasons |= why_parts
+    micro_batch, why_micro_batch = pick_micro_batch(run, vocab_size, device, world)
+    train |= micro_batch
+    reasons |= why_micro_batch
     if run.train.early_stop == "auto":
         train["early_stop"] = 10 if epochs > 2 else "never"
         reasons["train.early_stop"] = f"{train['early_stop']}: {epochs:.1f} epochs planned"
@@ -96,29 +96,28 @@ def resolve(
     return resolved, reasons
 
 
-def pick_parts(
+def pick_micro_batch(
     run: RunConfig, vocab_size: int, device: torch.device, world: World
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """How a batch is split, and whether activations are made again; with reasons."""
-    size, recompute, why = memory.fit(run, vocab_size, device, world)
+    size, recompute, why = memory.fit_micro_batch(run, vocab_size, device, world)
     train: dict[str, Any] = {}
     reasons: dict[str, str] = {}
     if run.train.micro_batch_size == "auto":
         train["micro_batch_size"], reasons["train.micro_batch_size"] = size, f"{size}: {why}"
     if run.train.recompute == "auto":
         train["recompute"] = recompute
-        need = (
-            f"true: {size} sequences at a time would not fit else" if recompute else "false: fits"
-        )
-        reasons["train.recompute"] = need
+        needed = f"true: {size} sequences at a time would not fit else"
+        reasons["train.recompute"] = needed if recompute else "false: fits"
     return train, reasons
 
 
 def check_ranks(run: RunConfig, ranks: int) -> None:
     """Raises ConfigError for what several processes cannot do together."""
-    batch, engine, problems = run.train.batch_size, run.distributed.engine, []
     if ranks == 1:
         return
+    batch, engine = run.train.batch_size, run.distributed.engine
+    problems = []
     if batch % ranks:
         near = [n for n in (batch // ranks * ranks, -(-batch // ranks) * ranks) if n]
         fits = " or ".join(map(str, near))
@@ -142,23 +141,23 @@ def pick_engine(
 ) -> tuple[RunConfig, str]:
     """The run with its engine, and why: whole models as long as they fit."""
     asked = run.distributed.engine
-    whole, split = (
-        run.model_copy(
+    runs = {
+        engine: run.model_copy(
             update={"distributed": run.distributed.model_copy(update={"engine": engine})}
         )
         for engine in ("ddp", "fsdp")
-    )
+    }
     if asked != "auto":
-        return whole if asked == "ddp" else split, f"{asked}: asked for"
+        return runs[asked], f"{asked}: asked for"
     if run.optim.name == "muon" or run.compile is True:
-        return whole, "ddp: whole matrices"
+        return runs["ddp"], "ddp: whole matrices"
     if run.dtype == "float16":
-        return whole, "ddp: whole gradients, which float16 checks"
+        return runs["ddp"], "ddp: whole gradients, which float16 checks"
     try:
-        memory.fit(whole, vocab_size, device, world)
+        memory.fit_micro_batch(runs["ddp"], vocab_size, device, world)
     except ConfigError:
-        return split, "fsdp: the whole model does not fit into each process"
-    return whole, "ddp: the whole model fits into each process"
+        return runs["fsdp"], "fsdp: the whole model does not fit into each process"
+    return runs["ddp"], "ddp: the whole model fits into each process"
 
 
 def check_warmup(run: RunConfig, n_rows: int) -> None:
@@ -181,7 +180,7 @@ def pick_kernels(
         raise ConfigError(f"attention: fused needs a CPU and a C compiler: {why}; set auto")
     if run.attention == "fused" and run.dtype == "float16":
         raise ConfigError("attention: fused knows no float16; set auto")
-    kernels, why_kernel = attentions(run, device)
+    kernels, why_kernel = usable_kernels(run, device)
     dtypes, why_dtype = precisions(device, own)
     if dtypes == ["float16"] and world.size > 1 and run.distributed.engine == "fsdp":
         dtypes, why_dtype = ["float32"], "fsdp splits gradients, which float16 checks whole"
@@ -189,7 +188,7 @@ def pick_kernels(
     dtypes = dtypes if run.dtype == "auto" else [run.dtype]
     seconds = {(kernel, dtype): 0.0 for kernel in kernels for dtype in dtypes}
     if len(seconds) > 1:
-        seconds = block_seconds(run, list(seconds))
+        seconds = time_blocks(run, list(seconds))
         timed = {k: min(s for (one, _), s in seconds.items() if one == k) for k in kernels}
         why_kernel = "fastest of " + ", ".join(f"{k} {1e3 * s:.3g} ms" for k, s in timed.items())
         best = [min(s for (_, d), s in seconds.items() if d == one) for one in dtypes]
@@ -210,7 +209,7 @@ def pick_kernels(
     return chosen, reasons
 
 
-def attentions(run: RunConfig, device: torch.device) -> tuple[list[str], str]:
+def usable_kernels(run: RunConfig, device: torch.device) -> tuple[list[str], str]:
     """Kernels that can do what the rates ask for."""
     drops = run.dropout.rates()["attention_weights"] > 0
     if device.type == "cpu":
@@ -228,7 +227,7 @@ def attentions(run: RunConfig, device: torch.device) -> tuple[list[str], str]:
     return ["sdpa"], "torch's fused kernel"
 
 
-def block_seconds(run: RunConfig, ways: list[tuple[str, str]]) -> dict[tuple[str, str], float]:
+def time_blocks(run: RunConfig, ways: list[tuple[str, str]]) -> dict[tuple[str, str], float]:
     """Forward and backward of one block for each (attention, dtype), interleaved: the shortest."""
     model, dropout = run.model, run.dropout
     rows = max(1, min(run.train.batch_size, TIMED_TOKENS // model.context_length))
@@ -241,7 +240,8 @@ def block_seconds(run: RunConfig, ways: list[tuple[str, str]]) -> dict[tuple[str
         for way in ways:
             site = site_maker(dropout, model.n_layer, model.n_head, way[0])
             block = Block(model, site, 0, way[0]).train()
-            steps[way] = partial(there_and_back, block, x, Scene(None, rotation, keys), way[1])
+            scene = Scene(None, rotation, keys)
+            steps[way] = partial(forward_and_backward, block, x, scene, way[1])
         shortest = dict.fromkeys(ways, math.inf)
         began = time.perf_counter()
         for turn in range(10):
@@ -255,7 +255,8 @@ def block_seconds(run: RunConfig, ways: list[tuple[str, str]]) -> dict[tuple[str
     return shortest
 
 
-def there_and_back(block: Block, x: torch.Tensor, scene: Scene, dtype: str) -> None:
+def forward_and_backward(block: Block, x: torch.Tensor, scene: Scene, dtype: str) -> None:
+    """On the CPU, in this precision."""
     with torch.autocast("cpu", HALF.get(dtype), enabled=dtype in HALF):
         y = block(x, scene, None)
     y.backward(x.detach())
@@ -308,10 +309,10 @@ def missing_to_compile(device: torch.device) -> str | None:
             return "the package triton"
         if torch.cuda.get_device_capability(device) < OLDEST_FOR_TRITON:
             return "a GPU of compute capability 7.0 or more (Triton)"
-        compilers, what = own_or("CC", "gcc", "clang"), "a C compiler (gcc or clang, or CC)"
+        compilers, what = compilers_from("CC", "gcc", "clang"), "a C compiler (gcc or clang, or CC)"
     elif device.type == "cpu":
         usual = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
-        compilers, what = own_or("CXX", usual), f"a C++ compiler ({usual}, or CXX)"
+        compilers, what = compilers_from("CXX", usual), f"a C++ compiler ({usual}, or CXX)"
     else:
         return None
     if not any(map(shutil.which, compilers)):
@@ -323,6 +324,6 @@ def missing_to_compile(device: torch.device) -> str | None:
     return None
 
 
-def own_or(variable: str, *usual: str) -> tuple[str, ...]:
+def compilers_from(variable: str, *usual: str) -> tuple[str, ...]:
     """The program that the user names in the environment, or the usual ones."""
     return (os.environ[variable],) if variable in os.environ else usual

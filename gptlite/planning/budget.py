@@ -46,7 +46,8 @@ class Budget:
         self, minutes: float, began: float | None, clock: Callable[[], float] = time.perf_counter
     ) -> None:
         """`began` is when the command began, on this clock; None: now."""
-        self.clock, self.minutes, self.seconds = clock, minutes, 60 * minutes
+        self.clock = clock
+        self.minutes, self.seconds = minutes, 60 * minutes
         self.began = clock() if began is None else began
         self.loading = clock() - self.began
         """Seconds until now, in which libraries were loaded."""
@@ -56,7 +57,7 @@ class Budget:
         """Seconds for the page and for leaving, which cannot be tried before."""
         return self.loading * (ENDING if find_spec("matplotlib") else ENDING_WITHOUT_FIGURES)
 
-    def left(self) -> float:
+    def seconds_left(self) -> float:
         """Seconds from now until the page."""
         return self.seconds - (self.clock() - self.began) - self.ending
 
@@ -104,7 +105,7 @@ def make_rung(size: tuple[int, int, int], run: RunConfig, files: TokenFiles) -> 
 def time_rung(rung: Rung, files: TokenFiles, seconds: float) -> Rung:
     """The rung with the time of its updates, timed for so long."""
     vocab_size = files.meta["vocab_size"]
-    resolved, _ = auto.resolve(rung.run, vocab_size=vocab_size, n_rows=rung.n_rows)
+    resolved, _ = auto.resolve_run(rung.run, vocab_size=vocab_size, n_rows=rung.n_rows)
     pace = time_updates(make_idle_trainer(resolved, files), seconds)
     return rung._replace(seconds=pace.seconds)
 
@@ -124,7 +125,7 @@ def climb(rungs: Iterable[Rung], files: TokenFiles, budget: Budget) -> Rung:
         if rung.run == best.run:  # the model is asked for, whatever the ladder says
             best = rung._replace(seconds=best.seconds)
             continue
-        enough = budget.left() * (1 - MOST_EVALUATING)
+        enough = budget.seconds_left() * (1 - MOST_EVALUATING)
         hoped = best.seconds * LEAST_GROWTH * rung.flops / best.flops
         late = budget.clock() - began > CLIMB_SHARE * budget.seconds
         if late or not rung._replace(seconds=hoped).sees_enough(enough):
@@ -154,20 +155,23 @@ class Fit(NamedTuple):
 
 def guess_fit(rung: Rung, budget: Budget) -> Fit:
     """About how many updates fit, from what was timed on the way up."""
-    steps = int(budget.left() * (1 - MOST_EVALUATING) / rung.seconds)
+    steps = int(budget.seconds_left() * (1 - MOST_EVALUATING) / rung.seconds)
     return Fit(int(clamp(FEWEST_STEPS, steps, rung.most_steps)))
 
 
-def fit(costs: Costs, rung: Rung, n_val: int, budget: Budget, asked: Document) -> Fit:
+def fit_run(costs: Costs, rung: Rung, n_val: int, budget: Budget, asked: Document) -> Fit:
     """How much of a run fits into what is left; a whole look takes `n_val` sequences.
 
     Values of train that are `asked` for are not chosen, but what they cost is counted.
     """
-    seconds, train, sample = budget.left(), rung.run.train, rung.run.sample
+    train, sample = rung.run.train, rung.run.sample
+    seconds = budget.seconds_left()
     batches = None
     if not is_asked(asked, "eval_batches"):
         batches = choose_eval_batches(costs, rung, n_val, seconds)
-    look = costs.evaluation.whole(batches * train.batch_size if batches else n_val, rung.n_rows)
+    look = costs.evaluation.seconds_for(
+        batches * train.batch_size if batches else n_val, rung.n_rows
+    )
     each = costs.update + costs.save / train.save_interval
     if sample.interval:
         each += costs.sample / sample.interval
@@ -195,8 +199,8 @@ def is_asked(asked: Document, key: str) -> bool:
 def choose_eval_batches(costs: Costs, rung: Rung, n_val: int, seconds: float) -> int | None:
     """Batches of a look for which there is time; None: all of the validation text."""
     pace, most = costs.evaluation, MOST_EVALUATING * seconds / LOOKS
-    if pace.whole(n_val, rung.n_rows) <= most:
+    if pace.seconds_for(n_val, rung.n_rows) <= most:
         return None
-    rows = (most - pace.whole(0, rung.n_rows)) / pace.seconds * pace.n_rows
+    rows = (most - pace.seconds_for(0, rung.n_rows)) / pace.seconds * pace.n_rows
     batches = max(2, int(rows / rung.run.train.batch_size))
     return batches if batches * rung.run.train.batch_size < n_val else None

@@ -98,7 +98,7 @@ def training_bytes(
     return PROCESS_BYTES + COMPILER_BYTES * (run.compile is True) + int(SLACK * kept)
 
 
-def fit(
+def fit_micro_batch(
     run: RunConfig, vocab_size: int, device: torch.device, world: World = ALONE
 ) -> tuple[int, bool, str]:
     """(sequences per forward pass, whether to recompute, why): the largest part that fits.
@@ -109,7 +109,7 @@ def fit(
     if device.type == "cpu":
         total //= world.here
     budget = total * AUTO_SHARE if run.train.memory_gib == "auto" else run.train.memory_gib * GIB
-    for size, recompute in ways(run, world.size):
+    for size, recompute in micro_batch_options(run, world.size):
         need = training_bytes(run, vocab_size, size, recompute, world.size)
         if need <= budget:
             return size, recompute, f"about {need / GIB:.2g} of {budget / GIB:.3g} GiB"
@@ -136,7 +136,7 @@ def refuse_too_large(run: RunConfig) -> None:
         )
 
 
-def ways(run: RunConfig, ranks: int) -> Iterator[tuple[int, bool]]:
+def micro_batch_options(run: RunConfig, ranks: int) -> Iterator[tuple[int, bool]]:
     """Ways to split and recompute that the run leaves open, the fastest first."""
     train, batch = run.train, run.train.batch_size // ranks
     sizes = [part for part in range(batch, 0, -1) if batch % part == 0]

@@ -13,7 +13,7 @@ from gptlite.data.prepare import prepare
 from gptlite.data.token_files import TokenFiles
 from gptlite.data.tokenizers import Tokenizer
 from gptlite.planning.audit import advice, site_plan, site_seconds
-from gptlite.planning.auto import check_ranks, check_warmup, resolve
+from gptlite.planning.auto import check_ranks, check_warmup, resolve_run
 from gptlite.planning.memory import refuse_too_large, training_bytes
 from gptlite.planning.rehearsal import (
     count_evaluated,
@@ -55,7 +55,7 @@ def plan_run(run: RunConfig, world_size: int = 1, own: Tokenizer | None = None) 
     vocab_size = files.meta["vocab_size"]
     world = World(world_size)
     check_warmup(run, rows.n_rows)
-    resolved, reasons = resolve(run, vocab_size=vocab_size, n_rows=rows.n_rows, world=world)
+    resolved, reasons = resolve_run(run, vocab_size=vocab_size, n_rows=rows.n_rows, world=world)
     trainer = make_idle_trainer(resolved.model_copy(update={"compile": False}), files, world)
     plan = make_plan(resolved, trainer.model, files, rows, reasons, world_size)
     plan |= measure_time(trainer, files)
@@ -70,7 +70,7 @@ def measure_time(trainer: Trainer, files: TokenFiles) -> dict[str, Any]:
     """Seconds that a rank takes for an update and for an evaluation, and how many there are."""
     run = trainer.run
     pace = time_updates(trainer)
-    evaluation = time_evaluation(trainer, files).whole(
+    evaluation = time_evaluation(trainer, files).seconds_for(
         count_evaluated(run, files), trainer.rows.n_rows
     )
     return {

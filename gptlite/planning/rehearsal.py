@@ -52,7 +52,7 @@ class EvaluationPace(NamedTuple):
     n_rows: int
     """Sequences in it."""
 
-    def whole(self, n_val: int, n_train: int) -> float:
+    def seconds_for(self, n_val: int, n_train: int) -> float:
         """Seconds for both losses of a session, of so many sequences; of each, the first batch is
         computed twice, to see that nothing random is live."""
         counts = n_val, min(n_train, TRAIN_SUBSET_ROWS)
@@ -186,7 +186,7 @@ def rehearse(run: RunConfig, files: TokenFiles, seconds: float) -> Costs:
     """What this run costs; its updates are timed for about so many seconds."""
     began = perf_counter()
     n_rows = files.rows("train", run.model.context_length).n_rows
-    resolved, _ = auto.resolve(run, vocab_size=files.meta["vocab_size"], n_rows=n_rows)
+    resolved, _ = auto.resolve_run(run, vocab_size=files.meta["vocab_size"], n_rows=n_rows)
     trainer = make_idle_trainer(resolved, files)
     with keep_generators(trainer.device):
         next(trainer.updates(ENDLESS))

@@ -28,7 +28,7 @@ from gptlite.planning.budget import (
     Rung,
     clamp,
     climb,
-    fit,
+    fit_run,
     guess_fit,
     make_rung,
 )
@@ -221,7 +221,7 @@ def rehearse_training(
         rate, _ = dropout_rate(fitting.steps, rung)
         tried = [*choices, *of_training(rung, fitting)]
         costs = rehearse(settle(tried, asked), files, timing)
-        fitting = fit(costs, rung, n_val, budget, asked)
+        fitting = fit_run(costs, rung, n_val, budget, asked)
         if dropout_rate(fitting.steps, rung)[0] == rate:
             break
     return fitting

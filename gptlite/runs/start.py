@@ -115,7 +115,7 @@ def resolve_alike(
     sizes = {"vocab_size": files.meta["vocab_size"], "n_rows": n_rows}
 
     def choose() -> tuple[Any, dict[str, str]]:
-        resolved, reasons = auto.resolve(run, **sizes, world=world, own=own)
+        resolved, reasons = auto.resolve_run(run, **sizes, world=world, own=own)
         return resolved.model_dump(mode="json"), reasons
 
     values, reasons = world.broadcast(choose)

@@ -168,7 +168,7 @@ def train(queue: Queue, run: RunConfig, directory: Path, threads: int, watch: "W
     def fastest() -> str:
         files = prepare(run, given_tokenizer(run))
         sizes = files.meta["vocab_size"], files.rows("train", run.model.context_length).n_rows
-        return auto.resolve(run, vocab_size=sizes[0], n_rows=sizes[1])[0].dtype
+        return auto.resolve_run(run, vocab_size=sizes[0], n_rows=sizes[1])[0].dtype
 
     if run.train.threads == "auto":
         shared = run.train.model_copy(update={"threads": threads})

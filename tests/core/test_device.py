@@ -311,7 +311,7 @@ def test_a_gpu_computes_in_what_it_has_itself(
     """P100, GTX 10xx, V100, T4; A100, RTX 40xx, H100. torch emulates bfloat16 on the first four."""
     Gpus(monkeypatch, capability)
     assert torch.cuda.is_bf16_supported()
-    resolved, reasons = auto.resolve(
+    resolved, reasons = auto.resolve_run(
         workshop.run(device="auto", dtype="auto"), vocab_size=50, n_rows=100
     )
     assert (resolved.device, resolved.dtype) == ("cuda", dtype)
@@ -333,7 +333,7 @@ def test_the_device_that_is_used_is_asked(
         wanted["cuda"] = ("float16", "bfloat16")[current]
         for device, dtype in wanted.items():
             run = workshop.run(device=device, dtype="auto")
-            assert auto.resolve(run, vocab_size=50, n_rows=100)[0].dtype == dtype, device
+            assert auto.resolve_run(run, vocab_size=50, n_rows=100)[0].dtype == dtype, device
             stored = run.model_copy(update={"dtype": "bfloat16"})
             kept, notes = devices.adapt(stored)
             assert (kept.dtype == "bfloat16") is (dtype == "bfloat16")
@@ -353,7 +353,7 @@ def test_a_gpu_that_lacks_what_is_asked_for_says_what_it_costs(
         ("cuda:1", "float32", False),
     ):
         run = workshop.run(device=device, dtype=name)
-        resolved, reasons = auto.resolve(run, vocab_size=50, n_rows=100)
+        resolved, reasons = auto.resolve_run(run, vocab_size=50, n_rows=100)
         assert resolved.dtype == name
         cost = f"{name}: asked for, though this GPU has no {name}: a matrix product takes 8.0 times"
         assert reasons.get("dtype", "").startswith(cost) is told
@@ -389,15 +389,15 @@ def test_ranks_take_what_all_of_them_have(
     having(monkeypatch)
     run = workshop.run(dtype="auto", attention="math")
     faster = {("math", "float32"): 1.0, ("math", "bfloat16"): 0.1}
-    monkeypatch.setattr(auto, "block_seconds", lambda run, ways: {w: faster[w] for w in ways})
+    monkeypatch.setattr(auto, "time_blocks", lambda run, ways: {w: faster[w] for w in ways})
     for other, dtype in ((["bfloat16", "float32"], "bfloat16"), (["float32"], "float32")):
         world = Unlike(other)
         own = devices.shared_precisions(run, world)
         sizes = {"vocab_size": 50, "n_rows": 100}
-        assert auto.resolve(run, **sizes, world=world, own=own)[0].dtype == dtype
+        assert auto.resolve_run(run, **sizes, world=world, own=own)[0].dtype == dtype
         stored = run.model_copy(update={"dtype": "bfloat16"})
         assert devices.adapt(stored, own)[0].dtype == dtype
-        reasons = auto.resolve(stored, **sizes, world=world, own=own)[1]
+        reasons = auto.resolve_run(stored, **sizes, world=world, own=own)[1]
         told = "bfloat16: asked for, though another rank has no bfloat16 products"
         assert reasons.get("dtype") == (told if dtype == "float32" else None)
 

@@ -109,7 +109,7 @@ def test_without_loops_the_reason_is_said_once_and_everything_works(
     build_anew()
     assert loops.library() is None
     assert torch.equal(drop_ones(), expected)
-    resolved, reasons = auto.resolve(workshop.run(), vocab_size=50, n_rows=100)
+    resolved, reasons = auto.resolve_run(workshop.run(), vocab_size=50, n_rows=100)
     assert why in reasons["loops"]
     assert sum("compiler" in reason for reason in reasons.values()) <= 1
     assert resolved.attention in ("math", "sdpa")

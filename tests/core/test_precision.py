@@ -276,7 +276,7 @@ def test_asked_for_on_a_cpu_it_says_what_it_costs(
 ) -> None:
     monkeypatch.setattr(devices, "native_precisions", lambda device: {"float32"})
     monkeypatch.setattr(devices, "slowdown", lambda name, device: 3.0)
-    _, reasons = auto.resolve(workshop.run(dtype="float16"), vocab_size=50, n_rows=100)
+    _, reasons = auto.resolve_run(workshop.run(dtype="float16"), vocab_size=50, n_rows=100)
     assert reasons["dtype"] == (
         "float16: asked for, though this CPU has no float16: a matrix product takes 3.0 times as "
         "long as in float32"
@@ -287,11 +287,11 @@ def test_the_compiled_loops_know_no_float16_and_the_plan_does_not_say_so(
     workshop: Workshop,
 ) -> None:
     run = workshop.run(dtype="float16", dropout=KEYED)
-    resolved, reasons = auto.resolve(run, vocab_size=50, n_rows=100)
+    resolved, reasons = auto.resolve_run(run, vocab_size=50, n_rows=100)
     assert resolved.attention == "math"
     assert reasons["dropout.masks"] == "keyed, by torch"
     with pytest.raises(ConfigError, match="attention: fused knows no float16; set auto"):
-        auto.resolve(workshop.run(dtype="float16", attention="fused"), vocab_size=9, n_rows=9)
+        auto.resolve_run(workshop.run(dtype="float16", attention="fused"), vocab_size=9, n_rows=9)
 
 
 def test_a_plan_counts_two_bytes_and_its_audit_finds_gradients(workshop: Workshop) -> None:
@@ -368,12 +368,12 @@ def test_auto_chooses_no_precision_that_its_engine_refuses(
     ):
         run = workshop.run(dtype="auto", distributed={"engine": engine})
         sizes = {"vocab_size": 50, "n_rows": 100}
-        resolved, reasons = auto.resolve(run, **sizes, world=World(2))
+        resolved, reasons = auto.resolve_run(run, **sizes, world=World(2))
         assert (resolved.dtype, reasons["dtype"]) == (dtype, f"{dtype}: {why}")
-        alone, _ = auto.resolve(run, **sizes)
+        alone, _ = auto.resolve_run(run, **sizes)
         assert alone.dtype == "float16"
     assert reasons["distributed.engine"] == "ddp: whole gradients, which float16 checks"
     stored = run.model_copy(update={"dtype": "float16"})  # by DDP, or in one process
     fsdp = stored.distributed.model_copy(update={"engine": "fsdp"})
     with pytest.raises(ConfigError, match=r"engine: fsdp splits gradients, .*; set ddp"):
-        auto.resolve(stored.model_copy(update={"distributed": fsdp}), **sizes, world=World(2))
+        auto.resolve_run(stored.model_copy(update={"distributed": fsdp}), **sizes, world=World(2))

@@ -26,7 +26,7 @@ DROPS = {"preset": "gpt2", "rate": 0.2, "sites": {"attention_context": 0.1, "mlp
 def trainer(run: RunConfig) -> Trainer:
     files = prepare(run)
     n_rows = files.rows("train", run.model.context_length).n_rows
-    resolved, _ = auto.resolve(run, vocab_size=files.meta["vocab_size"], n_rows=n_rows)
+    resolved, _ = auto.resolve_run(run, vocab_size=files.meta["vocab_size"], n_rows=n_rows)
     return trainer_on(resolved, files)
 
 

@@ -18,7 +18,7 @@ from gptlite.runs.start import train
 
 
 def resolve(run: RunConfig, n_rows: int = 100) -> tuple[RunConfig, dict[str, str]]:
-    return auto.resolve(run, vocab_size=50, n_rows=n_rows)
+    return auto.resolve_run(run, vocab_size=50, n_rows=n_rows)
 
 
 def test_every_auto_is_replaced_and_explained(workshop: Workshop) -> None:
@@ -61,7 +61,7 @@ def timed(monkeypatch: pytest.MonkeyPatch, times: Times) -> list[tuple[str, str]
         asked.extend(ways)
         return {way: times[way] for way in ways}
 
-    monkeypatch.setattr(auto, "block_seconds", seconds)
+    monkeypatch.setattr(auto, "time_blocks", seconds)
     monkeypatch.setattr(devices, "cpu_has_bfloat16", lambda: True)
     monkeypatch.setattr(loops, "library", lambda: object())
     monkeypatch.setattr(loops, "has_threads", lambda: True)
@@ -116,7 +116,7 @@ def test_timing_a_block_touches_no_generator(workshop: Workshop) -> None:
     run = workshop.run(dropout={"preset": "gpt2"}, model={"position": "rope", "n_kv_head": 1})
     ways = [(kernel, dtype) for kernel in ("math", "sdpa") for dtype in ("float32", "bfloat16")]
     run = run.model_copy(update={"dropout": DropoutConfig(preset="none")})
-    seconds = auto.block_seconds(run, ways)
+    seconds = auto.time_blocks(run, ways)
     assert list(seconds) == ways
     assert all(0 < s < 10 for s in seconds.values())
     assert torch.equal(torch.get_rng_state(), state)
@@ -207,7 +207,9 @@ def test_attention_is_what_the_rates_allow(
     drops, none = workshop.run(dropout={"preset": "gpt2"}), workshop.run(dropout={"preset": "none"})
     keyed = workshop.run(dropout={"preset": "gpt2", "masks": "keyed"})
     kernels = [
-        auto.attentions(run, device)[0] for run in (drops, keyed, none) for device in (cpu, cuda)
+        auto.usable_kernels(run, device)[0]
+        for run in (drops, keyed, none)
+        for device in (cpu, cuda)
     ]
     own = "fused" if compiler else "math"
     assert kernels == [[own], ["sdpa"], [own], ["math"], [own, "sdpa"], ["sdpa"]]
@@ -289,9 +291,9 @@ def test_a_compiled_loss_is_counted_when_parts_are_chosen(workshop: Workshop) ->
     sizes = {"vocab_size": 100_000, "n_rows": 100}
     run = workshop.run(train={"memory_gib": 0.6}, dropout={"preset": "none"})
     compiled = run.model_copy(update={"compile": True})
-    assert auto.resolve(run, **sizes)[0].train.micro_batch_size == 8
+    assert auto.resolve_run(run, **sizes)[0].train.micro_batch_size == 8
     if auto.missing_to_compile(torch.device("cpu")) is None:
-        parts = auto.resolve(compiled, **sizes)[0].train.micro_batch_size
+        parts = auto.resolve_run(compiled, **sizes)[0].train.micro_batch_size
         assert isinstance(parts, int)
         assert parts < 8
 

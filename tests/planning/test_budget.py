@@ -10,7 +10,7 @@ from gptlite.config.reader import read_layers
 from gptlite.config.strict_yaml import Document
 from gptlite.data.token_files import TokenFiles
 from gptlite.planning import budget
-from gptlite.planning.budget import Budget, Fit, Rung, climb, fit, guess_fit, make_rung
+from gptlite.planning.budget import Budget, Fit, Rung, climb, fit_run, guess_fit, make_rung
 from gptlite.planning.rehearsal import Costs, EvaluationPace
 
 COSTS = Costs(begin=2.0, update=0.04, evaluation=EvaluationPace(0.01, 64), save=0.1, sample=0.5)
@@ -47,7 +47,7 @@ def minutes(number: float, spent: float = 0.0) -> Budget:
 def seconds_of(fitting: Fit, costs: Costs, one: Rung, n_val: int = N_VAL) -> float:
     """How long a run goes on that has these costs and does what fits."""
     n_val = fitting.eval_batches * one.run.train.batch_size if fitting.eval_batches else n_val
-    look = costs.evaluation.whole(n_val, one.n_rows) + costs.save
+    look = costs.evaluation.seconds_for(n_val, one.n_rows) + costs.save
     interval = -(-fitting.steps // budget.LOOKS)
     total = costs.begin + costs.sample
     for step in range(1, fitting.steps + 1):
@@ -62,12 +62,12 @@ def test_what_loading_took_is_taken_off_and_kept_for_the_page(
 ) -> None:
     clock = Clock(now=103.0)
     made = Budget(1, 100.0, clock)
-    assert made.left() == pytest.approx(60 - 3 - 3 * budget.ENDING)
+    assert made.seconds_left() == pytest.approx(60 - 3 - 3 * budget.ENDING)
     clock.now = 110.0
-    assert made.left() == pytest.approx(60 - 10 - 3 * budget.ENDING)
+    assert made.seconds_left() == pytest.approx(60 - 10 - 3 * budget.ENDING)
     monkeypatch.setattr(budget, "find_spec", lambda name: None)
-    assert made.left() == pytest.approx(60 - 10 - 3 * budget.ENDING_WITHOUT_FIGURES)
-    assert Budget(1, None, clock).left() == 60
+    assert made.seconds_left() == pytest.approx(60 - 10 - 3 * budget.ENDING_WITHOUT_FIGURES)
+    assert Budget(1, None, clock).seconds_left() == 60
 
 
 @pytest.mark.parametrize("number", [1, 2, 5, 30])
@@ -86,18 +86,22 @@ def test_a_run_with_these_costs_takes_the_time_there_is(
 ) -> None:
     one = rung(workshop)
     there_is = minutes(number, spent=7.0)
-    fitting = fit(costs, one, N_VAL, there_is, NOTHING)
+    fitting = fit_run(costs, one, N_VAL, there_is, NOTHING)
     assert "fits into" in fitting.why
     takes = seconds_of(fitting, costs, one)
-    assert there_is.left() * 0.98 - costs.update - costs.save <= takes <= there_is.left() + 1e-6
+    assert (
+        there_is.seconds_left() * 0.98 - costs.update - costs.save
+        <= takes
+        <= there_is.seconds_left() + 1e-6
+    )
 
 
 def test_all_validation_text_is_looked_at_where_that_is_cheap(workshop: Workshop) -> None:
     one = rung(workshop)
-    cheap = fit(COSTS, one, N_VAL, minutes(5), NOTHING)
+    cheap = fit_run(COSTS, one, N_VAL, minutes(5), NOTHING)
     assert cheap.eval_batches is None
     costly = COSTS._replace(evaluation=EvaluationPace(0.2, 64))
-    part = fit(costly, one, 100 * N_VAL, minutes(5), NOTHING)
+    part = fit_run(costly, one, 100 * N_VAL, minutes(5), NOTHING)
     assert part.eval_batches is not None
     assert part.eval_batches > 2
     assert part.evaluating == pytest.approx(budget.MOST_EVALUATING, rel=0.15)
@@ -108,7 +112,7 @@ def test_what_is_asked_for_is_counted_and_not_chosen(workshop: Workshop) -> None
     def fitted(**train: Any) -> Fit:
         asked = read_layers([], [f"train.{key}={value}" for key, value in train.items()])
         costly = COSTS._replace(evaluation=EvaluationPace(0.2, 64))
-        return fit(costly, rung(workshop, **train), N_VAL, minutes(2), asked)
+        return fit_run(costly, rung(workshop, **train), N_VAL, minutes(2), asked)
 
     plain = fitted()
     assert fitted(eval_interval=10).steps < plain.steps / 2
@@ -116,17 +120,17 @@ def test_what_is_asked_for_is_counted_and_not_chosen(workshop: Workshop) -> None
     assert fitted(max_steps=7).steps == 7
     assert fitted(max_steps=7).why.startswith("asked for")
     often = rung(workshop)._replace(run=workshop.run(sample={"interval": 1}))
-    assert fit(COSTS, often, N_VAL, minutes(2), NOTHING).steps < plain.steps / 5
+    assert fit_run(COSTS, often, N_VAL, minutes(2), NOTHING).steps < plain.steps / 5
 
 
 def test_a_run_is_not_longer_than_it_helps_nor_shorter_than_it_makes_sense(
     workshop: Workshop,
 ) -> None:
     one = rung(workshop)._replace(n_rows=50)
-    short = fit(COSTS, one, N_VAL, minutes(5), NOTHING)
+    short = fit_run(COSTS, one, N_VAL, minutes(5), NOTHING)
     assert (short.steps, short.steps) == (one.most_steps, budget.MOST_EPOCHS * 50 // 8)
     assert short.why.startswith("60 passes over the text")
-    late = fit(COSTS, rung(workshop), N_VAL, minutes(0.1, spent=50), NOTHING)
+    late = fit_run(COSTS, rung(workshop), N_VAL, minutes(0.1, spent=50), NOTHING)
     assert late.steps == budget.FEWEST_STEPS
     assert late.why.startswith("the fewest: 0.1 minutes are too short")
     assert guess_fit(one, minutes(5)).steps == one.most_steps

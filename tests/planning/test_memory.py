@@ -11,7 +11,7 @@ from gptlite.core import loops
 from gptlite.core.device import GIB
 from gptlite.errors import ConfigError
 from gptlite.planning import memory
-from gptlite.planning.memory import SLACK, fit, keep_freed, mask_bytes, training_bytes
+from gptlite.planning.memory import SLACK, fit_micro_batch, keep_freed, mask_bytes, training_bytes
 
 CPU = torch.device("cpu")
 V = 50
@@ -25,7 +25,7 @@ def budget(run: RunConfig, need: int) -> RunConfig:
 def test_parts_of_a_batch_divide_it_and_fit(workshop: Workshop) -> None:
     run = workshop.run(train={"batch_size": 12}, attention="math")
     for most, size in ((100, 12), (12, 12), (11, 6), (5, 4), (1, 1)):
-        fitted = fit(budget(run, training_bytes(run, V, most, recompute=False)), V, CPU)
+        fitted = fit_micro_batch(budget(run, training_bytes(run, V, most, recompute=False)), V, CPU)
         assert fitted[:2] == (size, False)
 
 
@@ -33,14 +33,17 @@ def test_recomputing_is_for_what_does_not_fit_otherwise(workshop: Workshop) -> N
     model = {"n_layer": 16, "context_length": 64}
     run = workshop.run(train={"batch_size": 4}, model=model, attention="math")
     once, whole = training_bytes(run, V, 1, recompute=False), training_bytes(run, V, 4, True)
-    assert fit(budget(run, once), V, CPU)[:2] == (1, False)
-    assert fit(budget(run, training_bytes(run, V, 1, recompute=True)), V, CPU)[:2] == (1, True)
+    assert fit_micro_batch(budget(run, once), V, CPU)[:2] == (1, False)
+    assert fit_micro_batch(budget(run, training_bytes(run, V, 1, recompute=True)), V, CPU)[:2] == (
+        1,
+        True,
+    )
     asked = workshop.run(
         train={"batch_size": 4, "micro_batch_size": 4}, model=model, attention="math"
     )
-    assert fit(budget(asked, whole), V, CPU)[:2] == (4, True)
+    assert fit_micro_batch(budget(asked, whole), V, CPU)[:2] == (4, True)
     asked = workshop.run(train={"batch_size": 4, "recompute": True}, model=model)
-    assert fit(budget(asked, 100 * whole), V, CPU)[:2] == (4, True)
+    assert fit_micro_batch(budget(asked, 100 * whole), V, CPU)[:2] == (4, True)
 
 
 def test_without_a_budget_half_the_memory_is_used_and_all_of_it_in_need(
@@ -49,18 +52,18 @@ def test_without_a_budget_half_the_memory_is_used_and_all_of_it_in_need(
     run = workshop.run()
     need = training_bytes(run, V, 8, recompute=False)
     monkeypatch.setattr(memory, "memory_bytes", lambda device: 2 * need + 10)
-    assert fit(run, V, CPU)[:2] == (8, False)
+    assert fit_micro_batch(run, V, CPU)[:2] == (8, False)
     least = training_bytes(run, V, 1, recompute=True)
     monkeypatch.setattr(memory, "memory_bytes", lambda device: least + 10)
-    assert fit(run, V, CPU)[:2] == (1, True)
+    assert fit_micro_batch(run, V, CPU)[:2] == (1, True)
     monkeypatch.setattr(memory, "memory_bytes", lambda device: least - 10)
     with pytest.raises(ConfigError, match=r"needs about .* GiB to train one sequence, cpu has"):
-        fit(run, V, CPU)
+        fit_micro_batch(run, V, CPU)
 
 
 def test_a_budget_too_small_is_said(workshop: Workshop) -> None:
     with pytest.raises(ConfigError, match=r"one sequence, train.memory_gib has 1e-05; lower"):
-        fit(workshop.run(train={"memory_gib": 1e-5}), V, CPU)
+        fit_micro_batch(workshop.run(train={"memory_gib": 1e-5}), V, CPU)
 
 
 def test_what_is_kept_grows_as_theory_says(workshop: Workshop) -> None:
@@ -98,7 +101,7 @@ def test_all_logits_of_a_large_vocabulary_are_counted_only_where_a_graph_makes_t
 def test_a_compiled_loss_that_does_not_fit_says_what_else_there_is(workshop: Workshop) -> None:
     run = workshop.run(compile=True, train={"memory_gib": 1.0})
     with pytest.raises(ConfigError, match="micro_batch_size, or set compile: false"):
-        fit(run, 10**7, CPU)
+        fit_micro_batch(run, 10**7, CPU)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

@@ -56,7 +56,7 @@ def resolved(workshop: Workshop, **sections: Any) -> RunConfig:
     run = workshop.run(**sections)
     files = workshop.files(**sections)
     rows = files.rows("train", run.model.context_length)
-    return auto.resolve(run, vocab_size=files.meta["vocab_size"], n_rows=rows.n_rows)[0]
+    return auto.resolve_run(run, vocab_size=files.meta["vocab_size"], n_rows=rows.n_rows)[0]
 
 
 def idle(workshop: Workshop, world: World | None = None, **sections: Any) -> Trainer:
@@ -190,7 +190,9 @@ def test_an_evaluation_is_counted_as_a_session_makes_it(workshop: Workshop, batc
     session.records.close()
     n_rows = rehearsal.eval_rows(run, files.meta["vocab_size"])
     pace = EvaluationPace(1.0, n_rows)
-    assert pace.whole(rehearsal.count_evaluated(run, files), trainer.rows.n_rows) == len(calls)
+    assert pace.seconds_for(rehearsal.count_evaluated(run, files), trainer.rows.n_rows) == len(
+        calls
+    )
 
 
 def test_a_save_writes_what_a_checkpoint_holds(

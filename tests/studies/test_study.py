@@ -235,9 +235,9 @@ def test_all_runs_of_a_study_have_one_precision(
         dtype = next(asked) if run.dtype == "auto" else run.dtype
         return resolve(run.model_copy(update={"dtype": dtype}), **sizes)
 
-    resolve = auto.resolve
+    resolve = auto.resolve_run
     monkeypatch.setattr(device, "cpu_has_bfloat16", lambda: True)
-    monkeypatch.setattr(auto, "resolve", chosen)
+    monkeypatch.setattr(auto, "resolve_run", chosen)
     found = bench.run(**RATES, evaluate=[], seeds=[1])
     configs = [Path(run["directory"]) / "config.yaml" for run in found["runs"]]
     assert ["dtype: bfloat16" in path.read_text() for path in configs] == [True, True]
