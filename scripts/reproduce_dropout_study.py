@@ -46,7 +46,7 @@ def mean(study: Study, label: str, metric: str) -> str:
     values = [m[metric] for m in runs_of(study, label).values() if metric in m]
     if not values:
         return "–"
-    over = comparison.over_seeds(values)
+    over = comparison.mean_over_seeds(values)
     half = "" if over["low"] is None else f" ± {over['high'] - over['mean']:.3f}"
     return f"{over['mean']:.3f}{half}"
 
@@ -84,7 +84,7 @@ def sweep(study: Study, name: str) -> Iterator[str]:
         return f"train_tokens={size}, rate={rate:g}"
 
     epochs = [
-        comparison.over_seeds([m["epochs"] for m in runs_of(study, label(size, 0)).values()])[
+        comparison.mean_over_seeds([m["epochs"] for m in runs_of(study, label(size, 0)).values()])[
             "mean"
         ]
         for size in sizes

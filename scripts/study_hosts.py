@@ -24,7 +24,7 @@ from typing import Any
 
 import yaml
 
-from gptlite.studies.database import Place
+from gptlite.studies.database import StudyStorage
 
 NETS = {"a": "203.0.113", "b": "198.51.100"}
 """For a wire from each host to the server; addresses for examples, unless in use here."""
@@ -137,8 +137,8 @@ def both_do_one_study(hosts: list[Host], work: Path) -> None:
 
 def each_once(hosts: list[Host]) -> None:
     a, b = hosts
-    place = Place(a.out / "journal.log", a.server.url(None) if a.server else None)
-    trials = [t for t in place.study("tiny").get_trials() if t.user_attrs.get("runs")]
+    store = StudyStorage(a.out / "journal.log", a.server.url(None) if a.server else None)
+    trials = [t for t in store.open_study("tiny").get_trials() if t.user_attrs.get("runs")]
     names = [run["name"] for trial in trials for run in trial.user_attrs["runs"]]
     assert len(names) == len(set(names)) == N_RUNS, names
     by = [int(trial.user_attrs["worker"].split("-")[-2]) for trial in trials]

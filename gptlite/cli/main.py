@@ -350,7 +350,7 @@ def study(
     """Train and measure many runs, each once; say what is above the noise of seeds."""
     with user_errors(verbose):
         from gptlite.report.page import after_training
-        from gptlite.studies.study import STUDIES, run_study, table
+        from gptlite.studies.study import STUDIES, run_study, table_lines
 
         folder = out_dir or STUDIES / file.stem
         found = run_study(file, folder, workers, storage)
@@ -358,7 +358,7 @@ def study(
         if json_:
             print_json(found)
         else:
-            print("\n".join(map(visible, table(found))))
+            print("\n".join(map(visible, table_lines(found))))
 
 
 @app.command(epilog=examples("report"))

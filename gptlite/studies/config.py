@@ -34,7 +34,7 @@ from gptlite.words import did_you_mean
 
 POINT = "point"
 """The axis of the named points."""
-TAKEN = {"seed": "list them under seeds", "out_dir": "the study names the directories"}
+RESERVED = {"seed": "list them under seeds", "out_dir": "the study names the directories"}
 Values = dict[str, Any]
 Suites = Annotated[
     tuple[Literal["loss", "calibration", "knockout", "importance", "mc-dropout"], ...],
@@ -132,7 +132,7 @@ class Study:
         return {**self.config.axes, **named}
 
     @property
-    def measured(self) -> str:
+    def measurement(self) -> str:
         """How finished runs are measured; runs that were measured otherwise are measured again."""
         config = self.config
         effort = " fast" if config.fast else ""
@@ -157,7 +157,7 @@ class Study:
             values |= self.config.points[value] if axis == POINT else {axis: value}
         names = short_names(coordinates)
         parts = [
-            str(value) if axis == POINT else f"{names[axis]}={format_value(value)}"
+            str(value) if axis == POINT else f"{names[axis]}={value_label(value)}"
             for axis, value in coordinates.items()
         ]
         return Point(coordinates, values, ", ".join(parts) or "base")
@@ -201,11 +201,11 @@ class Study:
     def jobs(self) -> list[Job]:
         """Every run of a grid: all points with the first seed, then with the next, so that a study
         that is cut short is balanced."""
-        points = [self.point(coordinates) for coordinates in product(self.axes)]
+        points = [self.point(coordinates) for coordinates in grid_coordinates(self.axes)]
         return [self.job(point, seed) for seed in self.config.seeds for point in points]
 
 
-def product(axes: dict[str, Any]) -> Iterator[Values]:
+def grid_coordinates(axes: dict[str, Any]) -> Iterator[Values]:
     for values in itertools.product(*axes.values()):
         yield dict(zip(axes, values, strict=True))
 
@@ -217,20 +217,20 @@ def short_names(axes: Values) -> dict[str, str]:
     return {axis: name if last.count(name) == 1 else axis for axis, name in pairs}
 
 
-def format_value(value: Any) -> str:
+def value_label(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def read_study(path: Path) -> Study:
+def load_study(path: Path) -> Study:
     """The study in a file, every run of it valid. Raises ConfigError with all problems."""
     document = strict_yaml.read(path)
     try:
         config = StudyConfig.model_validate(document.values)
     except ValidationError as error:
         raise ConfigError(*document.problems, *mistakes(error, document)) from None
-    problems = [*document.problems, *contradictions(config, document)]
+    problems = [*document.problems, *study_contradictions(config, document)]
     if problems:
         raise ConfigError(*problems)
     files = [config.base] if isinstance(config.base, str) else list(config.base)
@@ -259,11 +259,11 @@ def mistakes(error: ValidationError, document: Document) -> Iterator[str]:
         yield problem_line(place, named, "required" if missing else why)
 
 
-def contradictions(config: StudyConfig, document: Document) -> Iterator[str]:
+def study_contradictions(config: StudyConfig, document: Document) -> Iterator[str]:
     def at(*path: str | int) -> str:
         return document.places.get(path, document.key_places.get(path, "study"))
 
-    yield from keys_in_vain(config, at)
+    yield from overruled_keys(config, at)
     for axis, values in config.axes.items():
         if isinstance(values, Range):
             if config.search == "grid":
@@ -278,26 +278,6 @@ def contradictions(config: StudyConfig, document: Document) -> Iterator[str]:
         yield f"{at('search')}: search: tpe needs axes"
     if len(set(config.seeds)) < len(config.seeds):
         yield f"{at('seeds')}: seeds: lists a seed twice"
-    yield from unknown_baseline(config, at)
-
-
-def keys_in_vain(config: StudyConfig, at: Any) -> Iterator[str]:
-    """Values that something else would overrule."""
-    sections: dict[tuple[str, ...], Values] = {("set",): config.set, ("axes",): config.axes}
-    sections |= {("points", name): values for name, values in config.points.items()}
-    for section, values in sections.items():
-        for key in values:
-            told = f"{at(*section, key)}: {'.'.join((*section, key))}"
-            if key in TAKEN:
-                yield f"{told}: {TAKEN[key]}"
-            if section[0] == "points" and key in config.axes:
-                yield f"{told}: is an axis too; one of them must go"
-            for other in values:
-                if key.startswith(f"{other}."):
-                    yield f"{told}: {other} is given too; one of them must go"
-
-
-def unknown_baseline(config: StudyConfig, at: Any) -> Iterator[str]:
     chosen = config.baseline
     if isinstance(chosen, str) and chosen not in config.points:
         points, hint = ", ".join(config.points) or "none", did_you_mean(chosen, config.points)
@@ -308,6 +288,22 @@ def unknown_baseline(config: StudyConfig, at: Any) -> Iterator[str]:
             yield f"{at('baseline', axis)}: baseline.{axis}: {value!r} is not on that axis"
 
 
+def overruled_keys(config: StudyConfig, at: Any) -> Iterator[str]:
+    """Values that something else would overrule."""
+    sections: dict[tuple[str, ...], Values] = {("set",): config.set, ("axes",): config.axes}
+    sections |= {("points", name): values for name, values in config.points.items()}
+    for section, values in sections.items():
+        for key in values:
+            told = f"{at(*section, key)}: {'.'.join((*section, key))}"
+            if key in RESERVED:
+                yield f"{told}: {RESERVED[key]}"
+            if section[0] == "points" and key in config.axes:
+                yield f"{told}: is an axis too; one of them must go"
+            for other in values:
+                if key.startswith(f"{other}."):
+                    yield f"{told}: {other} is given too; one of them must go"
+
+
 def check_runs(study: Study) -> None:
     """Every run a grid has, or the corners of what is searched, once per problem."""
     axes = {
@@ -315,13 +311,13 @@ def check_runs(study: Study) -> None:
         for axis, values in study.axes.items()
     }
     problems: dict[str, None] = {}
-    for coordinates in product(axes):
+    for coordinates in grid_coordinates(axes):
         try:
             study.job(study.point(coordinates), study.config.seeds[0])
         except ConfigError as error:
             problems |= dict.fromkeys(error.problems)
     if problems:
         raise ConfigError(*problems)
-    labels = [study.point(coordinates).label for coordinates in product(axes)]
+    labels = [study.point(coordinates).label for coordinates in grid_coordinates(axes)]
     if len(set(labels)) < len(labels):
         raise ConfigError(f"{study.name}: two points have one label; rename points or axes")

@@ -35,7 +35,7 @@ def optuna() -> Any:
     return optuna
 
 
-class Place:
+class StudyStorage:
     """A journal's file or a database's URL."""
 
     def __init__(self, journal: Path, url: str | None) -> None:
@@ -44,14 +44,14 @@ class Place:
     def __str__(self) -> str:
         return str(self.journal) if self.url is None else without_passwords(self.url)
 
-    def study(self, name: str) -> Any:
+    def open_study(self, name: str) -> Any:
         """The study of this name there, made if it is new.
 
         ConfigError for what is no URL, UserError without its driver, StorageError for the rest."""
-        library, options = optuna(), {} if self.url is None else self.options(self.url)
+        library, options = optuna(), {} if self.url is None else self.connection_options(self.url)
         try:
             found = library.create_study(
-                storage=self.opened(options),
+                storage=self.connect(options),
                 study_name=name,
                 load_if_exists=True,
                 pruner=library.pruners.MedianPruner(4),
@@ -61,7 +61,7 @@ class Place:
             raise self.failure(error) from None
         return found
 
-    def opened(self, options: dict[str, Any]) -> Any:
+    def connect(self, options: dict[str, Any]) -> Any:
         storages = optuna().storages
         if self.url is None:
             file = storages.journal.JournalFileBackend(str(self.journal))
@@ -70,12 +70,12 @@ class Place:
             try:
                 return storages.RDBStorage(self.url, engine_kwargs=options)
             except Exception as error:
-                if not made_meanwhile(error):
+                if not is_table_race(error):
                     raise
                 time.sleep(0.1)
         return storages.RDBStorage(self.url, engine_kwargs=options)
 
-    def options(self, url: str) -> dict[str, Any]:
+    def connection_options(self, url: str) -> dict[str, Any]:
         """Of the connection; what the URL says itself stays."""
         import sqlalchemy
 
@@ -95,7 +95,7 @@ class Place:
         return {**pool, "connect_args": given}
 
     @contextmanager
-    def reached(self) -> Iterator[None]:
+    def translate_errors(self) -> Iterator[None]:
         """StorageError where it is gone in the middle of a study; what a run raises is its own."""
         import sqlalchemy
 
@@ -118,7 +118,7 @@ class Place:
         return type(error).__name__ if any(word in lines[0] for word in secrets) else lines[0]
 
 
-def made_meanwhile(error: BaseException) -> bool:
+def is_table_race(error: BaseException) -> bool:
     """Whether another one has made the same tables at the same time."""
     import sqlalchemy
 

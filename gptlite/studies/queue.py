@@ -4,6 +4,8 @@ A trial is a run of a grid, or a point of a search with all its seeds. Its user 
 which, who works on it and what came of it. A worker holds a lock for as long as it lives; when it
 dies its trials are taken up by others, but for those on disks where its lock cannot be seen.
 Machines that share a database alone take the same run at the same time; the first trial counts.
+Optuna's heartbeat is no substitute for the lock: a journal has none, it beats in `optimize` alone,
+not with ask and tell, and a laptop that slept longer than the grace period would lose its run.
 """
 
 import os
@@ -18,19 +20,20 @@ from gptlite import locks, storage
 from gptlite.errors import ConfigError, RunInUseError
 from gptlite.keys import key
 from gptlite.runs import directory
-from gptlite.studies.config import Job, Range, Study, format_value
-from gptlite.studies.database import Place, optuna
+from gptlite.studies.config import Job, Range, Study, value_label
+from gptlite.studies.database import StudyStorage, optuna
 
 
 class Queue:
     """The trials of a study in its folder; `url` is a database instead of the folder's journal."""
 
     def __init__(self, study: Study, folder: Path, url: str | None = None) -> None:
-        self.study, self.folder, self.url = study, folder, url
+        self.study = study
+        self.folder, self.url = folder, url
         storage.make_folders(folder / "workers")
-        self.place = Place(folder / "journal.log", url)
-        with self.alone():
-            self.trials = self.place.study(study.name)
+        self.storage = StudyStorage(folder / "journal.log", url)
+        with self.lock():
+            self.trials = self.storage.open_study(study.name)
         self.states = optuna().trial.TrialState
 
     def sampler(self, number: int) -> Any:
@@ -39,14 +42,14 @@ class Queue:
         return optuna().samplers.TPESampler(seed=seed, constant_liar=True)
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
+    def lock(self) -> Iterator[None]:
         """While one worker looks for work, the others on this disk wait."""
         with locks.held(self.folder):
             yield
 
     @contextmanager
-    def working(self) -> Iterator[str]:
-        """Alive as a worker; the name is free to be taken over afterwards."""
+    def register_worker(self) -> Iterator[str]:
+        """The name of a new worker, which counts as living until it leaves or its process ends."""
         name = f"{platform.node()}-{os.getpid()}-{time.time_ns()}"
         storage.make_folders(self.folder / "workers" / name)
         with directory.hold(self.folder / "workers" / name):
@@ -55,28 +58,28 @@ class Queue:
     def settle_once(self, name: str, choose: Callable[[], str]) -> str:
         """What was chosen first for all runs of the study, as a trial that nobody runs: of those
         that choose at the same time on two machines the first counts."""
-        with self.alone():
-            if not self.chosen(name):
+        with self.lock():
+            if not self.choices(name):
                 made = optuna().trial.create_trial(
                     state=self.states.FAIL, user_attrs={"chosen": name, "value": choose()}
                 )
                 self.trials.add_trial(made)
-            return self.chosen(name)[0]
+            return self.choices(name)[0]
 
-    def chosen(self, name: str) -> list[str]:
+    def choices(self, name: str) -> list[str]:
         attributes = [trial.user_attrs for trial in self.trials.get_trials()]
         return [str(about["value"]) for about in attributes if about.get("chosen") == name]
 
     def claim(self, worker: str) -> Any:
         """A trial to work on, now this worker's; None if none is left."""
-        with self.alone():
-            self.take_up()
+        with self.lock():
+            self.free_abandoned_trials()
             grid = self.study.config.search == "grid"
-            return self.next_of_grid(worker) if grid else self.try_next(worker)
+            return self.claim_run(worker) if grid else self.claim_point(worker)
 
-    def take_up(self) -> None:
+    def free_abandoned_trials(self) -> None:
         """Free the trials of workers that have died."""
-        for trial in self.of_state(self.states.RUNNING):
+        for trial in self.running_trials():
             if self.is_dead(trial.user_attrs.get("worker", "")):
                 self.trials.tell(trial.number, state=self.states.FAIL)
                 if self.study.config.search == "tpe":
@@ -84,7 +87,7 @@ class Queue:
 
     def is_dead(self, worker: str) -> bool:
         """Whether a worker that this disk knows holds its lock no more. One that has just begun a
-        trial and not said so died in between, or `alone` would still keep us out; if all share
+        trial and not said so died in between, or `lock` would still keep us out; if all share
         this disk, that is."""
         folder = self.folder / "workers" / worker
         if not worker or not folder.is_dir():
@@ -95,11 +98,12 @@ class Queue:
             return False
         return True
 
-    def of_state(self, *states: Any) -> list[Any]:
-        found: list[Any] = self.trials.get_trials(deepcopy=False, states=states)
+    def running_trials(self) -> list[Any]:
+        running = (self.states.RUNNING,)
+        found: list[Any] = self.trials.get_trials(deepcopy=False, states=running)
         return found
 
-    def next_of_grid(self, worker: str) -> Any:
+    def claim_run(self, worker: str) -> Any:
         """The first run that nobody has done or does; what was begun on this disk
         before the others, as elsewhere it would be trained from its beginning."""
         runs = self.folder / "runs"
@@ -118,21 +122,21 @@ class Queue:
         library = optuna().trial
         about = {"worker": worker, "job": job}
         self.trials.add_trial(library.create_trial(state=self.states.RUNNING, user_attrs=about))
-        mine = [t for t in self.of_state(self.states.RUNNING) if t.user_attrs == about]
+        mine = [t for t in self.running_trials() if t.user_attrs == about]
         return library.Trial(self.trials, mine[-1]._trial_id)  # Optuna has no public way
 
     def first_trials(self) -> dict[str, int]:
         """Of each run that is being done or done, the number of the trial that counts."""
         first: dict[str, int] = {}
         for trial in self.trials.get_trials():
-            if self.stands(trial) and "job" in trial.user_attrs:
+            if self.is_current(trial) and "job" in trial.user_attrs:
                 first.setdefault(trial.user_attrs["job"], trial.number)
         return first
 
-    def try_next(self, worker: str) -> Any:
+    def claim_point(self, worker: str) -> Any:
         """A point that was measured otherwise, or a new one."""
         trials = self.trials.get_trials()
-        standing = [trial.params for trial in trials if self.stands(trial)]
+        standing = [trial.params for trial in trials if self.is_current(trial)]
         for trial in trials:
             if trial.user_attrs.get("runs") and trial.params not in standing:
                 self.trials.enqueue_trial(trial.params)
@@ -146,19 +150,17 @@ class Queue:
         self.trials.sampler = self.sampler(trial.number)
         return trial
 
-    def held(self) -> dict[str, int]:
+    def busy_workers(self) -> dict[str, int]:
         """How many trials each worker is at that this disk does not know to be dead."""
-        at_work = [
-            trial.user_attrs.get("worker", "") for trial in self.of_state(self.states.RUNNING)
-        ]
+        at_work = [trial.user_attrs.get("worker", "") for trial in self.running_trials()]
         return {name: at_work.count(name) for name in at_work if not self.is_dead(name)}
 
-    def stands(self, trial: Any) -> bool:
+    def is_current(self, trial: Any) -> bool:
         """Whether a trial is being done, or done and measured as the study says now."""
         if trial.state == self.states.RUNNING:
             return True
         runs = trial.user_attrs.get("runs", [])
-        return bool(runs) and all(run["measured"] == self.study.measured for run in runs)
+        return bool(runs) and all(run["measured"] == self.study.measurement for run in runs)
 
     def jobs(self, trial: Any) -> list[Job]:
         """What has to be run for a trial."""
@@ -170,22 +172,22 @@ class Queue:
 
     def coordinates(self, trial: Any) -> dict[str, Any]:
         """Where a search looks next. Raises ConfigError if the axes are not what they were."""
+        found: dict[str, Any] = {}
         try:
-            return dict(self.suggest(trial))
+            for axis, values in self.study.axes.items():
+                if isinstance(values, Range):
+                    low, high = values.low, values.high
+                    found[axis] = trial.suggest_float(axis, low, high, log=values.log)
+                else:
+                    labels = [value_label(value) for value in values]
+                    chosen = trial.suggest_categorical(axis, labels)
+                    found[axis] = values[labels.index(chosen)]
         except ValueError as error:
             why = str(error).splitlines()[0]
             raise ConfigError(f"axes: changed since the search began ({why})") from None
+        return found
 
-    def suggest(self, trial: Any) -> Iterator[tuple[str, Any]]:
-        for axis, values in self.study.axes.items():
-            if isinstance(values, Range):
-                limits = values.low, values.high
-                yield axis, trial.suggest_float(axis, *limits, log=values.log)
-            else:
-                names = [format_value(value) for value in values]
-                yield axis, values[names.index(trial.suggest_categorical(axis, names))]
-
-    def done(self, trial: Any, runs: list[dict[str, Any]]) -> None:
+    def finish(self, trial: Any, runs: list[dict[str, Any]]) -> None:
         """What came of a trial: one record per run."""
         trial.set_user_attr("runs", runs)
         ended = {run["state"] for run in runs}

@@ -26,8 +26,8 @@ from gptlite.errors import DivergedError, RunInUseError, Stopped, UserError
 from gptlite.runs import directory as run_directory
 from gptlite.runs.origin import given_tokenizer, load_run
 from gptlite.runs.results import scalars
-from gptlite.studies.comparison import decide, over_seeds, paired_difference
-from gptlite.studies.config import Job, Study, read_study
+from gptlite.studies.comparison import mark_above_noise, mean_over_seeds, paired_difference
+from gptlite.studies.config import Job, Study, load_study
 from gptlite.studies.queue import Queue
 from gptlite.terminal import clock, leave_when_terminated, user_errors
 from gptlite.words import visible
@@ -47,29 +47,29 @@ class Pruned(UserError):
 
 def run_study(path: Path, folder: Path, workers: int, url: str | None) -> dict[str, Any]:
     """Do what is left of a study; returns what is written to study.json."""
-    study = read_study(path)
+    study = load_study(path)
     queue = Queue(study, folder, url)
     storage.write_text(folder / "study.yaml", path.read_text())
     threads = max(1, machine.count_cores() // workers)
-    with queue.place.reached():
+    with queue.storage.translate_errors():
         if workers == 1:
-            work(study, queue, threads)
+            take_runs(study, queue, threads)
         else:
-            in_processes(workers, path, folder, url, threads)
-        found, held = write_results(queue), queue.held()
-    for worker, count in held.items():
+            run_workers(workers, path, folder, url, threads)
+        found, busy = write_results(queue), queue.busy_workers()
+    for worker, count in busy.items():
         told = f"{study.name}: {worker or 'another worker'} is still at {count} of the trials; once"
         print(visible(f"{told} they are done the same command tells of them"), file=sys.stderr)
     return found
 
 
-def in_processes(workers: int, *arguments: Any) -> None:
+def run_workers(workers: int, *arguments: Any) -> None:
     """Several workers; told to leave, each saves and leaves. UserError if one of them failed."""
     context = multiprocessing.get_context("spawn")
     children = []
     try:
         for _ in range(workers):
-            children.append(context.Process(target=child, args=arguments))
+            children.append(context.Process(target=run_worker_process, args=arguments))
             children[-1].start()
         for process in children:
             process.join()
@@ -86,32 +86,32 @@ def in_processes(workers: int, *arguments: Any) -> None:
         raise error
 
 
-def child(path: Path, folder: Path, url: str | None, threads: int) -> None:
+def run_worker_process(path: Path, folder: Path, url: str | None, threads: int) -> None:
     """A worker process. In a session of its own: a Ctrl-C reaches it once, through its parent."""
     if hasattr(os, "setsid"):
         os.setsid()
     leave_when_terminated()
     try:
         with user_errors():
-            study = read_study(path)
+            study = load_study(path)
             queue = Queue(study, folder, url)
-            with queue.place.reached():
-                work(study, queue, threads)
+            with queue.storage.translate_errors():
+                take_runs(study, queue, threads)
     except typer.Exit as left:
         sys.exit(left.exit_code)
 
 
-def work(study: Study, queue: Queue, threads: int) -> None:
+def take_runs(study: Study, queue: Queue, threads: int) -> None:
     """Take runs until none is left."""
     parent = multiprocessing.parent_process()
-    with queue.working() as worker:
+    with queue.register_worker() as worker:
         while (trial := queue.claim(worker)) is not None:
             runs: list[Record] = []
             for job in queue.jobs(trial):
-                runs.append(do(queue, job, threads, watcher(trial, study, runs)))
+                runs.append(run_job(queue, job, threads, watcher(trial, study, runs)))
                 if runs[-1]["state"] != "done":
                     break
-            queue.done(trial, runs)
+            queue.finish(trial, runs)
             write_results(queue)
             for run in runs:
                 print(visible(f"{study.name}: {outcome(run)}"), file=sys.stderr, flush=True)
@@ -131,17 +131,21 @@ def watcher(trial: Any, study: Study, earlier: list[Record]) -> "Watch":
     return watch
 
 
-def do(queue: Queue, job: Job, threads: int, watch: "Watch") -> Record:
+def run_job(queue: Queue, job: Job, threads: int, watch: "Watch") -> Record:
     """Train and measure one run, or what is left of it; a run that diverges is an outcome too."""
     study, directory = queue.study, queue.folder / "runs" / job.name
-    state, why, results = "done", None, {}
+    state, why = "done", None
+    results: dict[str, Any] = {}
     try:
         with open(os.devnull, "w") as silent, redirect_stderr(silent):  # train.log has it all
             while not (directory / "summary.json").is_file():
-                train(queue, job.run, directory, threads, watch)
+                train_job(queue, job.run, directory, threads, watch)
             results = measure_run(study, directory)
     except (DivergedError, Pruned) as error:
         state, why = "failed" if isinstance(error, DivergedError) else "pruned", str(error)
+    dtype = None  # the precision that the run was trained in, as it last was
+    if run_directory.has_run(directory):
+        dtype = load_run([str(directory / "config.yaml")]).dtype
     return {
         "name": job.name,
         "label": job.point.label,
@@ -149,15 +153,15 @@ def do(queue: Queue, job: Job, threads: int, watch: "Watch") -> Record:
         "seed": job.seed,
         "host": platform.node(),
         "directory": str(directory),
-        "dtype": dtype_of(directory),
+        "dtype": dtype,
         "state": state,
         "why": why,
-        "measured": study.measured,
+        "measured": study.measurement,
         "metrics": {**trained_metrics(directory), **dict(numbers(results))},
     }
 
 
-def train(queue: Queue, run: RunConfig, directory: Path, threads: int, watch: "Watch") -> None:
+def train_job(queue: Queue, run: RunConfig, directory: Path, threads: int, watch: "Watch") -> None:
     """One run, with the number of threads of all runs of the study and its precision, except on a
     machine that has no hardware for that: it computes in float32, and the record says so."""
     from gptlite.core import device
@@ -167,8 +171,8 @@ def train(queue: Queue, run: RunConfig, directory: Path, threads: int, watch: "W
 
     def fastest() -> str:
         files = prepare(run, given_tokenizer(run))
-        sizes = files.meta["vocab_size"], files.rows("train", run.model.context_length).n_rows
-        return auto.resolve_run(run, vocab_size=sizes[0], n_rows=sizes[1])[0].dtype
+        n_rows = files.rows("train", run.model.context_length).n_rows
+        return auto.resolve_run(run, vocab_size=files.meta["vocab_size"], n_rows=n_rows)[0].dtype
 
     if run.train.threads == "auto":
         shared = run.train.model_copy(update={"threads": threads})
@@ -183,12 +187,6 @@ def train(queue: Queue, run: RunConfig, directory: Path, threads: int, watch: "W
         raise Stopped(stopped.exit_code - 128, told) from None
     except RunInUseError:  # a search may try one point twice at a time: the other trains it
         time.sleep(1)
-
-
-def dtype_of(directory: Path) -> str | None:
-    """The precision that a run was trained in, as it last was."""
-    config = str(directory / "config.yaml")
-    return load_run([config]).dtype if run_directory.has_run(directory) else None
 
 
 def measure_run(study: Study, directory: Path) -> dict[str, Any]:
@@ -243,7 +241,7 @@ def numbers(results: dict[str, Any]) -> Iterator[tuple[str, float]]:
 
 def write_results(queue: Queue) -> dict[str, Any]:
     """study.json as of now."""
-    with queue.alone():
+    with queue.lock():
         found = results(queue.study, queue.records())
         storage.write_json(queue.folder / "study.json", found)
     return found
@@ -262,22 +260,25 @@ def results(study: Study, records: list[Record]) -> dict[str, Any]:
         "name": study.name,
         "base": study.config.base,
         "set": study.config.set,
-        "axes": {axis: axis_values(values) for axis, values in study.axes.items()},
+        "axes": {
+            axis: values if isinstance(values, list) else values.model_dump()
+            for axis, values in study.axes.items()
+        },
         "seeds": list(study.config.seeds),
         "baseline": study.baseline,
         "table": list(study.config.table),
         "metrics": list(dict.fromkeys(name for record in done for name in record["metrics"])),
-        "runs": [*records, *map(not_done, missing)],
+        "runs": [*records, *map(missing_record, missing)],
         "points": [
-            {"label": label, "point": point, "metrics": summary(by_seed(done, label))}
+            {"label": label, "point": point, "metrics": summary(metrics_by_seed(done, label))}
             for label, point in points.items()
         ],
         "comparisons": comparisons(study, points, done),
-        "notes": list(unlike_precisions(done)),
+        "notes": list(precision_notes(done)),
     }
 
 
-def unlike_precisions(done: list[Record]) -> Iterator[str]:
+def precision_notes(done: list[Record]) -> Iterator[str]:
     """Says so if runs were trained in several precisions though no axis asks for it: two runs
     that differ by it are no fair pair."""
     dtypes = [r["dtype"] for r in done if r.get("dtype") and "dtype" not in r["point"]]
@@ -286,23 +287,19 @@ def unlike_precisions(done: list[Record]) -> Iterator[str]:
         yield f"not all runs were trained in one precision ({counts}); study.json says which"
 
 
-def not_done(job: Job) -> Record:
+def missing_record(job: Job) -> Record:
     about = {"name": job.name, "label": job.point.label, "point": job.point.coordinates}
     return {**about, "seed": job.seed, "state": "missing", "why": None, "metrics": {}}
 
 
-def axis_values(values: Any) -> Any:
-    return values if isinstance(values, list) else values.model_dump()
-
-
-def by_seed(records: list[Record], label: str) -> dict[int, dict[str, float]]:
+def metrics_by_seed(records: list[Record], label: str) -> dict[int, dict[str, float]]:
     return {r["seed"]: r["metrics"] for r in records if r["label"] == label}
 
 
 def summary(of_point: dict[int, dict[str, float]]) -> dict[str, Any]:
     names = dict.fromkeys(name for metrics in of_point.values() for name in metrics)
     return {
-        name: over_seeds([metrics[name] for metrics in of_point.values() if name in metrics])
+        name: mean_over_seeds([metrics[name] for metrics in of_point.values() if name in metrics])
         for name in names
     }
 
@@ -315,16 +312,15 @@ def comparisons(study: Study, points: dict[str, Any], done: list[Record]) -> lis
         other = labels.get(study.point({**point, **study.baseline}).label)
         if other is None or other == label:
             continue
-        mine, theirs = by_seed(done, label), by_seed(done, other)
+        mine, theirs = metrics_by_seed(done, label), metrics_by_seed(done, other)
         pairs = [(mine[seed], theirs[seed]) for seed in mine if seed in theirs]
         for name in dict.fromkeys(name for a, b in pairs for name in a if name in b):
             both = [(a[name], b[name]) for a, b in pairs if name in a and name in b]
             about = {"label": label, "point": point, "against": other, "metric": name}
-            found.setdefault(name, []).append(
-                {**about, **paired_difference(*zip(*both, strict=True))}
-            )
+            difference = paired_difference([a for a, _ in both], [b for _, b in both])
+            found.setdefault(name, []).append({**about, **difference})
     for of_metric in found.values():
-        decide(of_metric)
+        mark_above_noise(of_metric)
     return [comparison for of_metric in found.values() for comparison in of_metric]
 
 
@@ -337,7 +333,7 @@ def outcome(run: Record) -> str:
     return f"{what}best validation loss {metrics['best_val_loss']:.4f} nats ({took} of training)"
 
 
-def table(found: dict[str, Any]) -> Iterator[str]:
+def table_lines(found: dict[str, Any]) -> Iterator[str]:
     """A block of lines per metric of the study's table."""
     runs, against = found["runs"], {}
     for comparison in found["comparisons"]:
@@ -354,17 +350,13 @@ def table(found: dict[str, Any]) -> Iterator[str]:
             value = point["metrics"].get(metric)
             if value is None:
                 continue
-            line = f"  {point['label']:{width}}  {spread(value['mean'], value)}"
+            half = "" if value["low"] is None else f" ± {value['high'] - value['mean']:.4f}"
+            line = f"  {point['label']:{width}}  {value['mean']:9.4f}{half:9}"
             other = against.get((point["label"], metric))
-            yield line if other is None else f"{line}  {difference(other)}"
+            yield line if other is None else f"{line}  {format_difference(other)}"
 
 
-def spread(mean: float, value: dict[str, Any]) -> str:
-    half = "" if value["low"] is None else f" ± {value['high'] - mean:.4f}"
-    return f"{mean:9.4f}{half:9}"
-
-
-def difference(comparison: dict[str, Any]) -> str:
+def format_difference(comparison: dict[str, Any]) -> str:
     above = {True: "yes", False: "no", None: "not known"}[comparison["above_seed_noise"]]
     value = f"{comparison['difference']:+.4f}"
     if comparison["p"] is not None:

@@ -446,7 +446,7 @@ def test_a_machine_that_lacks_the_precision_of_a_study_says_what_it_took(
     bench.base.write_text(yaml.safe_dump({**base, "dtype": "auto", "attention": "math"}))
     monkeypatch.setattr(auto, "BF16_GAIN", 0.0)
     begun: list[str] = []
-    whole, begin = study.train, start.train
+    whole, begin = study.train_job, start.train
 
     def elsewhere(*args: Any) -> None:
         monkeypatch.setattr(devices, "cpu_has_bfloat16", lambda: not begun)
@@ -457,13 +457,13 @@ def test_a_machine_that_lacks_the_precision_of_a_study_says_what_it_took(
         begun.append(run.dtype)
         return begin(run, directory, **rest)
 
-    monkeypatch.setattr(study, "train", elsewhere)
+    monkeypatch.setattr(study, "train_job", elsewhere)
     monkeypatch.setattr(start, "train", noting)
     found = bench.run(**RATES, evaluate=[], seeds=[1])
     assert begun == ["bfloat16", "float32"]
     assert [run["dtype"] for run in found["runs"]] == ["bfloat16", "float32"]
     note = "not all runs were trained in one precision (1 in bfloat16, 1 in float32); study.json"
-    assert any(line.startswith(f"note: {note}") for line in study.table(found))
+    assert any(line.startswith(f"note: {note}") for line in study.table_lines(found))
     assert any(line.startswith(note) for line in study_page(bench.out).notes)
 
 

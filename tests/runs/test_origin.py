@@ -26,7 +26,7 @@ from gptlite.runs.importing import import_model
 from gptlite.runs.origin import load_run
 from gptlite.runs.start import train
 from gptlite.runs.trained import load_trained
-from gptlite.studies.config import read_study
+from gptlite.studies.config import load_study
 
 BPE: dict[str, Any] = {"tokenizer": {"kind": "bpe", "vocab_size": 300}}
 
@@ -219,7 +219,7 @@ def test_a_study_varies_runs_of_the_model_that_its_base_begins_from(
     plain = {"base": str(base), "axes": {"dropout.rate": [0.0, 0.3]}, "seeds": [1]}
     path.write_text(yaml.safe_dump(plain))
     before = load_trained(first, "last")
-    for job in read_study(path).jobs:
+    for job in load_study(path).jobs:
         assert job.run.model == before.run.model
         assert job.run.tokenizer == before.run.tokenizer
 

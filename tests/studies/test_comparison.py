@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from gptlite.studies.comparison import NOISE, decide, over_seeds, paired_difference
+from gptlite.studies.comparison import NOISE, mark_above_noise, mean_over_seeds, paired_difference
 
 SEED_NOISE, PAIR_NOISE = 0.02, 0.004
 """Standard deviations in nats: between seeds, and of a difference between runs of one seed."""
@@ -16,7 +16,7 @@ def simulated(rng: np.random.Generator, effects: list[float], n_seeds: int) -> l
     noise = PAIR_NOISE / np.sqrt(2) * rng.standard_normal((len(effects) + 1, n_seeds))
     runs = seeds + noise + np.array([0.0, *effects])[:, None]
     found = [paired_difference(run, runs[0]) for run in runs[1:]]
-    decide(found)
+    mark_above_noise(found)
     return [comparison["above_seed_noise"] for comparison in found]
 
 
@@ -49,7 +49,7 @@ def test_pairs_find_what_seeds_would_hide() -> None:
 @pytest.mark.parametrize("n_seeds", [3, 5])
 def test_intervals_hold_the_mean_in_95_of_100_and_bootstrap_ones_do_not(n_seeds: int) -> None:
     rng = np.random.default_rng(3)
-    worlds = [over_seeds(rng.standard_normal(n_seeds).tolist()) for _ in range(2000)]
+    worlds = [mean_over_seeds(rng.standard_normal(n_seeds).tolist()) for _ in range(2000)]
     held = np.mean([world["low"] <= 0 <= world["high"] for world in worlds])
     boot = np.mean([world["bootstrap_low"] <= 0 <= world["bootstrap_high"] for world in worlds])
     assert held == pytest.approx(0.95, abs=0.015)
@@ -67,10 +67,10 @@ def test_numbers_are_those_of_scipy() -> None:
 
 def test_one_seed_knows_nothing_of_noise() -> None:
     found = [paired_difference([1.0], [2.0])]
-    decide(found)
+    mark_above_noise(found)
     assert found[0]["difference"] == -1
     assert found[0]["low"] is found[0]["p"] is found[0]["above_seed_noise"] is None
-    assert over_seeds([3.0])["high"] is None
+    assert mean_over_seeds([3.0])["high"] is None
 
 
 def test_equal_pairs_are_equal_and_equally_different_ones_differ() -> None:

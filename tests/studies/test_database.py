@@ -15,8 +15,8 @@ from gptlite.cli.main import app
 from gptlite.errors import ConfigError, StorageError, UserError
 from gptlite.runs import directory
 from gptlite.studies import study
-from gptlite.studies.config import read_study
-from gptlite.studies.database import Place
+from gptlite.studies.config import load_study
+from gptlite.studies.database import StudyStorage
 from gptlite.studies.queue import Queue
 from gptlite.words import passwords, without_passwords
 
@@ -45,7 +45,7 @@ def test_passwords_of_urls_are_not_told(text: str, told: str, secrets: set[str])
 )
 def test_what_is_no_url_is_a_wrong_option(tmp_path: Path, url: str) -> None:
     with pytest.raises(ConfigError) as refused:
-        Place(tmp_path / "journal.log", url).study("tiny")
+        StudyStorage(tmp_path / "journal.log", url).open_study("tiny")
     (line,) = refused.value.problems
     assert line.startswith("--storage ")
     assert "no database URL" in line
@@ -54,9 +54,9 @@ def test_what_is_no_url_is_a_wrong_option(tmp_path: Path, url: str) -> None:
 
 def test_a_driver_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "psycopg", None)
-    place = Place(tmp_path / "journal.log", "postgresql+psycopg://me:secret@h/db")
+    store = StudyStorage(tmp_path / "journal.log", "postgresql+psycopg://me:secret@h/db")
     with pytest.raises(UserError) as refused:
-        place.study("tiny")
+        store.open_study("tiny")
     assert refused.value.problems == (
         "--storage postgresql+psycopg://me:***@h/db: needs: pip install 'psycopg[binary]'",
     )
@@ -66,15 +66,15 @@ def test_a_server_that_is_not_there_is_one_line(tmp_path: Path) -> None:
     pytest.importorskip("psycopg", reason="no driver for PostgreSQL is installed")
     url = "postgresql+psycopg://me:secret@127.0.0.1:1/db"
     with pytest.raises(StorageError, match="refused") as refused:
-        Place(tmp_path / "journal.log", url).study("tiny")
+        StudyStorage(tmp_path / "journal.log", url).open_study("tiny")
     assert "secret" not in str(refused.value)
 
 
 def test_a_reason_with_the_password_is_not_told(tmp_path: Path) -> None:
-    place = Place(tmp_path, "p://me:sec%26ret@h/db")
-    assert place.reason(ValueError("bad word sec&ret")) == "ValueError"
-    assert place.reason(ValueError("bad word\nsec&ret")) == "bad word"
-    assert place.reason(ValueError()) == "ValueError"
+    store = StudyStorage(tmp_path, "p://me:sec%26ret@h/db")
+    assert store.reason(ValueError("bad word sec&ret")) == "ValueError"
+    assert store.reason(ValueError("bad word\nsec&ret")) == "bad word"
+    assert store.reason(ValueError()) == "ValueError"
 
 
 def test_who_comes_while_the_tables_are_made_waits(
@@ -92,11 +92,11 @@ def test_who_comes_while_the_tables_are_made_waits(
 
     monkeypatch.setattr(optuna.storages.RDBStorage, "__init__", third)
     monkeypatch.setattr("time.sleep", lambda seconds: None)
-    assert Place(tmp_path, f"sqlite:///{tmp_path}/db").study("tiny").get_trials() == []
+    assert StudyStorage(tmp_path, f"sqlite:///{tmp_path}/db").open_study("tiny").get_trials() == []
     assert len(tries) == 3
 
 
-@pytest.mark.parametrize("when", ["claim", "done"])
+@pytest.mark.parametrize("when", ["claim", "finish"])
 def test_a_database_that_goes_in_the_middle_loses_nothing(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
@@ -122,13 +122,13 @@ def test_a_database_that_goes_in_the_middle_loses_nothing(
 
 
 def test_what_a_run_raises_is_not_the_databases(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), Place(tmp_path, None).reached():
+    with pytest.raises(ZeroDivisionError), StudyStorage(tmp_path, None).translate_errors():
         raise ZeroDivisionError
 
 
 def test_of_machines_that_choose_at_once_the_first_counts(bench: Bench) -> None:
     """Else half of the runs would have the other machine's precision."""
-    made, url = read_study(bench.write(**RATES)), f"sqlite:///{bench.folder}/db"
+    made, url = load_study(bench.write(**RATES)), f"sqlite:///{bench.folder}/db"
     machines = [Queue(made, bench.folder / name, url) for name in "ab"]
     together = threading.Barrier(2)
 
@@ -147,7 +147,7 @@ def test_of_machines_that_choose_at_once_the_first_counts(bench: Bench) -> None:
 
 def test_searching_machines_do_not_draw_the_same_points(bench: Bench) -> None:
     axes = {"optim.lr": {"low": 1e-4, "high": 1e-1}}
-    made = read_study(bench.write(axes=axes, search="tpe", trials=6))
+    made = load_study(bench.write(axes=axes, search="tpe", trials=6))
     url = f"sqlite:///{bench.folder}/db"
     machines = [Queue(made, bench.folder / name, url) for name in "ab"]
     drawn = [queue.coordinates(queue.claim("x"))["optim.lr"] for _ in "123" for queue in machines]
@@ -156,11 +156,11 @@ def test_searching_machines_do_not_draw_the_same_points(bench: Bench) -> None:
 
 def test_a_machine_goes_on_with_what_it_has_begun(bench: Bench) -> None:
     """Elsewhere it would be trained from its beginning."""
-    made = read_study(bench.write(**RATES))
+    made = load_study(bench.write(**RATES))
     queue, begun = Queue(made, bench.out), made.jobs[2].name
     (bench.out / "runs" / begun).mkdir(parents=True)
     (bench.out / "runs" / begun / "config.yaml").touch()
-    with queue.working() as worker:
+    with queue.register_worker() as worker:
         claimed = [queue.claim(worker).user_attrs["job"] for _ in made.jobs]
     assert claimed == [begun, *(job.name for job in made.jobs if job.name != begun)]
 
@@ -170,7 +170,7 @@ def test_who_is_still_at_work_elsewhere_is_told(
 ) -> None:
     """And an empty folder of that name says that it will not come back."""
     path, url = bench.write(**RATES, evaluate=[], seeds=[1]), f"sqlite:///{bench.folder}/db"
-    Queue(read_study(path), bench.folder / "elsewhere", url).claim("far-17-1")
+    Queue(load_study(path), bench.folder / "elsewhere", url).claim("far-17-1")
     found = study.run_study(path, bench.out, 1, url)
     assert [run["state"] for run in found["runs"]].count("done") == 1
     assert "tiny: far-17-1 is still at 1 of the trials" in capsys.readouterr().err

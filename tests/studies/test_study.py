@@ -29,13 +29,13 @@ from gptlite.runs import directory as run_directory
 from gptlite.runs import start
 from gptlite.runs.session import watch_nothing
 from gptlite.studies import study
-from gptlite.studies.config import StudyConfig, read_study
+from gptlite.studies.config import StudyConfig, load_study
 from gptlite.studies.queue import Queue
 
 
 def test_a_grid_is_the_product_of_its_axes_seed_by_seed(bench: Bench) -> None:
     axes = {"dropout.rate": [0, 0.1], "model.n_layer": [1, 2]}
-    made = read_study(bench.write(axes=axes, points={"a": {}, "b": {"optim.lr": 0.01}}))
+    made = load_study(bench.write(axes=axes, points={"a": {}, "b": {"optim.lr": 0.01}}))
     labels = [(job.point.label, job.seed) for job in made.jobs]
     assert labels[:3] == [
         ("rate=0, n_layer=1, a", 1),
@@ -55,7 +55,7 @@ def test_every_run_is_checked_first_and_all_problems_are_told(bench: Bench) -> N
         "axes:\n  dropout.rate: [0, 1.5]\n  model.n_embd: [32, 33]\n"
     )
     with pytest.raises(ConfigError) as caught:
-        read_study(path)
+        load_study(path)
     assert list(caught.value.problems) == [
         f"{path}:2:7: train.max_step: unknown key 'max_step'; did you mean 'max_steps'?",
         f"{path}:5:22: model.n_embd: 33 is not divisible by model.n_head 2",
@@ -93,7 +93,7 @@ def test_a_study_that_cannot_be_meant_is_refused(bench: Bench, text: str, why: s
     path = bench.folder / "bad.yaml"
     path.write_text(f"base: {bench.base}\n{text}\n")
     with pytest.raises(ConfigError) as caught:
-        read_study(path)
+        load_study(path)
     (problem,) = caught.value.problems
     assert problem.startswith(f"{path}:2:" if "\n" not in text else f"{path}:3:")
     assert why in problem
@@ -103,7 +103,7 @@ def test_a_missing_base_is_said(bench: Bench) -> None:
     path = bench.folder / "bad.yaml"
     path.write_text("seeds: [1]\n")
     with pytest.raises(ConfigError, match="base: required"):
-        read_study(path)
+        load_study(path)
 
 
 def test_a_study_knows_the_suites_there_are() -> None:
@@ -115,12 +115,12 @@ def test_shipped_studies_are_valid() -> None:
     paths = sorted((shipped_configs() / "studies").glob("*.yaml"))
     assert len(paths) >= 5
     for path in paths:
-        assert all(len(job.run.sources) == 1 for job in read_study(path).jobs)
+        assert all(len(job.run.sources) == 1 for job in load_study(path).jobs)
 
 
 def test_runs_with_one_seed_are_pairs(bench: Bench) -> None:
     """The same initial weights and the same batches, whatever else differs."""
-    jobs = read_study(bench.write(**RATES)).jobs
+    jobs = load_study(bench.write(**RATES)).jobs
     assert [job.seed for job in jobs] == [1, 1, 2, 2]
     files = prepare(jobs[0].run)
     rows = files.rows("train", 16)
@@ -153,7 +153,7 @@ def test_a_study_trains_measures_and_compares(bench: Bench) -> None:
     gains = [a - b for a, b in zip(values, none["metrics"]["best_val_loss"]["values"], strict=True)]
     assert compared["difference"] == pytest.approx(sum(gains) / 2)
     assert (compared["label"], compared["against"], compared["n"]) == ("rate=0.3", "rate=0", 2)
-    lines = list(study.table(found))
+    lines = list(study.table_lines(found))
     assert lines[0] == "tiny: 4 of 4 runs done"
     assert any("above seed noise" in line for line in lines)
 
@@ -208,7 +208,7 @@ def test_a_run_that_diverges_is_an_outcome(bench: Bench, monkeypatch: pytest.Mon
     assert found["runs"][0]["why"] == "step 3: loss nan"
     assert found["points"][0]["metrics"] == {}
     assert bench.run(points=points, seeds=[1], evaluate=[]) == found
-    assert "  wild, seed 1: failed: step 3: loss nan" in study.table(found)
+    assert "  wild, seed 1: failed: step 3: loss nan" in study.table_lines(found)
 
 
 def test_only_what_is_done_is_averaged_and_compared(bench: Bench) -> None:
@@ -218,7 +218,7 @@ def test_only_what_is_done_is_averaged_and_compared(bench: Bench) -> None:
     given_up = [
         {**run, "state": "pruned"} if run["label"] == "rate=0.3" else run for run in records
     ]
-    found = study.results(read_study(path), given_up)
+    found = study.results(load_study(path), given_up)
     assert [bool(point["metrics"]) for point in found["points"]] == [True, False]
     assert found["comparisons"] == []
 
@@ -287,7 +287,7 @@ def test_a_search_gives_nothing_up_in_the_first_quarter(bench: Bench) -> None:
         def should_prune(self) -> bool:
             return True
 
-    made = read_study(bench.write(axes={"optim.lr": [1, 2]}, search="tpe"))
+    made = load_study(bench.write(axes={"optim.lr": [1, 2]}, search="tpe"))
     watch = study.watcher(Hopeless(), made, [])
     watch(24, 100, 9.0)
     with pytest.raises(study.Pruned, match="step 25"):
@@ -299,7 +299,7 @@ def test_a_point_that_is_being_tried_is_waited_for(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A search may try one point twice at a time."""
-    made = read_study(bench.write(**RATES, seeds=[1], evaluate=[]))
+    made = load_study(bench.write(**RATES, seeds=[1], evaluate=[]))
     queue, (job, _) = Queue(made, bench.out), made.jobs
     directory = bench.out / "runs" / job.name
     directory.mkdir(parents=True)
@@ -313,7 +313,7 @@ def test_a_point_that_is_being_tried_is_waited_for(
             other.close()
 
     monkeypatch.setattr(time, "sleep", sleep)
-    assert study.do(queue, job, 1, watch_nothing)["state"] == "done"
+    assert study.run_job(queue, job, 1, watch_nothing)["state"] == "done"
     assert waited == [1]
 
 
