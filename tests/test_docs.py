@@ -128,11 +128,11 @@ def workshop_run(folder: Path) -> RunConfig:
 
 
 def test_names_are_completed(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert options.configs("qu") == ["quickstart"]
-    assert {"run.yaml", "rates.yaml"} <= set(options.configs(""))
-    assert options.configs(f"{desk}/r") == [f"{desk}/rates.yaml", f"{desk}/run.yaml"]
-    assert options.runs("runs/q") == ["runs/quickstart"]
-    assert "dropout.sites.head=" in options.keys("dropout.sites.h")
+    assert options.complete_configs("qu") == ["quickstart"]
+    assert {"run.yaml", "rates.yaml"} <= set(options.complete_configs(""))
+    assert options.complete_configs(f"{desk}/r") == [f"{desk}/rates.yaml", f"{desk}/run.yaml"]
+    assert options.complete_runs("runs/q") == ["runs/quickstart"]
+    assert "dropout.sites.head=" in options.complete_keys("dropout.sites.h")
     monkeypatch.setenv("_GPTLITE_COMPLETE", "complete_bash")
     for words, found in (("gptlite tr", "train"), ("gptlite train --config qui", "quickstart")):
         monkeypatch.setenv("COMP_WORDS", words)

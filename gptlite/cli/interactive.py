@@ -31,7 +31,7 @@ Continue = Callable[[str, SampleConfig, int], Iterator[str]]
 """Pieces of the continuation of a text, with these options and this seed."""
 
 
-class State(NamedTuple):
+class Conversation(NamedTuple):
     options: SampleConfig
     seed: int
     text: str
@@ -44,13 +44,15 @@ def converse(
     continue_: Continue, options: SampleConfig, seed: int, write: Callable[[str], None]
 ) -> None:
     """Read lines until the end of input."""
-    state = State(options, seed, "", "")
+    state = Conversation(options, seed, "", "")
     with suppress(EOFError):
         while True:
             state = answer(state, read_line(), continue_, write)
 
 
-def answer(state: State, line: str, continue_: Continue, write: Callable[[str], None]) -> State:
+def answer(
+    state: Conversation, line: str, continue_: Continue, write: Callable[[str], None]
+) -> Conversation:
     """The state after one line."""
     if line.startswith(":"):
         word, _, value = line[1:].strip().partition(" ")
@@ -75,7 +77,9 @@ def answer(state: State, line: str, continue_: Continue, write: Callable[[str], 
     return state._replace(text=text, prompt=prompt)
 
 
-def change_option(state: State, word: str, value: str, write: Callable[[str], None]) -> State:
+def change_option(
+    state: Conversation, word: str, value: str, write: Callable[[str], None]
+) -> Conversation:
     """An option set, or what there is to set."""
     known = [name for name in SampleConfig.model_fields if name not in ("interval", "prompts")]
     try:
@@ -107,7 +111,7 @@ def read_line() -> str:
             print("\n(Ctrl-D or :quit leaves)", file=sys.stderr)
 
 
-def remember() -> Callable[[], None]:
+def load_history() -> Callable[[], None]:
     """Bring back the lines of earlier times; what is returned keeps those of this one."""
     try:
         import readline
@@ -135,7 +139,7 @@ def bold(text: str) -> str:
 def talk(generate: Callable[..., Any], options: SampleConfig, seed: int) -> None:
     """Converse on this terminal. `generate` makes a Generation of prompts, options and seed."""
     on_screen = sys.stdout.isatty()
-    keep = remember() if sys.stdin.isatty() else lambda: None
+    keep = load_history() if sys.stdin.isatty() else lambda: None
 
     def pieces(prompt: str, options: SampleConfig, seed: int) -> Iterator[str]:
         for piece in generate([prompt], options, seed=seed).pieces():

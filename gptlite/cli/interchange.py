@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from gptlite.cli.options import CheckpointOption, RunOption, Verbose
-from gptlite.cli.printing import tell_passed_over
+from gptlite.cli.printing import tell_notes
 from gptlite.terminal import tell, user_errors
 from gptlite.words import visible
 
@@ -27,7 +27,7 @@ def export(
         from gptlite.runs.trained import load_trained
 
         trained = load_trained(directory, checkpoint)
-        tell_passed_over(trained)
+        tell_notes(trained)
         if lost := export(trained, out):
             tell(f"config.json has no word for this dropout: {', '.join(lost)}")
         print(visible(str(out)))

@@ -22,9 +22,9 @@ from gptlite.cli.options import (
     Verbose,
     examples,
     print_version,
-    words,
+    split_commas,
 )
-from gptlite.cli.printing import print_json, print_results, stream, tell_passed_over
+from gptlite.cli.printing import print_json, print_results, print_texts, tell_notes
 from gptlite.distributed.torchrun import join_ranks, refuse_ranks
 from gptlite.errors import ConfigError, UserError, at_step
 from gptlite.machine import let_waiting_threads_sleep
@@ -86,7 +86,8 @@ def train(
         from gptlite.runs.launch import agree, make_launch, with_options
         from gptlite.runs.origin import load_run
 
-        configs, values, texts = config or [], overrides or [], data or []
+        configs = config or []
+        values, texts = overrides or [], data or []
         read = partial(load_run, configs, with_options(values, texts, out_dir))
         where = {"out_dir": out_dir, "resume": resume}
         decide = partial(make_launch, configs, values, texts, minutes=minutes, began=began, **where)
@@ -104,9 +105,9 @@ def train(
         run, directory = launch.run, launch.directory
         train(run, directory, resume=launch.resumes, strict=strict_resume, world=world)
         if world.first:
-            from gptlite.report.page import after_training
+            from gptlite.report.page import add_report
 
-            after_training(directory, tell)
+            add_report(directory, tell)
 
 
 @app.command(epilog=examples("generate"))
@@ -170,10 +171,10 @@ def generate(
         from gptlite.runs.trained import load_trained
 
         trained = load_trained(directory, checkpoint)
-        tell_passed_over(trained)
+        tell_notes(trained)
         if trained.run.dtype == "bfloat16":
             halve(trained.model)
-        begin = partial(
+        make_generation = partial(
             Generation,
             trained.model,
             trained.tokenizer,
@@ -182,14 +183,14 @@ def generate(
             context=trained.context_length,
         )
         if interactive:
-            talk(begin, options, seed)
+            talk(make_generation, options, seed)
             return
-        generation = begin(prompts or [""], options, seed=seed, num_samples=num_samples)
+        generation = make_generation(prompts or [""], options, seed=seed, num_samples=num_samples)
         with at_step(trained.state.step):
             if json_:
                 print_json({"run": str(directory), "results": generation.results()})
             else:
-                stream(generation)
+                print_texts(generation)
 
 
 @app.command(name="eval", epilog=examples("eval"))
@@ -231,7 +232,7 @@ def evaluate(
         from gptlite.measure import suites
         from gptlite.runs.trained import load_alike
 
-        asked = words(",".join(suite or ["loss"]))
+        asked = split_commas(",".join(suite or ["loss"]))
         names = suites.choose_suites(name for name in asked if name != "lm-eval")
         if world.size > 1 and asked != ["loss"]:
             why = "several processes measure the loss only; start without torchrun"
@@ -240,7 +241,7 @@ def evaluate(
             from gptlite.measure import lm_eval
         trained = load_alike(directory, checkpoint, world)
         if world.first:
-            tell_passed_over(trained)
+            tell_notes(trained)
         world.expects_life(trained.run.distributed.timeout_seconds)
         own = trained.run, trained.tokenizer, split, trained.state.data_digest
         results = suites.evaluate(
@@ -258,7 +259,7 @@ def evaluate(
         try:
             save(results, dropout_active)
             if "lm-eval" in asked:
-                found = lm_eval.evaluate(trained, words(tasks), include_path, limit)
+                found = lm_eval.evaluate(trained, split_commas(tasks), include_path, limit)
                 results["lm-eval"] = suites.to_json(found)
                 save({"lm-eval": results["lm-eval"]}, False)
         finally:  # what took so long is not lost with the disk, nor with the next thing
@@ -349,12 +350,12 @@ def study(
 ) -> None:
     """Train and measure many runs, each once; say what is above the noise of seeds."""
     with user_errors(verbose):
-        from gptlite.report.page import after_training
+        from gptlite.report.page import add_report
         from gptlite.studies.study import STUDIES, run_study, table_lines
 
         folder = out_dir or STUDIES / file.stem
         found = run_study(file, folder, workers, storage)
-        after_training(folder, tell)
+        add_report(folder, tell)
         if json_:
             print_json(found)
         else:
@@ -377,7 +378,7 @@ def report(
         from gptlite.report import page
         from gptlite.runs import directory as run_directory
 
-        print(visible(str(page.write(sources or [run_directory.latest_run()], out))))
+        print(visible(str(page.write_page(sources or [run_directory.latest_run()], out))))
 
 
 app.command(epilog=examples("export"))(export)

@@ -39,7 +39,7 @@ def examples(command: str) -> str:
     return "Examples:\n\n\b\n" + "\n".join(f"  {line}" for line in EXAMPLES[command])
 
 
-def configs(incomplete: str) -> list[str]:
+def complete_configs(incomplete: str) -> list[str]:
     """Shipped configs and YAML files that begin so."""
     from gptlite.config.reader import shipped_configs
 
@@ -51,13 +51,13 @@ def configs(incomplete: str) -> list[str]:
     return sorted(name for name in names + files if name.startswith(incomplete))
 
 
-def runs(incomplete: str) -> list[str]:
+def complete_runs(incomplete: str) -> list[str]:
     """Run directories under runs/ that begin so."""
     found = (str(path.parent) for path in Path("runs").glob("*/config.yaml"))
     return sorted(name for name in found if name.startswith(incomplete))
 
 
-def keys(incomplete: str) -> list[str]:
+def complete_keys(incomplete: str) -> list[str]:
     """Keys of a config, for --set."""
     from gptlite.config.wording import all_keys
 
@@ -68,7 +68,7 @@ _CONFIG = typer.Option(
     "--config",
     "-c",
     help="YAML file or shipped config; repeat: later ones win.",
-    autocompletion=configs,
+    autocompletion=complete_configs,
 )
 ConfigFiles = Annotated[list[str], _CONFIG]
 MoreConfigFiles = Annotated[list[str] | None, _CONFIG]
@@ -78,13 +78,15 @@ Overrides = Annotated[
         "--set",
         "-s",
         help="One value, as in --set optim.lr=3e-4; wins over files.",
-        autocompletion=keys,
+        autocompletion=complete_keys,
     ),
 ]
 RunOption = Annotated[
     str | None,
     typer.Option(
-        "--run", help="Run directory; default: the latest under runs/.", autocompletion=runs
+        "--run",
+        help="Run directory; default: the latest under runs/.",
+        autocompletion=complete_runs,
     ),
 ]
 CheckpointOption = Annotated[str, typer.Option("--checkpoint", help="best, last or step-N.")]
@@ -92,7 +94,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show tracebacks.")]
 
 
-def words(text: str) -> list[str]:
+def split_commas(text: str) -> list[str]:
     """The parts of a comma list."""
     return text.replace(" ", "").split(",")
 

@@ -18,21 +18,23 @@ def print_json(value: Any) -> None:
 def print_results(results: dict[str, Any]) -> None:
     """Numbers by their names; lists are for the file."""
     for suite, result in results.items():
-        rows = [(name, format_value(value)) for name, value in scalars(result)]
+        rows = [(name, format_result(value)) for name, value in scalars(result)]
         width = max(len(name) for name, _ in rows)
         print("\n".join([f"{suite}:", *(f"  {name:{width}}  {value}" for name, value in rows)]))
 
 
-def format_value(value: Any) -> str:
+def format_result(value: Any) -> str:
     if isinstance(value, dict):
-        number, low, high = (format_value(value[part]) for part in ("value", "low", "high"))
-        return number if value["low"] is None else f"{number}  [{low}, {high}]"
+        number = format_result(value["value"])
+        if value["low"] is None:
+            return number
+        return f"{number}  [{format_result(value['low'])}, {format_result(value['high'])}]"
     if value is None:
         return "none"
     return f"{value:,.4f}" if isinstance(value, float) else str(value)
 
 
-def stream(generation: Any) -> None:
+def print_texts(generation: Any) -> None:
     """Stream a single continuation; several are printed one after the other when all are done."""
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     on_screen = sys.stdout.isatty()
@@ -52,7 +54,7 @@ def stream(generation: Any) -> None:
         write(result["prompt"] + result["text"] + "\n")
 
 
-def tell_passed_over(trained: Any) -> None:
+def tell_notes(trained: Any) -> None:
     """Which damaged checkpoints a model was not taken from, and what this machine lacks."""
     for note in trained.notes:
         tell(f"not as in training: {note}")

@@ -103,12 +103,12 @@ def drawing(name: str, x_label: str = "", y_label: str = "", size: Any = SIZE) -
         canvas.finish()
 
 
-def short(label: str) -> str:
+def shorten_label(label: str) -> str:
     """A name that leaves room for the figure."""
     return label if len(label) <= LONGEST_LABEL else label[: LONGEST_LABEL - 1] + "…"
 
 
-def logarithmic(axes: Any, values: Sequence[float]) -> None:
+def use_log_x(axes: Any, values: Sequence[float]) -> None:
     """A logarithmic x axis that is marked where the values are."""
     axes.set_xscale("log")
     at = sorted(set(values))
@@ -116,7 +116,7 @@ def logarithmic(axes: Any, values: Sequence[float]) -> None:
     axes.minorticks_off()
 
 
-def keep_finite(values: Numbers) -> list[float]:
+def to_floats(values: Numbers) -> list[float]:
     return [float("nan") if value is None else float(value) for value in values]
 
 
@@ -135,29 +135,22 @@ def lines(
     with drawing(name, x_label, y_label) as canvas:
         axes = canvas.axes
         for line in series:
-            chosen = {} if line.color is None else {"color": SERIES[line.color]}
-            style = "--" if line.dashed else "-"
-            dot = "o" if len(line.x) == 1 else None
-            (drawn,) = axes.plot(
-                keep_finite(line.x),
-                keep_finite(line.y),
-                style,
-                label="\n".join(map(short, line.label.splitlines())),
-                marker=dot,
-                **chosen,
-            )
+            xs, style = to_floats(line.x), "--" if line.dashed else "-"
+            chosen: dict[str, Any] = {"marker": "o"} if len(xs) == 1 else {}
+            if line.color is not None:
+                chosen["color"] = SERIES[line.color]
+            label = "\n".join(map(shorten_label, line.label.splitlines()))
+            (curve,) = axes.plot(xs, to_floats(line.y), style, label=label, **chosen)
             if line.low is not None and line.high is not None:
-                band = keep_finite(line.low), keep_finite(line.high)
-                axes.fill_between(
-                    keep_finite(line.x), *band, color=drawn.get_color(), alpha=0.15, lw=0
-                )
+                low, high = to_floats(line.low), to_floats(line.high)
+                axes.fill_between(xs, low, high, color=curve.get_color(), alpha=0.15, lw=0)
         for x, y, word in marks:
             axes.plot([x], [y], "o", color=INK, markersize=4)
             axes.annotate(word, (x, y), xytext=(-3, 6), textcoords="offset points", ha="right")
         if zero:
             axes.set_ylim(bottom=0)
         if log_x:
-            logarithmic(axes, [x for line in series for x in keep_finite(line.x)])
+            use_log_x(axes, [x for line in series for x in to_floats(line.x)])
         if len(series) > 1 or "," in series[0].label:
             canvas.legend()
         if epochs_per_step:
@@ -174,7 +167,7 @@ def heat_map(name: str, rows: Sequence[Numbers], x_label: str, y_label: str) -> 
     """One square per value, the darker the larger, with the number in it."""
     from matplotlib.patches import Rectangle
 
-    values = [keep_finite(row) for row in rows]
+    values = [to_floats(row) for row in rows]
     most = max((value for row in values for value in row if value == value), default=0.0) or 1.0
     n_rows, n_columns = len(values), max(map(len, values), default=0)
     height = 0.75 + min(6.0, 0.42 * n_rows)
@@ -222,7 +215,7 @@ def forest(name: str, rows: Sequence[dict[str, Any]], x_label: str) -> str:
                 axes.plot([row["low"], row["high"]], [place, place], color=SERIES[0])
             face = SERIES[0] if row["above_seed_noise"] else "none"
             axes.plot([row["difference"]], [place], "o", color=SERIES[0], markerfacecolor=face)
-        axes.set_yticks(range(len(rows)), [short(row["label"]) for row in rows])
+        axes.set_yticks(range(len(rows)), [shorten_label(row["label"]) for row in rows])
         axes.set_ylim(len(rows) - 0.4, -0.6)
     return canvas.svg
 
@@ -233,7 +226,13 @@ def dots(name: str, groups: Sequence[tuple[str, Sequence[dict[str, Any]]]], x: s
         axes = canvas.axes
         for (label, points), color in zip(groups, SERIES * (1 + len(groups)), strict=False):
             at = [point["x"] for point in points]
-            axes.plot(at, [point["mean"] for point in points], "-", color=color, label=short(label))
+            axes.plot(
+                at,
+                [point["mean"] for point in points],
+                "-",
+                color=color,
+                label=shorten_label(label),
+            )
             for point in points:
                 if point["low"] is not None:
                     axes.plot([point["x"]] * 2, [point["low"], point["high"]], color=color)
@@ -241,7 +240,7 @@ def dots(name: str, groups: Sequence[tuple[str, Sequence[dict[str, Any]]]], x: s
                 axes.plot([point["x"]] * len(values), values, "o", color=color, ms=3, alpha=0.5)
         every = [point["x"] for _, points in groups for point in points]
         if min(every) > 0 and max(every) > 30 * min(every):
-            logarithmic(axes, every)
+            use_log_x(axes, every)
         if len(groups) > 1:
             canvas.legend()
     return canvas.svg

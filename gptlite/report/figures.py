@@ -14,7 +14,7 @@ from gptlite.runs.results import DAMAGED, RunFiles, number
 
 KINDS = {"head": "heads", "neuron": "neurons", "layer": "layers", "dimension": "dimensions"}
 Group = tuple[str, list["Figure"]]
-Made = Iterator["Figure"]
+Figures = Iterator["Figure"]
 
 
 class Figure(NamedTuple):
@@ -23,30 +23,24 @@ class Figure(NamedTuple):
     caption: str
 
 
-def draw(*makers: tuple[Callable[..., Made], Any]) -> list[Figure]:
+def make_figures(makers: list[Callable[..., Figures]], *about: Any) -> list[Figure]:
     """The figures of each maker; of one whose numbers are not what they should be, none."""
     figures: list[Figure] = []
-    for make, argument in makers:
+    for make in makers:
         try:
-            figures += make(argument)
+            figures += make(*about)
         except DAMAGED:
             continue
     return figures
 
 
 def run_figures(run: RunFiles) -> list[Group]:
-    network_figure = draw((network_of, run))
+    network_figure = make_figures([draw_network], run)
     if not charts.available():
         return [("Dropout", network_figure)]
-    training = draw((losses, run), (rate_and_norm, run), (throughput, run))
-    dropout = [*network_figure, *draw((rates_over_time, run), (rates_over_depth, run))]
-    measured = draw(
-        (knockouts, run),
-        (importances, run),
-        (positions, run),
-        (draw_calibration, run),
-        (passes, run),
-    )
+    training = make_figures([losses, rate_and_norm, throughput], run)
+    dropout = [*network_figure, *make_figures([rates_over_time, rates_over_depth], run)]
+    measured = make_figures([knockouts, importances, positions, draw_calibration, passes], run)
     if len(measured) < 3:
         hint = "More is measured by: gptlite eval --suite all, and gptlite report again."
         measured.append(Figure("Not measured yet", "", hint))
@@ -59,7 +53,7 @@ def column(rows: list[dict[str, Any]], name: str) -> tuple[list[float | None], l
     return [float(row["step"]) for row in kept], [number(row[name]) for row in kept]
 
 
-def losses(run: RunFiles) -> Made:
+def losses(run: RunFiles) -> Figures:
     names = {
         "training, dropout on": "train/loss",
         "training, dropout off": "train/loss_dropout_off",
@@ -84,7 +78,7 @@ def losses(run: RunFiles) -> Made:
     )
 
 
-def rate_and_norm(run: RunFiles) -> Made:
+def rate_and_norm(run: RunFiles) -> Figures:
     for title, name, caption in (
         ("Learning rate", "lr", "Of each update."),
         ("Gradient norm", "grad_norm", "Before clipping."),
@@ -94,14 +88,14 @@ def rate_and_norm(run: RunFiles) -> Made:
         yield Figure(title, svg, caption)
 
 
-def throughput(run: RunFiles) -> Made:
+def throughput(run: RunFiles) -> Figures:
     x, y = column(run.rows, "tokens_per_second")
     y = [None if value is None else value / 1000 for value in y]
     svg = charts.lines("Throughput", [Line("", x, y)], "updates", "1000 tokens/s", zero=True)
     yield Figure("Throughput", svg, "Training alone, without evaluating, sampling and saving.")
 
 
-def network_of(run: RunFiles) -> Made:
+def draw_network(run: RunFiles) -> Figures:
     rates = {site["site"]: number(site.get("rate")) or 0.0 for site in run.sites}
     n_layer = (run.config.get("model") or {}).get("n_layer", 0)
     live = sum(rate > 0 for rate in rates.values())
@@ -110,16 +104,17 @@ def network_of(run: RunFiles) -> Made:
         yield Figure("The network and its dropout sites", network(rates, n_layer), caption)
 
 
-def rates_over_time(run: RunFiles) -> Made:
+def rates_over_time(run: RunFiles) -> Figures:
     names = dict.fromkeys(name for row in run.rows for name in row if name.startswith("dropout/"))
-    series = alike([Line(name.partition("/")[2], *column(run.rows, name)) for name in names])
+    series = [Line(name.partition("/")[2], *column(run.rows, name)) for name in names]
+    series = merge_equal_lines(series)
     if series:
         title = "Dropout rates over the run"
         svg = charts.lines(title, series, "updates", "rate", zero=True)
         yield Figure(title, svg, "As the schedule moved them.")
 
 
-def alike(series: list[Line]) -> list[Line]:
+def merge_equal_lines(series: list[Line]) -> list[Line]:
     """Curves that lie on each other as one, with all their names."""
     found: dict[str, Line] = {}
     for line in series:
@@ -130,29 +125,29 @@ def alike(series: list[Line]) -> list[Line]:
     return [line._replace(label=textwrap.fill(line.label, 36)) for line in found.values()]
 
 
-def rates_over_depth(run: RunFiles) -> Made:
+def rates_over_depth(run: RunFiles) -> Figures:
     series = [
         Line(site["site"], list(range(len(site["by_layer"]))), site["by_layer"])
         for site in run.sites
         if site.get("rate") and len(site["by_layer"]) > 1
     ]
-    series = alike(series)
+    series = merge_equal_lines(series)
     if series:
         title = "Dropout rates over depth"
         svg = charts.lines(title, series, "layer", "full rate", zero=True)
         yield Figure(title, svg, "At the full strength of the schedule.")
 
 
-def knockouts(run: RunFiles) -> Made:
+def knockouts(run: RunFiles) -> Figures:
     found = run.evals["knockout"]
     for kind, name in KINDS.items():
         of_kind, series = found["kinds"][kind], []
         for color, ablation in enumerate(("zero", "mean")):
             random = of_kind[ablation]["random"]
-            band = random["low"], random["high"]
+            low, high = random["low"], random["high"]
             label = f"to {ablation}, random"
             fractions = found["fractions"]
-            series.append(Line(label, fractions, random["loss"], *band, False, color))
+            series.append(Line(label, fractions, random["loss"], low, high, color=color))
             for place, order in enumerate(("most_first", "least_first")):
                 label = f"to {ablation}, {order.replace('_', ' ')}"
                 y = of_kind[ablation][order]["loss"]
@@ -167,7 +162,7 @@ def knockouts(run: RunFiles) -> Made:
         yield Figure(title, svg, "95 % intervals over rows of text and random masks.")
 
 
-def importances(run: RunFiles) -> Made:
+def importances(run: RunFiles) -> Figures:
     kinds = run.evals["importance"]["kinds"]
     heads = kinds["head"]["zero"]
     title = "Importance of heads"
@@ -177,7 +172,7 @@ def importances(run: RunFiles) -> Made:
     yield Figure(title, svg, f"{caption}; Gini {gini:.2f}." if gini is not None else f"{caption}.")
 
 
-def positions(run: RunFiles) -> Made:
+def positions(run: RunFiles) -> Figures:
     y = run.evals["loss"]["loss_by_position"]
     title = "Loss by position"
     svg = charts.lines(
@@ -186,7 +181,7 @@ def positions(run: RunFiles) -> Made:
     yield Figure(title, svg, "How much context helps.")
 
 
-def draw_calibration(run: RunFiles) -> Made:
+def draw_calibration(run: RunFiles) -> Figures:
     found = run.evals["calibration"]
     ece = found["ece"]["value"]
     svg = charts.reliability("Reliability", found["reliability"])
@@ -195,7 +190,7 @@ def draw_calibration(run: RunFiles) -> Made:
     yield Figure("Reliability", svg, caption + error)
 
 
-def passes(run: RunFiles) -> Made:
+def passes(run: RunFiles) -> Figures:
     found = run.evals["mc-dropout"]
     if "passes" not in found:
         return
@@ -211,10 +206,10 @@ def passes(run: RunFiles) -> Made:
 
 
 def runs_figures(runs: list[RunFiles]) -> list[Group]:
-    return [("Training", draw((overlay_runs, runs)))] if charts.available() else []
+    return [("Training", make_figures([overlay_runs], runs))] if charts.available() else []
 
 
-def overlay_runs(runs: list[RunFiles]) -> Made:
+def overlay_runs(runs: list[RunFiles]) -> Figures:
     for title, name in (
         ("Validation loss", "val/loss"),
         ("Training loss, dropout off", "train/loss_dropout_off"),
@@ -228,14 +223,13 @@ def study_figures(study: dict[str, Any]) -> list[Group]:
     if not charts.available():
         return []
     return [
-        (metric, draw((over_axes, (study, metric)), (differences, (study, metric))))
+        (metric, make_figures([metric_over_axes, baseline_differences], study, metric))
         for metric in study.get("table", [])
     ]
 
 
-def over_axes(argument: tuple[dict[str, Any], str]) -> Made:
+def metric_over_axes(study: dict[str, Any], metric: str) -> Figures:
     """The metric over each axis of numbers; the other axes are colours."""
-    study, metric = argument
     for axis in study["axes"]:
         groups: dict[str, list[dict[str, Any]]] = {}
         for point in study["points"]:
@@ -253,8 +247,7 @@ def over_axes(argument: tuple[dict[str, Any], str]) -> Made:
             yield Figure(title, svg, "Mean and 95 % interval over seeds; small dots are the seeds.")
 
 
-def differences(argument: tuple[dict[str, Any], str]) -> Made:
-    study, metric = argument
+def baseline_differences(study: dict[str, Any], metric: str) -> Figures:
     rows = [row for row in study["comparisons"] if row["metric"] == metric]
     if rows:
         title = f"{metric}: difference to the baseline"

@@ -6,7 +6,10 @@ Top to bottom, as the text flows; a site that drops is filled, the stronger the 
 from collections.abc import Iterator, Mapping
 from html import escape
 
-ROW, WIDTH, LEFT, PILL = 26, 372, 150, 190
+ROW, PILL = 26, 190
+"""Height of a row, and width of a site's box."""
+WIDTH, LEFT = 372, 150
+"""Of the drawing, and where its line is."""
 BEFORE = (("token embedding", "token"), ("+ position", "embedding"))
 BLOCK = (
     *(("norm, Q Kᵀ / √d", "key"), ("softmax", "attention_weights"), ("· V", "head")),
@@ -48,9 +51,8 @@ def row(y: int, operation: str, site: str, rate: float) -> Iterator[str]:
     yield f'<path d="M{LEFT} {y + 4}V{y + ROW - 4}" class="flow"/>'
     if not site:
         return
-    kind, shade = (
-        ("live", f' style="fill-opacity:{0.18 + 0.8 * rate:.2f}"') if rate else ("idle", "")
-    )
+    kind = "live" if rate else "idle"
+    shade = f' style="fill-opacity:{0.18 + 0.8 * rate:.2f}"' if rate else ""
     words = f"{site} {rate:g}" if rate else site
     yield (
         f'<rect x="{LEFT + 16}" y="{y - 10}" width="{PILL}" height="20" rx="10" '

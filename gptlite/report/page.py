@@ -44,7 +44,7 @@ class Page(NamedTuple):
     notes: list[str]
 
 
-def write(sources: list[Path], target: Path | None = None) -> Path:
+def write_page(sources: list[Path], target: Path | None = None) -> Path:
     """The page of these run or study directories; returns where it is.
 
     Raises ConfigError for a directory that is neither a run nor a study.
@@ -52,14 +52,14 @@ def write(sources: list[Path], target: Path | None = None) -> Path:
     page = page_of(sources)
     if target is None:
         target = sources[0] / "report.html" if len(sources) == 1 else Path("report.html")
-    storage.write_text(target, html(page))
+    storage.write_text(target, render(page))
     return target
 
 
-def after_training(directory: Path, say: Callable[[str], None]) -> None:
+def add_report(directory: Path, say: Callable[[str], None]) -> None:
     """The page of a run or study that has just ended; whatever fails, what was made stays."""
     try:
-        say(f"report: {write([directory])}")
+        say(f"report: {write_page([directory])}")
     except UserError as error:
         say(f"no report: {error}")
     except Exception as error:  # of a library that draws: what was trained is worth more
@@ -67,7 +67,7 @@ def after_training(directory: Path, say: Callable[[str], None]) -> None:
 
 
 def page_of(sources: list[Path]) -> Page:
-    kinds = {source: kind_of(source) for source in sources}
+    kinds = {source: source_kind(source) for source in sources}
     if len(sources) == 1:
         (source,) = sources
         if kinds[source] == "run":
@@ -82,7 +82,7 @@ def page_of(sources: list[Path]) -> Page:
     return comparison_page([read_run(source) for source in sources])
 
 
-def kind_of(source: Path) -> str:
+def source_kind(source: Path) -> str:
     if (source / "study.json").is_file():
         return "study"
     if run_directory.has_run(source):
@@ -91,7 +91,7 @@ def kind_of(source: Path) -> str:
     raise ConfigError(f"{source}: {what}")
 
 
-def readable(notes: list[str], what: str, make: Callable[[], Part], without: Part) -> Part:
+def try_part(notes: list[str], what: str, make: Callable[[], Part], without: Part) -> Part:
     """A part of the page, or, where the values it is made of are damaged, a note and none."""
     try:
         return make()
@@ -100,7 +100,7 @@ def readable(notes: list[str], what: str, make: Callable[[], Part], without: Par
         return without
 
 
-def html(page: Page) -> str:
+def render(page: Page) -> str:
     import jinja2
 
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
@@ -115,16 +115,23 @@ def run_page(run: RunFiles) -> Page:
     nothing = Verdict("No verdict", "The logged losses or the config are damaged.", [])
     return Page(
         title=run.name,
-        subtitle=readable(notes, "plan.json or config.yaml", lambda: sizes(run), ""),
-        tiles=readable(notes, "metrics.jsonl", lambda: tiles(run), list[tuple[str, str]]()),
-        verdict=readable(
+        subtitle=try_part(notes, "plan.json or config.yaml", lambda: sizes_line(run), ""),
+        tiles=try_part(notes, "metrics.jsonl", lambda: tiles(run), list[tuple[str, str]]()),
+        verdict=try_part(
             notes,
             "config.yaml or metrics.jsonl",
             lambda: verdict(run.rows, run.config, run.plan.get("epochs")),
             nothing,
         ),
         groups=run_figures(run),
-        tables=[*readable(notes, "eval/ or plan.json", lambda: tables(run), list[Table]())],
+        tables=[
+            *try_part(
+                notes,
+                "eval/ or plan.json",
+                lambda: [results_table(run), sites_table(run)],
+                list[Table](),
+            )
+        ],
         samples=run.samples,
         details=[
             ("Config", run.config_text),
@@ -134,11 +141,7 @@ def run_page(run: RunFiles) -> Page:
     )
 
 
-def tables(run: RunFiles) -> list[Table]:
-    return [results_table(run), sites_table(run)]
-
-
-def sizes(run: RunFiles) -> str:
+def sizes_line(run: RunFiles) -> str:
     """Of the model and the data, in a line."""
     plan = run.plan
     model = run.config.get("model") or {}
@@ -175,7 +178,7 @@ def results_table(run: RunFiles) -> Table:
     for suite in ("loss", "calibration", "mc-dropout"):
         for name, value in run.evals.get(suite, {}).items():
             if isinstance(value, dict) and {"value", "low", "high"} <= set(value):
-                rows.append([suite, name, format_value(value["value"]), between(value)])
+                rows.append([suite, name, format_value(value["value"]), format_interval(value)])
             elif isinstance(value, float):
                 rows.append([suite, name, format_value(value), ""])
     return Table("Measured by gptlite eval", ["suite", "number", "value", "95 % interval"], rows)
@@ -197,7 +200,7 @@ def comparison_page(runs: list[RunFiles]) -> Page:
     head = ["", *(run.name for run in runs)]
     settings = [[key, *(format_value(config.get(key)) for config in flat)] for key in differ]
     found = [
-        dict(readable(run.notes, run.name, partial(tiles, run), list[tuple[str, str]]()))
+        dict(try_part(run.notes, run.name, partial(tiles, run), list[tuple[str, str]]()))
         for run in runs
     ]
     numbers = dict.fromkeys(name for of_run in found for name in of_run)
@@ -267,17 +270,17 @@ def points_table(study: dict[str, Any], metric: str) -> Table:
         value = point["metrics"].get(metric)
         if value is None:
             continue
-        row = [point["label"], format_value(value["mean"]), between(value), "", "", ""]
+        row = [point["label"], format_value(value["mean"]), format_interval(value), "", "", ""]
         other = against.get(point["label"])
         if other is not None:
             above = {True: "yes", False: "no"}.get(other["above_seed_noise"], "not known")
-            row[3:] = [f"{other['difference']:+.4f}", between(other), above]
+            row[3:] = [f"{other['difference']:+.4f}", format_interval(other), above]
         rows.append(row)
     head = ["point", "mean", "95 % interval", "difference", "95 % interval", "above seed noise"]
     return Table(metric, head, rows)
 
 
-def between(value: dict[str, Any]) -> str:
+def format_interval(value: dict[str, Any]) -> str:
     if value["low"] is None:
         return ""
     return f"{format_value(value['low'])} to {format_value(value['high'])}"

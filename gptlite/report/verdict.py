@@ -37,10 +37,10 @@ def verdict(rows: Sequence[Row], config: dict[str, Any], epochs: float | None) -
     rise = last["val/loss"] - best["val/loss"]
     if best is not last and rise > NOTICEABLE:
         return overfitting(best, last, rise, gap, drops, config)
-    fall = falling(evaluated)
+    fall = recent_fall(evaluated)
     if fall > NOTICEABLE and (gap is None or gap < WIDE_GAP):
         return underfitting(fall, gap, drops, epochs)
-    return level(gap, drops, epochs)
+    return plateau(gap, drops, epochs)
 
 
 def overfitting(
@@ -80,7 +80,7 @@ def underfitting(fall: float, gap: float | None, drops: bool, epochs: float) -> 
     return Verdict("Underfitting", found, advice)
 
 
-def level(gap: float | None, drops: bool, epochs: float) -> Verdict:
+def plateau(gap: float | None, drops: bool, epochs: float) -> Verdict:
     if gap is not None and gap >= WIDE_GAP:
         found = f"The validation loss has levelled off, {gap:.2f} nats above that of training text."
         rate = pick_rate(epochs)[0]
@@ -97,7 +97,7 @@ def level(gap: float | None, drops: bool, epochs: float) -> Verdict:
     return Verdict("Levelled off", found, advice)
 
 
-def falling(evaluated: Sequence[Row]) -> float:
+def recent_fall(evaluated: Sequence[Row]) -> float:
     """By how much the validation loss fell in the last quarter of the updates."""
     last = evaluated[-1]
     before = [row for row in evaluated if row["step"] <= 0.75 * last["step"]]

@@ -91,11 +91,11 @@ def test_lines_are_remembered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     readline: Any = pytest.importorskip("readline", reason="not on this system")
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     readline.clear_history()
-    keep = interactive.remember()
+    keep = interactive.load_history()
     readline.add_history("the first line")
     keep()
     readline.clear_history()
-    interactive.remember()
+    interactive.load_history()
     assert readline.get_history_item(1) == "the first line"
     readline.clear_history()
 

@@ -73,7 +73,7 @@ def study() -> dict[str, Any]:
 
 
 def page(*sources: Path) -> str:
-    return report.html(report.page_of(list(sources)))
+    return report.render(report.page_of(list(sources)))
 
 
 def test_a_page_of_a_run_has_everything(folder: Path) -> None:
@@ -219,12 +219,12 @@ def test_a_page_that_cannot_be_written_fails_no_run(
 
     monkeypatch.setattr(report, "page_of", bug)
     unsaid: list[str] = []
-    report.after_training(folder / "run", unsaid.append)
+    report.add_report(folder / "run", unsaid.append)
     assert unsaid == ["no report: RuntimeError: cannot draw"]
     monkeypatch.undo()
     monkeypatch.setattr(report.storage, "write_text", full)
     said: list[str] = []
-    report.after_training(folder / "run", said.append)
+    report.add_report(folder / "run", said.append)
     assert said == ["no report: report.html: No space left on device"]
 
 
@@ -263,7 +263,7 @@ def test_a_browser_shows_every_figure_and_complains_of_nothing(
     folder: Path, browser: Any, sources: list[str], width: int
 ) -> None:
     path = folder / f"{'-'.join(sources)}.html"
-    report.write([folder / name for name in sources], path)
+    report.write_page([folder / name for name in sources], path)
     size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     papers = []
