@@ -47,7 +47,7 @@ def site_plan(run: RunConfig, model: GPT, n_rows: int) -> list[dict[str, Any]]:
     native, entries = run.dropout.native_sites(run.attention), []
     for site, planned in run.dropout.plan().items():
         names = [n for n, m in model.named_modules() if isinstance(m, Dropout) and m.site == site]
-        shape = shape_of(run, SITES[site].tensor, part)
+        shape = tensor_shape(run, SITES[site].tensor, part)
         by = ("native" if site in native else "keyed") if planned.rate else "-"
         fused = site in run.dropout.fused_sites(run.attention)
         entries.append(
@@ -61,7 +61,7 @@ def site_plan(run: RunConfig, model: GPT, n_rows: int) -> list[dict[str, Any]]:
                 "profile": planned.profile,
                 "scale": "inverted" if planned.inverted else "none",
                 "shape": shape,
-                "mask": shape_of(run, mask_letters(site, planned.locked), part),
+                "mask": tensor_shape(run, mask_letters(site, planned.locked), part),
                 "elements_per_update": math.prod(shape) * len(names) * run.train.batch_size // part,
                 "masks": "native, inside the fused kernel" if fused else by,
             }
@@ -86,7 +86,7 @@ def mask_letters(site: str, locked: bool) -> str:
     return SITES[site].locked if locked else SITES[site].mask
 
 
-def shape_of(run: RunConfig, letters: str, part: int) -> list[int]:
+def tensor_shape(run: RunConfig, letters: str, part: int) -> list[int]:
     """A shape in numbers, for `part` sequences of full length."""
     model = run.model
     length = {"T": model.context_length, "S": model.context_length}
