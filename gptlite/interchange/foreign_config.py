@@ -45,14 +45,14 @@ BOOK_NAMES = {"emb_dim", "n_heads", "n_layers", "drop_rate", "drop_rate_emb", "q
 
 def translate(path: Path) -> str:
     """The YAML of another project's config, checked. Raises ConfigError."""
-    given, left_out = read(path)
+    given, left_out = read_constants(path)
     of_book = bool(BOOK_NAMES & given.keys())
     if not given.keys() & (BOOK_NAMES if of_book else NANOGPT.keys()):
         raise ConfigError(f"{path}: no setting of nanoGPT or of the book in it")
     remarks: list[str] = []
     used = dict(BOOK if of_book else NANOGPT) | given
     try:
-        values = (book if of_book else nanogpt)(used, remarks)
+        values = (translate_book if of_book else translate_nanogpt)(used, remarks)
         validate(Document(values))
     except (TypeError, ValueError, AttributeError) as error:
         raise ConfigError(f"{path}: a value of another type than expected ({error})") from None
@@ -67,12 +67,12 @@ def translate(path: Path) -> str:
     return head + yaml.dump(values, Dumper=Dumper, sort_keys=False, allow_unicode=True)
 
 
-def read(path: Path) -> tuple[dict[str, Any], list[str]]:
+def read_constants(path: Path) -> tuple[dict[str, Any], list[str]]:
     """Names with constant values, and the names of what is not constant."""
     try:
         text = storage.read_regular(path.resolve(), MOST_BYTES)
         if path.suffix == ".json":
-            return flat(json.loads(text)), []
+            return flatten(json.loads(text)), []
         with warnings.catch_warnings(action="ignore"):  # of its strings
             return constants(ast.parse(text))
     except (OSError, ValueError, SyntaxError, RecursionError, MemoryError) as error:
@@ -80,13 +80,13 @@ def read(path: Path) -> tuple[dict[str, Any], list[str]]:
         raise ConfigError(f"{path}: {why}") from None
 
 
-def flat(value: Any) -> dict[str, Any]:
+def flatten(value: Any) -> dict[str, Any]:
     """The entries of a mapping and of those within it."""
     if not isinstance(value, dict):
         raise ValueError("not a mapping")
     out: dict[str, Any] = {}
     for name, inside in value.items():
-        out |= flat(inside) if isinstance(inside, dict) else {str(name): inside}
+        out |= flatten(inside) if isinstance(inside, dict) else {str(name): inside}
     return out
 
 
@@ -102,7 +102,7 @@ def constants(tree: ast.Module) -> tuple[dict[str, Any], list[str]]:
         except (ValueError, TypeError, ZeroDivisionError):
             left_out.append(name)
             continue
-        found |= flat(value) if isinstance(value, dict) else {name: value}
+        found |= flatten(value) if isinstance(value, dict) else {name: value}
     return found, left_out
 
 
@@ -124,7 +124,7 @@ USED_OF_NANOGPT = {
 }
 
 
-def nanogpt(given: dict[str, Any], remarks: list[str]) -> dict[str, Any]:
+def translate_nanogpt(given: dict[str, Any], remarks: list[str]) -> dict[str, Any]:
     dataset = str(given["dataset"])
     source = f"data/{dataset}"
     if dataset.startswith("shakespeare"):
@@ -179,7 +179,7 @@ USED_OF_BOOK = {
 }
 
 
-def book(given: dict[str, Any], remarks: list[str]) -> dict[str, Any]:
+def translate_book(given: dict[str, Any], remarks: list[str]) -> dict[str, Any]:
     remarks.append("data.source: the text; the book's is the-verdict.txt.")
     if not given["qkv_bias"]:
         remarks.append("qkv_bias false: the book has biases everywhere else; here all or none.")

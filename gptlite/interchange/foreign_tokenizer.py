@@ -58,31 +58,31 @@ PIECES = (
 WORDS = ("The quick", "brown", "don't", "we'Ll", "1234567", "x = y", "...", "\n\n", "   ", "naïve")
 
 
-class Refused(Exception):
+class Refusal(Exception):
     """Fields that no tokenizer here has."""
 
 
-def read(folder: Path) -> Tokenizer:
+def import_tokenizer(folder: Path) -> Tokenizer:
     """Raises DataError for what is damaged, ConfigError for what would give other ids."""
     path = folder / FILE
     try:
         text = storage.read_regular(path.resolve(), MOST_BYTES)
         whole = json.loads(text)
-        settings = settings_of(folder)
-        made = tokenizer_of(whole, settings, hf_config.ends(folder))
+        settings = read_settings(folder)
+        made = make_tokenizer(whole, settings, hf_config.read_end_tokens(folder))
     except FileNotFoundError:
-        raise DataError(missing(folder)) from None
+        raise DataError(explain_missing(folder)) from None
     except (OSError, RecursionError) as error:
         raise DataError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise DataError(f"{path}: not a tokenizer that gptlite can run ({error!r:.100})") from None
-    except Refused as refused:
+    except Refusal as refused:
         raise ConfigError(*(f"{path}: {problem}" for problem in refused.args)) from None
-    compare(made, text, whole, path)
+    check_against_library(made, text, whole, path)
     return made
 
 
-def missing(folder: Path) -> str:
+def explain_missing(folder: Path) -> str:
     """What to do where there is no tokenizer.json."""
     others = ("vocab.json", "merges.txt", "tokenizer.model", "vocab.txt")
     beside = [name for name in others if (folder / name).is_file()]
@@ -93,49 +93,49 @@ def missing(folder: Path) -> str:
     )
 
 
-def settings_of(folder: Path) -> dict[str, Any]:
+def read_settings(folder: Path) -> dict[str, Any]:
     """tokenizer_config.json with what older versions keep in files beside it."""
-    settings = hf_config.read_file(folder / "tokenizer_config.json") or {}
-    named = hf_config.read_file(folder / "special_tokens_map.json") or {}
+    settings = hf_config.read_mapping(folder / "tokenizer_config.json") or {}
+    named = hf_config.read_mapping(folder / "special_tokens_map.json") or {}
     if not settings.get("tokenizer_class"):
-        config = hf_config.read_file(folder / "config.json") or {}
+        config = hf_config.read_mapping(folder / "config.json") or {}
         default = "GPT2Tokenizer" if config.get("model_type") == "gpt2" else None
         settings["tokenizer_class"] = config.get("tokenizer_class") or default
     return {**settings, **(named if "added_tokens_decoder" not in settings else {})}
 
 
-def tokenizer_of(
-    whole: dict[str, Any], settings: dict[str, Any], ends: hf_config.Ends
+def make_tokenizer(
+    whole: dict[str, Any], settings: dict[str, Any], ends: hf_config.EndTokens
 ) -> Tokenizer:
-    """Raises Refused naming every field that would give other ids."""
-    if problems := list(misfits(whole, settings)):
-        raise Refused(*problems)
+    """Raises Refusal naming every field that would give other ids."""
+    if problems := list(tokenizer_problems(whole, settings)):
+        raise Refusal(*problems)
     model, pre_tokenizer = whole["model"], whole.get("pre_tokenizer")
     pattern = None if pre_tokenizer is None else pattern_of(pre_tokenizer)
     check_class(settings["tokenizer_class"], model, pre_tokenizer)
     specials = {token["content"]: token["id"] for token in whole["added_tokens"]}
-    words = set(SYMBOLS).union("".join(pair) for pair in pairs_in(model))
-    for place, name in [*(("added_tokens", name) for name in specials), *names_of(settings)]:
+    words = set(SYMBOLS).union("".join(pair) for pair in merged_pairs(model))
+    for place, name in [*(("added_tokens", name) for name in specials), *named_specials(settings)]:
         if pattern is not None and name in words:
-            raise Refused(f"{place}: {name!r:.40} is a token of plain text, too")
+            raise Refusal(f"{place}: {name!r:.40} is a token of plain text, too")
         if name in model["vocab"] and (pattern is not None or len(name) > 1):
             specials.setdefault(name, model["vocab"][name])
     eot = end_of_text(specials, ends, settings)
     begin = begin_of(whole.get("post_processor"), specials)
     if settings.get("add_bos_token") and begin is None:
-        raise Refused("add_bos_token: true in tokenizer_config.json, but post_processor puts none")
+        raise Refusal("add_bos_token: true in tokenizer_config.json, but post_processor puts none")
     most = max(*specials.values(), *model["vocab"].values())
-    stops = [i for i in ends.ids if 0 <= i <= most and (ends.said or i in specials.values())]
+    stops = [i for i in ends.ids if 0 <= i <= most and (ends.explicit or i in specials.values())]
     others = {} if specials == {EOT: eot} else specials
     marks = Marks(others, tuple(i for i in stops if i != eot), begin)
     if pre_tokenizer is None:
-        return characters_of(model, eot, marks, str(settings.get("gptlite_unknown", "error")))
+        return char_tokenizer(model, eot, marks, str(settings.get("gptlite_unknown", "error")))
     if pattern is None or most < 256:  # a word of bytes is its bytes, however it is split
-        return bytes_of(model, eot, marks)
-    return pairs_of(model, pattern, eot, marks)
+        return byte_tokenizer(model, eot, marks)
+    return bpe_tokenizer(model, pattern, eot, marks)
 
 
-def misfits(whole: dict[str, Any], settings: dict[str, Any]) -> Iterator[str]:
+def tokenizer_problems(whole: dict[str, Any], settings: dict[str, Any]) -> Iterator[str]:
     """What changes a text or its ids in a way that no tokenizer here has."""
     model, normalizer = whole["model"], whole.get("normalizer")
     if model.get("type", "BPE") != "BPE":
@@ -168,19 +168,19 @@ def pattern_of(pre_tokenizer: dict[str, Any]) -> str | None:
     steps = pre_tokenizer["pretokenizers"] if sequence else [pre_tokenizer]
     for step in steps:
         if odd := sorted(step.keys() - STEP_FIELDS.get(step["type"], {"type"})):
-            raise Refused(f"pre_tokenizer.{odd[0]}: not known to gptlite in {step['type']!r:.40}")
+            raise Refusal(f"pre_tokenizer.{odd[0]}: not known to gptlite in {step['type']!r:.40}")
     kinds = [step["type"] for step in steps]
     if kinds not in (["ByteLevel"], ["Split", "ByteLevel"]):
-        raise Refused(f"pre_tokenizer: {', '.join(kinds):.80}; gptlite reads Split and ByteLevel")
+        raise Refusal(f"pre_tokenizer: {', '.join(kinds):.80}; gptlite reads Split and ByteLevel")
     last, words = steps[-1], steps[-1].get("use_regex", True)
     if last.get("add_prefix_space"):
-        raise Refused("pre_tokenizer.add_prefix_space: true puts a space before every text")
+        raise Refusal("pre_tokenizer.add_prefix_space: true puts a space before every text")
     if len(steps) == 1:
         return GPT2_PATTERN if words else None
     split = steps[0]
     regex = split["pattern"].get("Regex")
     if split.get("behavior") != "Isolated" or split.get("invert") or regex is None or words:
-        raise Refused("pre_tokenizer: splits words otherwise than by one regular expression")
+        raise Refusal("pre_tokenizer: splits words otherwise than by one regular expression")
     return str(regex)
 
 
@@ -194,13 +194,13 @@ def check_class(name: str | None, model: dict[str, Any], pre_tokenizer: Any) -> 
         "GPT2Tokenizer": kind == "ByteLevel" and not model.get("ignore_merges"),
     }
     if name is not None and not fits.get(name.removesuffix("Fast"), False):
-        raise Refused(
+        raise Refusal(
             f"tokenizer_class: {name!r:.40} cuts words otherwise than this file; if the file is "
             "right, write PreTrainedTokenizerFast into tokenizer_config.json"
         )
 
 
-def names_of(settings: dict[str, Any]) -> Iterator[tuple[str, str]]:
+def named_specials(settings: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """The special tokens that are named outside of tokenizer.json, and where."""
     named: list[tuple[str, Any]] = [(name, settings.get(name)) for name in NAMED]
     for place in ("extra_special_tokens", "additional_special_tokens", "added_tokens_decoder"):
@@ -217,7 +217,7 @@ def content_of(token: Any) -> str | None:
 
 
 def end_of_text(
-    specials: dict[str, int], ends: hf_config.Ends, settings: dict[str, Any]
+    specials: dict[str, int], ends: hf_config.EndTokens, settings: dict[str, Any]
 ) -> int | None:
     """The token between documents: of those that end a text GPT-2's by name, else the first."""
     found = [i for i in ends.ids if i in specials.values()]
@@ -236,31 +236,31 @@ def begin_of(processor: dict[str, Any] | None, specials: dict[str, int]) -> int 
     template = templates[0]
     if len(templates) > 1 or template["type"] != "TemplateProcessing":
         kinds = ", ".join(step["type"] for step in templates)
-        raise Refused(f"post_processor: {kinds:.40}; gptlite reads ByteLevel, TemplateProcessing")
+        raise Refusal(f"post_processor: {kinds:.40}; gptlite reads ByteLevel, TemplateProcessing")
     parts = [(*part.items(),) for part in template["single"]]
     names = [about["id"] for ((kind, about),) in parts if kind == "SpecialToken"]
     if [kind for ((kind, _),) in parts] not in (["Sequence"], ["SpecialToken", "Sequence"]):
-        raise Refused("post_processor.single: puts more around a text than one token before it")
+        raise Refusal("post_processor.single: puts more around a text than one token before it")
     if not names:
         return None
     ids = template["special_tokens"][names[0]]["ids"]
     if len(ids) != 1 or ids[0] not in specials.values():
-        raise Refused(f"post_processor.special_tokens: {ids!r:.40} is not one special token")
+        raise Refusal(f"post_processor.special_tokens: {ids!r:.40} is not one special token")
     return int(ids[0])
 
 
-def characters_of(
+def char_tokenizer(
     model: dict[str, Any], eot: int | None, marks: Marks, unknown: str
 ) -> CharTokenizer:
     vocab, sign = model["vocab"], model.get("unk_token")
     if model.get("merges"):
-        raise Refused("model.merges: none without a pre_tokenizer of bytes")
+        raise Refusal("model.merges: none without a pre_tokenizer of bytes")
     if sign and model.get("fuse_unk"):
-        raise Refused("model.fuse_unk: true makes one of several characters that are not known")
+        raise Refusal("model.fuse_unk: true makes one of several characters that are not known")
     replacement = vocab.get(sign) if sign else None
     letters = {i: token for token, i in vocab.items() if i not in (eot, replacement)}
     if odd := [token for token in letters.values() if len(token) != 1]:
-        raise Refused(f"model.vocab: {odd[0]!r:.40} is not one character")
+        raise Refusal(f"model.vocab: {odd[0]!r:.40} is not one character")
     if replacement is not None:
         unknown = "replace"
     characters = "".join(letters[i] for i in sorted(letters))
@@ -268,15 +268,15 @@ def characters_of(
     made = CharTokenizer.from_json(saved | marks.to_json())
     gaps = sorted(letters) != list(range(len(letters)))
     if gaps or (made.eot, made.replacement) != (eot, replacement):
-        raise Refused("model.vocab: its ids are not characters, then unknown, then end of text")
+        raise Refusal("model.vocab: its ids are not characters, then unknown, then end of text")
     check_specials(made, replacement)
     return made
 
 
-def bytes_of(model: dict[str, Any], eot: int | None, marks: Marks) -> ByteTokenizer:
+def byte_tokenizer(model: dict[str, Any], eot: int | None, marks: Marks) -> ByteTokenizer:
     letters = sorted((i, token) for token, i in model["vocab"].items() if i != eot)
     if letters != list(enumerate(SYMBOLS)) or model.get("merges") or eot not in (None, 256):
-        raise Refused(
+        raise Refusal(
             "model.vocab: not the 256 bytes in their order; others need a pre_tokenizer that "
             "splits words"
         )
@@ -289,17 +289,19 @@ def check_specials(made: Tokenizer, replacement: int | None) -> None:
     """Bytes and characters have no other token beside what ends a text."""
     for name, number in made.specials.items():
         if number not in (made.eot, replacement):
-            raise Refused(f"added_tokens: {name!r:.40} is one too many for bytes or characters")
+            raise Refusal(f"added_tokens: {name!r:.40} is one too many for bytes or characters")
 
 
-def pairs_of(model: dict[str, Any], pattern: str, eot: int | None, marks: Marks) -> BPETokenizer:
+def bpe_tokenizer(
+    model: dict[str, Any], pattern: str, eot: int | None, marks: Marks
+) -> BPETokenizer:
     to_byte = {character: byte for byte, character in enumerate(SYMBOLS)}
     specials = marks.named(EOT, eot)
     ranks: dict[bytes, int] = {}
     for token, rank in model["vocab"].items():
         if token not in specials:
             if not all(character in to_byte for character in token):
-                raise Refused(f"model.vocab: {token!r:.40} is no bytes, as pre_tokenizer makes")
+                raise Refusal(f"model.vocab: {token!r:.40} is no bytes, as pre_tokenizer makes")
             ranks[bytes(to_byte[character] for character in token)] = rank
     check_merges(model, ranks)
     saved: dict[str, Any] = {"kind": "bpe", "name": "imported", "pattern": pattern, "eot": eot}
@@ -307,33 +309,33 @@ def pairs_of(model: dict[str, Any], pattern: str, eot: int | None, marks: Marks)
     try:
         return BPETokenizer.from_json(saved | marks.to_json())
     except (ValueError, DataError) as error:
-        raise Refused(f"model.vocab, pre_tokenizer: {error}") from None
+        raise Refusal(f"model.vocab, pre_tokenizer: {error}") from None
 
 
-def pairs_in(model: dict[str, Any]) -> list[tuple[str, ...]]:
+def merged_pairs(model: dict[str, Any]) -> list[tuple[str, ...]]:
     """The merges of a file, whose pairs are lists or, in older ones, words with a space between."""
     return [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]]
 
 
 def check_merges(model: dict[str, Any], ranks: dict[bytes, int]) -> None:
     """tiktoken merges two tokens wherever that makes a token, the lowest id first."""
-    pairs, needed = pairs_in(model), merges(ranks)
+    pairs, needed = merged_pairs(model), merges(ranks)
     ids = [model["vocab"].get("".join(pair), -1) for pair in pairs]
     if (
         ids != sorted(ids)
         or -1 in ids
         or {(show_token(a), show_token(b)) for a, b in needed} - set(pairs)
     ):
-        raise Refused("model.merges: not in the order of its ids, as tiktoken's are")
+        raise Refusal("model.merges: not in the order of its ids, as tiktoken's are")
     made = {a + b for a, b in needed}
     whole = [token for token in ranks if len(token) > 1 and token not in made]
     if whole and not model.get("ignore_merges"):
-        raise Refused(
+        raise Refusal(
             f"model.ignore_merges: false, and no merge makes {show_token(whole[0])!r:.40}"
         )
 
 
-def compare(ours: Tokenizer, text: str, whole: dict[str, Any], path: Path) -> None:
+def check_against_library(ours: Tokenizer, text: str, whole: dict[str, Any], path: Path) -> None:
     """Raises ConfigError where Hugging Face's own library gives other ids."""
     from tokenizers import Tokenizer as Theirs
 
@@ -347,13 +349,13 @@ def compare(ours: Tokenizer, text: str, whole: dict[str, Any], path: Path) -> No
         theirs.no_truncation()
         theirs.no_padding()
         if odd := [t for t in whole["added_tokens"] if theirs.token_to_id(t["content"]) != t["id"]]:
-            raise Refused(f"added_tokens: {odd[0]['content']!r:.40} has another id there")
+            raise Refusal(f"added_tokens: {odd[0]['content']!r:.40} has another id there")
         if isinstance(ours, BPETokenizer):
-            compare_words(ours.pattern, theirs, texts)
+            check_words(ours.pattern, theirs, texts)
         for words in texts:
             if theirs.encode(words).ids != first + ours.encode(words):
-                raise Refused(f"model: makes other ids of {words!r:.40}")
-    except Refused as refused:
+                raise Refusal(f"model: makes other ids of {words!r:.40}")
+    except Refusal as refused:
         raise ConfigError(f"{path}: {refused}") from None
     except BaseException as error:  # noqa: BLE001 - a panic of theirs is no Exception
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
@@ -362,8 +364,8 @@ def compare(ours: Tokenizer, text: str, whole: dict[str, Any], path: Path) -> No
         raise DataError(f"{path}: {why}") from None
 
 
-def compare_words(pattern: str, theirs: Any, texts: list[str]) -> None:
-    """Raises Refused where words are cut otherwise, whatever tokens this vocabulary has for them.
+def check_words(pattern: str, theirs: Any, texts: list[str]) -> None:
+    """Raises Refusal where words are cut otherwise, whatever tokens this vocabulary has for them.
 
     Every word of theirs is a token of its own here, and so are any two that a pattern of ours
     might take together.
@@ -377,4 +379,4 @@ def compare_words(pattern: str, theirs: Any, texts: list[str]) -> None:
     ours = BPETokenizer("bpe", "words", pattern, {token: i for i, token in enumerate(tokens)}, None)
     for words, row in zip(texts, rows, strict=True):
         if [ours.token_bytes(i) for i in ours.encode(words)] != row:
-            raise Refused(f"pre_tokenizer: cuts {words!r:.40} otherwise")
+            raise Refusal(f"pre_tokenizer: cuts {words!r:.40} otherwise")

@@ -2,6 +2,7 @@
 
 GPT-2's linear layers are stored transposed there (`Conv1D`), nanoGPT's under the same names are
 not. Llama has a matrix each for queries, keys, values, for the gate and for what it lets through.
+Ours, not transformers' loading: that only warns of a weight that is missing or of no use.
 """
 
 import json
@@ -63,8 +64,8 @@ BARE = {
 LINEAR = ("attention.qkv", "attention.output", "mlp.up", "mlp.down")
 
 
-class Place(NamedTuple):
-    """Where a tensor of ours is in their file."""
+class TensorNames(NamedTuple):
+    """The name of a tensor of ours, and what it is called in their file."""
 
     ours: str
     theirs: tuple[str, ...]
@@ -72,16 +73,18 @@ class Place(NamedTuple):
     transposed: bool
 
 
-def places(model: ModelConfig, family: str, *, transposed: bool = True) -> Iterator[Place]:
+def tensor_names(
+    model: ModelConfig, family: str, *, transposed: bool = True
+) -> Iterator[TensorNames]:
     """Every tensor that a model may have; biases too, whether it has them or not."""
     for kind in ("weight", "bias"):
         for ours, theirs in TOP[family].items():
-            yield Place(f"{ours}.{kind}", (f"{theirs}.{kind}",), transposed=False)
+            yield TensorNames(f"{ours}.{kind}", (f"{theirs}.{kind}",), transposed=False)
         for layer in range(model.n_layer):
             for ours, names in BLOCK[family].items():
                 flips = transposed and family == "gpt2" and ours in LINEAR and kind == "weight"
                 there = tuple(f"{LAYERS[family]}.{layer}.{name}.{kind}" for name in names)
-                yield Place(f"blocks.{layer}.{ours}.{kind}", there, flips)
+                yield TensorNames(f"blocks.{layer}.{ours}.{kind}", there, flips)
 
 
 def export_tensors(
@@ -89,19 +92,19 @@ def export_tensors(
 ) -> dict[str, Tensor]:
     """Our tensors under their names. GPT-2 always has biases: zeros where we have none."""
     out: dict[str, Tensor] = {}
-    for ours, theirs, transposed in places(model, family):
+    for ours, theirs, transposed in tensor_names(model, family):
         tensor = tensors.get(ours)
-        if tensor is None and family == "gpt2" and has_bias(ours):
+        if tensor is None and family == "gpt2" and is_gpt2_bias(ours):
             tensor = torch.zeros(len(tensors[ours.replace("bias", "weight")]))
         if tensor is None:
             continue
-        parts = tensor.split(heights(model, theirs) or len(tensor))
+        parts = tensor.split(row_counts(model, theirs) or len(tensor))
         for name, rows in zip(theirs, parts, strict=True):
             out[name] = (rows.T if transposed else rows).contiguous()
     return out
 
 
-def heights(model: ModelConfig, names: tuple[str, ...]) -> list[int] | None:
+def row_counts(model: ModelConfig, names: tuple[str, ...]) -> list[int] | None:
     """Rows of each matrix that is part of one of ours; None where there is but one."""
     if len(names) == 1:
         return None
@@ -110,7 +113,7 @@ def heights(model: ModelConfig, names: tuple[str, ...]) -> list[int] | None:
     return [width * n for n in heads] if len(names) == 3 else [model.mlp_width] * 2
 
 
-def has_bias(name: str) -> bool:
+def is_gpt2_bias(name: str) -> bool:
     """Whether GPT-2 has this bias."""
     return name.endswith(".bias") and "embedding" not in name and not name.startswith("head")
 
@@ -123,10 +126,10 @@ def import_tensors(
     if len(left) < len(tensors):
         raise CheckpointError("two weights of one name, with and without what stands before it")
     out: dict[str, Tensor] = {}
-    for ours, theirs, flips in places(model, family, transposed=transposed):
+    for ours, theirs, flips in tensor_names(model, family, transposed=transposed):
         if left.keys() >= set(theirs):  # some of three would be lost in silence
             parts = [left.pop(name) for name in theirs]
-            rows = heights(model, theirs)
+            rows = row_counts(model, theirs)
             if rows and [len(part) for part in parts] != rows:
                 sizes = "num_attention_heads, num_key_value_heads or intermediate_size"
                 raise CheckpointError(f"{', '.join(theirs)}: {sizes} mean {rows} rows")

@@ -116,7 +116,7 @@ def make_config(
 
 
 def shape_of(model: ModelConfig) -> dict[str, Any]:
-    return gpt2(model) if family_of(model) == "gpt2" else llama(model)
+    return gpt2_shape(model) if family_of(model) == "gpt2" else llama_shape(model)
 
 
 def pdrops(model: ModelConfig, dropout: DropoutConfig) -> dict[str, float]:
@@ -125,7 +125,7 @@ def pdrops(model: ModelConfig, dropout: DropoutConfig) -> dict[str, float]:
     return {name: min(rates[site] for site in sites) for name, sites in carried.items()}
 
 
-def gpt2(model: ModelConfig) -> dict[str, Any]:
+def gpt2_shape(model: ModelConfig) -> dict[str, Any]:
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
@@ -140,7 +140,7 @@ def gpt2(model: ModelConfig) -> dict[str, Any]:
     }
 
 
-def llama(model: ModelConfig) -> dict[str, Any]:
+def llama_shape(model: ModelConfig) -> dict[str, Any]:
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -163,30 +163,30 @@ def lost_sites(dropout: DropoutConfig, family: str) -> list[str]:
     """Sites that drop and have no rate of their own there, or more to them than a rate."""
     plan, carried = dropout.plan(), PDROPS[family]
     home = {site: sites for sites in carried.values() for site in sites}
-    told = []
+    lost = []
     for site, about in plan.items():
         if about.rate == 0:
             continue
         if site not in home:
-            told.append(f"{site} {about.rate:g}")
+            lost.append(f"{site} {about.rate:g}")
         elif any(plan[other].rate < about.rate for other in home[site]):
-            told.append(f"{site} {about.rate:g} (one rate for {' and '.join(home[site])})")
+            lost.append(f"{site} {about.rate:g} (one rate for {' and '.join(home[site])})")
         elif about.locked or about.profile != "constant":
-            told.append(f"{site}'s {'locked masks' if about.locked else 'profile'}")
+            lost.append(f"{site}'s {'locked masks' if about.locked else 'profile'}")
     if dropout.schedule.mode != "standard" or dropout.schedule.shape != "constant":
-        told.append("the schedule")
-    return told
+        lost.append("the schedule")
+    return lost
 
 
-def read(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a directory. Raises ConfigError."""
-    config = read_file(folder / "config.json")
+    config = read_mapping(folder / "config.json")
     if config is None:
         raise ConfigError(f"{folder}: not a Hugging Face directory (no config.json)")
     return config
 
 
-def read_file(path: Path) -> dict[str, Any] | None:
+def read_mapping(path: Path) -> dict[str, Any] | None:
     """A mapping in JSON; None where there is no file. Raises ConfigError."""
     try:
         value = json.loads(storage.read_regular(path.resolve(), MOST_BYTES))
@@ -199,29 +199,30 @@ def read_file(path: Path) -> dict[str, Any] | None:
     return value
 
 
-class Ends(NamedTuple):
+class EndTokens(NamedTuple):
     ids: list[int]
     """Generation stops after each."""
-    said: bool
-    """By the model itself; else they are what its family means."""
+    explicit: bool
+    """Whether the model itself names them; else they are what its family means."""
 
 
-def ends(folder: Path) -> Ends:
-    """The word of generation_config.json, else that of config.json. Raises ConfigError."""
-    config = read_file(folder / "config.json") or {}
-    generation = read_file(folder / "generation_config.json") or {}
+def read_end_tokens(folder: Path) -> EndTokens:
+    """Those of generation_config.json, else those of config.json. Raises ConfigError."""
+    config = read_mapping(folder / "config.json") or {}
+    generation = read_mapping(folder / "generation_config.json") or {}
     for name, values in (("generation_config.json", generation), ("config.json", config)):
         value = values.get("eos_token_id")
         ids = value if isinstance(value, list) else [] if value is None else [value]
         if not all(type(i) is int for i in ids):
             raise ConfigError(f"{folder / name}: eos_token_id: {value!r:.40} is no id nor a list")
         if ids:
-            return Ends(ids, True)
+            return EndTokens(ids, explicit=True)
     default = DEFAULTS.get(str(config.get("model_type")), {}).get("eos_token_id")
-    return Ends([] if default is None or "eos_token_id" in config else [default], False)
+    ids = [] if default is None or "eos_token_id" in config else [default]
+    return EndTokens(ids, explicit=False)
 
 
-def complete(config: dict[str, Any]) -> dict[str, Any]:
+def with_defaults(config: dict[str, Any]) -> dict[str, Any]:
     """A config.json with what its family means where it is silent."""
     family = config["model_type"]
     renamed = ALIASES if family == "gpt2" else {}
@@ -229,27 +230,27 @@ def complete(config: dict[str, Any]) -> dict[str, Any]:
     return {**DEFAULTS[family], **config, **named}
 
 
-def sections(config: dict[str, Any], place: str) -> dict[str, Any]:
+def run_sections(config: dict[str, Any], place: str) -> dict[str, Any]:
     """The sections `model`, `dropout` and `data`, as in YAML, that a config.json describes.
 
     Raises ConfigError naming every field that no run can have.
     """
     family = config.get("model_type")
-    readers = {"gpt2": read_gpt2, "llama": read_llama}
-    if family not in readers:
+    model_sections = {"gpt2": gpt2_section, "llama": llama_section}
+    if family not in model_sections:
         raise ConfigError(f"{place}: model_type {family!r:.40}; gptlite reads gpt2 and llama")
     try:
-        whole = complete(config)
-        model = readers[family](whole)
+        whole = with_defaults(config)
+        model = model_sections[family](whole)
         silent = whole.keys() - config.keys()
-        if problems := [f"{place}: {told}" for told in misfits(whole, model, silent)]:
+        if problems := [f"{place}: {problem}" for problem in model_problems(whole, model, silent)]:
             raise ConfigError(*problems)
         return own_sections(whole, model) or {"model": model, "dropout": dropout_of(whole)}
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise ConfigError(f"{place}: not a config of {family} ({error!r:.100})") from None
 
 
-def read_gpt2(config: dict[str, Any]) -> dict[str, Any]:
+def gpt2_section(config: dict[str, Any]) -> dict[str, Any]:
     activation = str(config["activation_function"])
     theirs = {name: ours for ours, name in ACTIVATIONS.items()}
     return {
@@ -263,7 +264,7 @@ def read_gpt2(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def read_llama(config: dict[str, Any]) -> dict[str, Any]:
+def llama_section(config: dict[str, Any]) -> dict[str, Any]:
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     activation = config["hidden_act"]
     return {
@@ -280,7 +281,7 @@ def read_llama(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def misfits(
+def model_problems(
     config: dict[str, Any], model: dict[str, Any], silent: Collection[str]
 ) -> Iterator[str]:
     """Each field whose value no model here can have; of `silent` ones the file says nothing."""

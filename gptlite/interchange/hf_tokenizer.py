@@ -1,7 +1,8 @@
 """Our tokenizers → Hugging Face's files, id for id. No torch.
 
 A byte-level BPE is written as merges (each rank is the merge of two earlier tokens), bytes as a
-BPE without merges, characters as a BPE without merges whose letters are all there is.
+BPE without merges, characters as a BPE without merges whose letters are all there is. The merges
+are found here, as `tokenizers` cannot read ranks, and transformers, which can, is no dependency.
 """
 
 import math
@@ -36,13 +37,14 @@ def make_files(
         **special,
         **({"gptlite_unknown": tokenizer.unknown} if isinstance(tokenizer, CharTokenizer) else {}),
     }
-    whole = document(tokenizer)
+    whole = tokenizer_json(tokenizer)
     if begin is not None:
         whole["post_processor"] = template(name_of[begin], begin)
     return {"tokenizer.json": whole, "tokenizer_config.json": config}
 
 
-def document(tokenizer: Tokenizer) -> dict[str, Any]:
+def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The content of tokenizer.json, without what stands before every text."""
     by_id = sorted(tokenizer.specials.items(), key=lambda item: item[1])
     model: dict[str, Any] = {"type": "BPE", "fuse_unk": False, "byte_fallback": False}
     model |= {"unk_token": None, "ignore_merges": False, "merges": []}
@@ -62,7 +64,9 @@ def document(tokenizer: Tokenizer) -> dict[str, Any]:
         if tokenizer.replacement is not None:
             model["unk_token"] = "\ufffd" if "\ufffd" not in vocabulary else "<|unknown|>"
             vocabulary[model["unk_token"]] = tokenizer.replacement
-        model["vocab"], pre_tokenizer, decoder = vocabulary, None, {"type": "Fuse"}
+        model["vocab"] = vocabulary
+        pre_tokenizer = None
+        decoder = {"type": "Fuse"}
     else:
         model["vocab"] = {character: byte for byte, character in enumerate(SYMBOLS)}
     return {
@@ -103,13 +107,13 @@ def merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
     found = []
     for token, _ in sorted(ranks.items(), key=lambda item: item[1]):
         if len(token) > 1:
-            parts = parts_of(token, ranks)
+            parts = merged_parts(token, ranks)
             if len(parts) == 2:  # else no merge ever makes it: only `ignore_merges` finds it
                 found.append((parts[0], parts[1]))
     return found
 
 
-def parts_of(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
+def merged_parts(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
     """What merging makes of a token's bytes before it makes the token itself."""
     parts = [bytes([byte]) for byte in token]
     while len(parts) > 2:

@@ -21,12 +21,14 @@ DEFAULTS = {
 """What its GPTConfig assumes."""
 
 
-def read(path: Path, meta: Path | None) -> tuple[dict[str, Any], int, Tokenizer, dict[str, Tensor]]:
+def read_checkpoint(
+    path: Path, meta: Path | None
+) -> tuple[dict[str, Any], int, Tokenizer, dict[str, Tensor]]:
     """Sections of the run, size of the vocabulary, tokenizer, and weights under their names.
 
     Raises CheckpointError, ConfigError.
     """
-    saved = torch_file.read(path)
+    saved = torch_file.read_torch_file(path)
     try:
         arguments, tensors = {**DEFAULTS, **saved["model_args"]}, saved["model"]
         model = {
@@ -40,10 +42,10 @@ def read(path: Path, meta: Path | None) -> tuple[dict[str, Any], int, Tokenizer,
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path}: not a checkpoint of nanoGPT ({error!r:.100})") from None
     sections = {"model": model, "dropout": {"preset": "nanogpt", "rate": rate}}
-    return sections, vocab_size, tokenizer_of(path, vocab_size, meta), tensors
+    return sections, vocab_size, find_tokenizer(path, vocab_size, meta), tensors
 
 
-def tokenizer_of(path: Path, vocab_size: int, meta: Path | None) -> Tokenizer:
+def find_tokenizer(path: Path, vocab_size: int, meta: Path | None) -> Tokenizer:
     """The characters of a meta.pkl, or GPT-2's vocabulary where the size is its."""
     beside = path.with_name("meta.pkl")
     if meta is None and vocab_size in GPT2_VOCABULARIES:
@@ -53,7 +55,7 @@ def tokenizer_of(path: Path, vocab_size: int, meta: Path | None) -> Tokenizer:
             f"{path}: the tokenizer of {vocab_size} tokens is not in it; give the meta.pkl that "
             "nanoGPT's prepare.py wrote: --meta data/NAME/meta.pkl"
         )
-    made = characters_of(meta or beside)
+    made = read_characters(meta or beside)
     if made.vocab_size != vocab_size:
         raise ConfigError(
             f"{meta or beside}: has {made.vocab_size} characters, but {path} a vocabulary of "
@@ -62,7 +64,8 @@ def tokenizer_of(path: Path, vocab_size: int, meta: Path | None) -> Tokenizer:
     return made
 
 
-def characters_of(path: Path) -> CharTokenizer:
+def read_characters(path: Path) -> CharTokenizer:
+    """The tokenizer of a meta.pkl."""
     try:
         itos = torch_file.read_pickle(path)["itos"]
         letters = [itos[number] for number in range(len(itos))]

@@ -2,7 +2,8 @@
 
 Such a file is a zip of raw numbers and one pickle that says what they are. The pickle is taken
 apart as a list of instructions, of which only those that make plain values are followed; a call is
-never made: a tensor's becomes a Stored, an ordered dict's a dict, any other an Opaque.
+never made: a tensor's becomes a StoredTensor, an ordered dict's a dict, any other an Opaque.
+Ours, not torch.load(weights_only=True): that unpickles by an allow-list, and no pickle is the rule.
 """
 
 import math
@@ -38,7 +39,7 @@ class Opaque(NamedTuple):
     name: str
 
 
-class Stored(NamedTuple):
+class StoredTensor(NamedTuple):
     """A tensor's place among the raw numbers."""
 
     storage: tuple[Any, ...]
@@ -51,7 +52,7 @@ class Mark:
     """Where a list of arguments begins on the stack."""
 
 
-def read(path: Path) -> Any:
+def read_torch_file(path: Path) -> Any:
     """The value that torch.save wrote, its tensors read. Raises CheckpointError."""
     try:
         with (
@@ -60,7 +61,7 @@ def read(path: Path) -> Any:
         ):
             names = {name.partition("/")[2]: name for name in archive.namelist()}
             value = plain_values(read_entry(archive, names["data.pkl"], MOST_PICKLE_BYTES))
-            return with_tensors(value, lambda key: read_entry(archive, names[f"data/{key}"]))
+            return make_tensors(value, lambda key: read_entry(archive, names[f"data/{key}"]))
     except (OSError, zipfile.BadZipFile) as error:
         why = getattr(error, "strerror", None) or f"not a file that torch saved ({error})"
         raise CheckpointError(f"{path}: {why}") from None
@@ -110,18 +111,18 @@ def plain_values(pickled: bytes) -> Any:
         elif name in GETS:
             stack.append(memo[argument])
         elif name not in NO_VALUE:
-            combine(name, argument, stack)
+            apply_instruction(name, argument, stack)
     raise ValueError("no end")
 
 
-def combine(name: str, argument: Any, stack: list[Any]) -> None:
+def apply_instruction(name: str, argument: Any, stack: list[Any]) -> None:
     """An instruction that makes one value of those on top of the stack."""
     if name == "GLOBAL":
         stack.append(Opaque(argument.replace(" ", ".")))
     elif name == "STACK_GLOBAL":
         stack[-2:] = [Opaque(f"{stack[-2]}.{stack[-1]}")]
     elif name in ("REDUCE", "NEWOBJ"):
-        stack[-2:] = [call_known(stack[-2], stack[-1])]
+        stack[-2:] = [stand_in(stack[-2], stack[-1])]
     elif name == "BUILD":  # what is set on an object; ours are plain
         stack.pop()
     elif name == "TUPLE":
@@ -131,10 +132,10 @@ def combine(name: str, argument: Any, stack: list[Any]) -> None:
     elif name in ITEMS:
         values = stack[-ITEMS[name] :]
         del stack[-ITEMS[name] :]
-        put(stack[-1], values)
+        add_items(stack[-1], values)
     elif name in ("APPENDS", "SETITEMS"):
         values = above_mark(stack)
-        put(stack[-1], values)
+        add_items(stack[-1], values)
     else:
         raise ValueError(f"an instruction {name}")
 
@@ -146,7 +147,7 @@ def above_mark(stack: list[Any]) -> list[Any]:
     return values
 
 
-def put(target: Any, values: list[Any]) -> None:
+def add_items(target: Any, values: list[Any]) -> None:
     if isinstance(target, dict):
         target.update(zip(values[::2], values[1::2], strict=True))
     elif isinstance(target, list):
@@ -165,30 +166,30 @@ EMPTY: dict[str, Callable[[], Any]] = {"EMPTY_DICT": dict, "EMPTY_LIST": list}
 PUTS = {"MEMOIZE", "BINPUT", "LONG_BINPUT"}
 GETS = {"BINGET", "LONG_BINGET"}
 NO_VALUE = {"PROTO", "FRAME", "BINPERSID"}
-"""BINPERSID says that the tuple on top stands for raw numbers; who reads a Stored knows."""
+"""BINPERSID says that the tuple on top stands for raw numbers; who reads a StoredTensor knows."""
 TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 ITEMS = {"APPEND": 1, "SETITEM": 2}
 
 
-def call_known(function: Any, arguments: Any) -> Any:
+def stand_in(function: Any, arguments: Any) -> Any:
     """What stands for a call: only these three have a meaning here."""
     if not isinstance(function, Opaque):
         raise TypeError("a call of what is no name")
     if function.name == "collections.OrderedDict":
         return {}
     if function.name == "torch._utils._rebuild_tensor_v2":
-        return Stored(*arguments[:4])
+        return StoredTensor(*arguments[:4])
     if function.name == "torch._utils._rebuild_parameter":
         return arguments[0]
     return function
 
 
-def with_tensors(value: Any, raw: Callable[[str], bytes]) -> Any:
-    """The value with a tensor for every Stored; what is named twice is made once."""
+def make_tensors(value: Any, raw: Callable[[str], bytes]) -> Any:
+    """The value with a tensor for every StoredTensor; what is named twice is made once."""
     flat: dict[str, Tensor] = {}
     done: dict[int, Any] = {}
 
-    def tensor(place: Stored) -> Tensor:
+    def tensor(place: StoredTensor) -> Tensor:
         _, kind, key, *_ = place.storage
         dtype = DTYPES[kind.name.removeprefix("torch.")]
         if 0 in place.size:
@@ -206,7 +207,7 @@ def with_tensors(value: Any, raw: Callable[[str], bytes]) -> Any:
     def walk(part: Any) -> Any:
         if id(part) in done:
             return done[id(part)]
-        if isinstance(part, Stored):
+        if isinstance(part, StoredTensor):
             done[id(part)] = tensor(part)
         elif isinstance(part, dict):
             done[id(part)] = {name: walk(inside) for name, inside in part.items()}

@@ -71,15 +71,15 @@ def import_model(source: str, out: Path | None, meta: Path | None) -> Path:
 
 def from_folder(folder: Path) -> Foreign:
     """A directory of Hugging Face's; the Hub's own are links to files named by their content."""
-    config = hf_config.read(folder)
-    sections = hf_config.sections(config, str(folder / "config.json"))
-    tokenizer = foreign_tokenizer.read(folder)
+    config = hf_config.read_config(folder)
+    sections = hf_config.run_sections(config, str(folder / "config.json"))
+    tokenizer = foreign_tokenizer.import_tokenizer(folder)
     if tokenizer.marks.begin != tokenizer.eot:  # as changed elsewhere, whatever we noted
         sections.pop("data", None)
     model = make_run_config(sections, tokenizer).model
     with name_source(folder):
         tensors = hf.import_tensors(model, hf_config.family_of(model), hf.read_folder(folder))
-        vocab_size = hf_config.complete(config)["vocab_size"]
+        vocab_size = hf_config.with_defaults(config)["vocab_size"]
         context = model.context_length
         check_rows(tensors, "config.json", vocab_size=vocab_size, n_positions=context)
     if not model.bias and hf_config.family_of(model) == "gpt2":
@@ -91,7 +91,7 @@ def from_folder(folder: Path) -> Foreign:
 
 
 def from_nanogpt(path: Path, meta: Path | None) -> Foreign:
-    sections, vocab_size, tokenizer, tensors = nanogpt.read(path, meta)
+    sections, vocab_size, tokenizer, tensors = nanogpt.read_checkpoint(path, meta)
     model = make_run_config(sections, tokenizer).model
     with name_source(path):
         ours = hf.import_tensors(model, "gpt2", tensors, transposed=False)

@@ -88,8 +88,10 @@ def sections(source: str) -> dict[str, dict[str, Any]]:
         return {name: stored.get(name) or {} for name in ("model", "tokenizer")}
     if not is_hugging_face(source):
         return {}
-    model = hf_config.sections(hf_config.read(Path(source)), f"{source}/config.json")["model"]
-    return {"model": model, "tokenizer": section_of(foreign_tokenizer.read(Path(source)))}
+    config = hf_config.read_config(Path(source))
+    model = hf_config.run_sections(config, f"{source}/config.json")["model"]
+    tokenizer = foreign_tokenizer.import_tokenizer(Path(source))
+    return {"model": model, "tokenizer": section_of(tokenizer)}
 
 
 def given_tokenizer(run: RunConfig) -> Tokenizer | None:
@@ -106,7 +108,7 @@ def tokenizer_of(source: str) -> Tokenizer:
             f"init_from: {source}: not a run, a checkpoint of one, or a Hugging Face directory; "
             "files that hold pickles, such as .pt and .pth, are never loaded"
         )
-    return foreign_tokenizer.read(Path(source))
+    return foreign_tokenizer.import_tokenizer(Path(source))
 
 
 def section_of(tokenizer: Tokenizer) -> dict[str, Any]:

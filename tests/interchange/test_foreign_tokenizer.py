@@ -37,7 +37,7 @@ def special(number: int, name: str, **more: Any) -> dict[str, Any]:
 
 def plain_bpe(*names: str) -> dict[str, Any]:
     """A tokenizer.json as GPT-2's, with these special tokens behind the text's."""
-    whole = json.loads(json.dumps(hf_tokenizer.document(LEARNED)))
+    whole = json.loads(json.dumps(hf_tokenizer.tokenizer_json(LEARNED)))
     whole["pre_tokenizer"] = {**hf_tokenizer.BYTES, "use_regex": True}
     whole["model"]["ignore_merges"] = False
     whole["added_tokens"] = [special(N + i, name) for i, name in enumerate(names)]
@@ -52,7 +52,7 @@ def write(folder: Path, whole: dict[str, Any], **files: Any) -> None:
 
 def read(folder: Path, whole: dict[str, Any], **files: Any) -> Tokenizer:
     write(folder, whole, **files)
-    made = foreign_tokenizer.read(folder)
+    made = foreign_tokenizer.import_tokenizer(folder)
     again = from_json(made.to_json())
     assert (again.to_json(), again.specials) == (made.to_json(), made.specials)
     return made
@@ -199,7 +199,7 @@ def test_vocab_and_merges_alone_say_what_to_do(tmp_path: Path) -> None:
     for name in ("vocab.json", "merges.txt"):
         (tmp_path / name).write_text("{}")
     with pytest.raises(DataError) as refused:
-        foreign_tokenizer.read(tmp_path)
+        foreign_tokenizer.import_tokenizer(tmp_path)
     told = str(refused.value)
     assert "vocab.json and merges.txt alone do not say how text is cut" in told
     assert f"AutoTokenizer.from_pretrained({str(tmp_path)!r}).save_pretrained" in told
@@ -294,7 +294,7 @@ def test_an_end_that_is_no_id_is_refused(tmp_path: Path) -> None:
 
 def test_characters_and_bytes_are_read_as_strictly(tmp_path: Path) -> None:
     whole = json.loads(
-        json.dumps(hf_tokenizer.document(CharTokenizer("abc", eot=True, unknown="replace")))
+        json.dumps(hf_tokenizer.tokenizer_json(CharTokenizer("abc", eot=True, unknown="replace")))
     )
     assert read(tmp_path, whole).encode("abz") == [0, 1, 3]
     for edit, told in (

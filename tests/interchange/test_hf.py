@@ -332,7 +332,7 @@ def test_ids_are_equal_on_ten_thousand_texts(hugging_face: dict[str, Any], name:
 def test_a_tokenizer_comes_back_as_it_was(tmp_path: Path, name: str) -> None:
     for file, value in hf_tokenizer.make_files(OURS[name], 64).items():
         storage.write_json(tmp_path / file, value)
-    back, ours = foreign_tokenizer.read(tmp_path), OURS[name]
+    back, ours = foreign_tokenizer.import_tokenizer(tmp_path), OURS[name]
     for text in (prose(50), "é漢 '12345'\n\n x", ""):
         known = "".join(c for c in text if c in CHARACTERS)
         assert back.encode(known) == ours.encode(known)
@@ -342,7 +342,7 @@ def test_a_tokenizer_comes_back_as_it_was(tmp_path: Path, name: str) -> None:
 
 
 def test_a_tokenizer_of_another_make_is_refused(tmp_path: Path) -> None:
-    whole = json.loads(json.dumps(hf_tokenizer.document(LEARNED)))
+    whole = json.loads(json.dumps(hf_tokenizer.tokenizer_json(LEARNED)))
     path = tmp_path / "tokenizer.json"
     wordpiece = {**whole["model"], "type": "WordPiece"}
     for change in (
@@ -355,11 +355,11 @@ def test_a_tokenizer_of_another_make_is_refused(tmp_path: Path) -> None:
     ):
         path.write_text(json.dumps({**whole, **change}))
         with pytest.raises((ConfigError, DataError)) as refused:
-            foreign_tokenizer.read(tmp_path)
+            foreign_tokenizer.import_tokenizer(tmp_path)
         assert str(path) in str(refused.value)
     path.write_text("[" * 100_000)
     with pytest.raises(DataError):
-        foreign_tokenizer.read(tmp_path)
+        foreign_tokenizer.import_tokenizer(tmp_path)
 
 
 def test_links_as_the_hub_s_cache_has_them_are_followed(workshop: Workshop) -> None:
@@ -375,15 +375,15 @@ def test_links_as_the_hub_s_cache_has_them_are_followed(workshop: Workshop) -> N
 
 def test_merges_in_another_order_than_ids_are_refused(tmp_path: Path) -> None:
     """Ranks are all that tiktoken knows: it would cut words otherwise than the file says."""
-    whole = json.loads(json.dumps(hf_tokenizer.document(LEARNED)))
+    whole = json.loads(json.dumps(hf_tokenizer.tokenizer_json(LEARNED)))
     path = tmp_path / "tokenizer.json"
     whole["model"]["merges"] = [" ".join(pair) for pair in whole["model"]["merges"]]
     path.write_text(json.dumps(whole))
-    assert foreign_tokenizer.read(tmp_path).encode("the of") == LEARNED.encode("the of")
+    assert foreign_tokenizer.import_tokenizer(tmp_path).encode("the of") == LEARNED.encode("the of")
     whole["model"]["merges"][:2] = whole["model"]["merges"][1::-1]
     path.write_text(json.dumps(whole))
     with pytest.raises(ConfigError, match="not in the order of its ids"):
-        foreign_tokenizer.read(tmp_path)
+        foreign_tokenizer.import_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])

@@ -274,4 +274,4 @@ def test_every_other_family_is_refused_by_its_name(tmp_path: Path) -> None:
     assert len(others) > 50
     for family in others:
         with pytest.raises(ConfigError, match=f"model_type '{family:.30}"):
-            hf_config.sections({"model_type": family}, "config.json")
+            hf_config.run_sections({"model_type": family}, "config.json")

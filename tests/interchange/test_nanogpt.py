@@ -179,7 +179,7 @@ def test_every_tensor_of_a_file_is_what_torch_reads(tmp_path: Path) -> None:
         "large": 2**70,
     }
     torch.save(value, tmp_path / "f.pt")
-    found = torch_file.read(tmp_path / "f.pt")
+    found = torch_file.read_torch_file(tmp_path / "f.pt")
     assert found["list"] == value["list"]
     assert found["large"] == 2**70
     for name, tensor in value.items():
@@ -235,4 +235,4 @@ def test_a_tensor_that_swells_is_refused(tmp_path: Path) -> None:
     """A stride of nothing makes any size of one number."""
     torch.save({"w": torch.zeros(1).expand(1 << 40)}, tmp_path / "f.pt")
     with pytest.raises(CheckpointError, match="outside of its numbers"):
-        torch_file.read(tmp_path / "f.pt")
+        torch_file.read_torch_file(tmp_path / "f.pt")
