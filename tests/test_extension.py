@@ -132,14 +132,18 @@ SUITE: Edits = [
         "SUITES: dict",
         'def count(of):\n    return {"rows": of.rows.n_swept}\n\n\nSUITES: dict',
     ),
-    ("measure/suites.py", '    "loss": loss,\n', '    "loss": loss,\n    "count": count,\n'),
+    (
+        "measure/suites.py",
+        '    "loss": measure_loss,\n',
+        '    "loss": measure_loss,\n    "count": count,\n',
+    ),
 ]
 KIND: Edits = [
     (
         "measure/knockout.py",
         "KINDS: dict",
         "def halves(model):\n    for layer, block in enumerate(blocks(model)):\n"
-        "        yield Place(block.mlp, slice(layer, layer + 1), 0)\n\n\nKINDS: dict",
+        "        yield UnitOutput(block.mlp, slice(layer, layer + 1), 0)\n\n\nKINDS: dict",
     ),
     ("measure/knockout.py", '    "head": heads,\n', '    "head": heads,\n    "mlp": halves,\n'),
 ]

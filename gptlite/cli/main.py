@@ -244,7 +244,7 @@ def evaluate(
             tell_notes(trained)
         world.expects_life(trained.run.distributed.timeout_seconds)
         own = trained.run, trained.tokenizer, split, trained.state.data_digest
-        results = suites.evaluate(
+        results = suites.run_suites(
             trained,
             split,
             names,
@@ -255,11 +255,11 @@ def evaluate(
         )
         if not world.first:
             return
-        save = partial(suites.write, directory, split, step := trained.state.step)
+        save = partial(suites.save_results, directory, split, step := trained.state.step)
         try:
             save(results, dropout_active)
             if "lm-eval" in asked:
-                found = lm_eval.evaluate(trained, split_commas(tasks), include_path, limit)
+                found = lm_eval.run_tasks(trained, split_commas(tasks), include_path, limit)
                 results["lm-eval"] = suites.to_json(found)
                 save({"lm-eval": results["lm-eval"]}, False)
         finally:  # what took so long is not lost with the disk, nor with the next thing

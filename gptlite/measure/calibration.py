@@ -44,7 +44,8 @@ class Guesses(NamedTuple):
 
 @torch.no_grad()
 def guesses(model: GPT, batches: Iterable[Batch], run: RunConfig) -> Guesses:
-    device, parts, n_rows = model.token_embedding.weight.device, [], 0
+    device = model.token_embedding.weight.device
+    parts, n_rows = [], 0
     with evaluating(model), precision(run):
         for batch in batches:
             inputs, targets, real = to_device(batch, device)
@@ -104,21 +105,18 @@ def calibration_error(sums: Floats) -> dict[str, Any]:
     interval are means of those of both, as the halves are not independent.
     """
     halves = sums[::2], sums[1::2]
-    both = [
-        measure_gap(one, other) for one, other in (halves, halves[::-1]) if len(one) and len(other)
-    ]
-    known = {name: [half[name] for half in both] for name in ("value", "low", "high")}
+    both = []
+    for half, other in (halves, halves[::-1]):
+        if len(half) and len(other):
+            gap = half[:, 1] - half[:, 2]  # (rows, bins)
+            direction = np.sign((other[:, 1] - other[:, 2]).sum(0))
+            gaps = (gap * direction).sum(1)
+            both.append(mean_per_target(gaps, half[:, 0].sum(1), "calibration rows"))
+    known = {name: [found[name] for found in both] for name in ("value", "low", "high")}
     return {
         name: None if None in values or not values else float(np.mean(values))
         for name, values in known.items()
     }
-
-
-def measure_gap(one: Floats, other: Floats) -> dict[str, Any]:
-    """How far confidence and accuracy are apart in these rows, in the direction of the others."""
-    gap = one[:, 1] - one[:, 2]  # (rows, bins)
-    direction = np.sign((other[:, 1] - other[:, 2]).sum(0))
-    return mean_per_target((gap * direction).sum(1), one[:, 0].sum(1), "calibration rows")
 
 
 @torch.no_grad()
@@ -131,24 +129,18 @@ def mc_dropout(
 ) -> dict[str, Any]:
     """Loss of predictions averaged over passes with dropout on, beside the plain prediction."""
     torch.manual_seed(key(run.seed, "mc-dropout") >> 1)  # for native masks only
+    device = model.token_embedding.weight.device
     sums: dict[str, list[Tensor]] = {}
     n_rows = 0
     for batch in batches:
-        inputs, targets, real = to_device(batch, model.token_embedding.weight.device)
+        inputs, targets, real = to_device(batch, device)
         rows = np.arange(n_rows, n_rows := n_rows + len(inputs))
-
-        def predicted(number: int | None, args: Any = (inputs, real), rows: Any = rows) -> Tensor:
-            """Probabilities (B, T, V) of one pass; None: dropout off."""
-            active = number is not None
-            keys = sample_keys(run.seed, number or 0, rows).to(args[0].device) if active else None
-            with evaluating(model, dropout_active=active), precision(run):
-                return model(*args, samples=keys).float().softmax(-1)
-
         scored = torch.from_numpy(batch.targets != IGNORED)
         mean, spent = torch.zeros(()), torch.zeros(())
-        parts = {"targets": scored, "deterministic": nats(predicted(None), targets)}
+        plain = predict(model, run, inputs, real, None)
+        parts = {"targets": scored, "deterministic": nats(plain, targets)}
         for number in watch(range(max(passes)), "passes with dropout"):
-            p = predicted(number)
+            p = predict(model, run, inputs, real, sample_keys(run.seed, number, rows).to(device))
             mean, spent = mean + (p - mean) / (number + 1), spent + entropy(p) / max(passes)
             if number + 1 in passes:
                 parts[str(number + 1)] = nats(mean, targets)
@@ -160,6 +152,14 @@ def mc_dropout(
     if not all(np.isfinite(values).all() for values in found.values()):
         raise DivergedError("probabilities are not finite")
     return average_passes(found, passes)
+
+
+def predict(
+    model: GPT, run: RunConfig, inputs: Tensor, real: Tensor | None, keys: Tensor | None
+) -> Tensor:
+    """Probabilities (B, T, V) of one pass with the masks that `keys` name; None: dropout off."""
+    with evaluating(model, dropout_active=keys is not None), precision(run):
+        return model(inputs, real, samples=keys).float().softmax(-1)
 
 
 def average_passes(sums: dict[str, Floats], passes: Sequence[int]) -> dict[str, Any]:

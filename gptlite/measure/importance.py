@@ -17,7 +17,7 @@ from torch.linalg import vector_norm
 from gptlite.core.model import GPT
 from gptlite.measure.intervals import (
     Floats,
-    debiased,
+    debiased_interval,
     holm,
     mean_per_target,
     ratio,
@@ -69,14 +69,14 @@ def importance(subject: Subject, singles: Floats, n_layer: int) -> dict[str, Any
     increase = rise.sum(1) / targets.sum()
     rows = resamples(len(targets), "importance rows")
     replicates = weighted_sums(rows, rise.T) / weighted_sums(rows, targets)[:, None]
-    certain = critical(rise, targets)
+    certain = is_critical(rise, targets)
     per_layer = increase.reshape(n_layer, -1) if len(increase) % n_layer == 0 else increase[None]
     return {
         **{
-            name: share(debiased(float(f(increase)), f(replicates), len(targets)))
+            name: clip_share(debiased_interval(float(f(increase)), f(replicates), len(targets)))
             for name, f in SPREADS.items()
         },
-        "largest": debiased(float(increase.max()), replicates.max(1), len(targets)),
+        "largest": debiased_interval(float(increase.max()), replicates.max(1), len(targets)),
         "mean": mean_per_target(rise.mean(0), targets, "importance rows"),
         "critical_units": int(certain.sum()),
         "split_half": split_half(rise, targets),
@@ -84,12 +84,12 @@ def importance(subject: Subject, singles: Floats, n_layer: int) -> dict[str, Any
     }
 
 
-def share(found: dict[str, Any]) -> dict[str, Any]:
+def clip_share(found: dict[str, Any]) -> dict[str, Any]:
     """An estimate of what lies between 0 and 1, which it may miss by a little."""
     return {name: None if x is None else min(1.0, max(0.0, x)) for name, x in found.items()}
 
 
-def critical(rise: Floats, targets: Floats) -> Any:
+def is_critical(rise: Floats, targets: Floats) -> Any:
     """Units (N,) that cost more than CRITICAL_NATS, and more than nothing at p < 0.01: Student's t
     over rows, Holm's correction over units."""
     n, increase = len(targets), rise.sum(1) / targets.sum()
@@ -131,7 +131,7 @@ def variation(x: Tensor) -> float:
 
 
 @torch.no_grad()
-def norms(model: GPT) -> dict[str, Any]:
+def norm_variation(model: GPT) -> dict[str, Any]:
     """How unequal units are in their weights, per layer: variation of |w_in| |w_out| of neurons and
     of |W_v W_o| of heads. Dropout makes them equal in linear networks (Mianjy et al. 2018)."""
     config = model.config

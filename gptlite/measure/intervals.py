@@ -2,7 +2,8 @@
 
 A model is measured on rows of a split; other rows would have given other numbers. Rows are drawn
 anew, with replacement, and the spread of the results is the interval (Efron 1979). Draws are named,
-so two models measured on the same rows are resampled alike and can be compared in pairs.
+so two models measured on the same rows are resampled alike and can be compared in pairs. That is
+why the bootstrap is ours; Student's t is, because scipy is no dependency.
 """
 
 import math
@@ -56,7 +57,7 @@ def stretch(n: int) -> float:
     return student_quantile(n - 1) / NORMAL * math.sqrt(n / (n - 1))
 
 
-def debiased(value: float, replicates: Floats, n: int) -> dict[str, Any]:
+def debiased_interval(value: float, replicates: Floats, n: int) -> dict[str, Any]:
     """The same for a statistic that noise pushes one way, as it does a maximum or a spread.
 
     Resampling adds the noise once more and pushes it as far again: so much (of the median) is taken
@@ -74,8 +75,8 @@ def weighted_sums(weights: NDArray[Any], values: Floats) -> Floats:
     """
     import torch  # loaded already where a model is measured
 
-    by, of = (torch.as_tensor(x, dtype=torch.float64) for x in (weights, values))
-    sums: Floats = (by @ of).numpy()
+    factors = torch.as_tensor(weights, dtype=torch.float64)
+    sums: Floats = (factors @ torch.as_tensor(values, dtype=torch.float64)).numpy()
     return sums
 
 

@@ -41,8 +41,8 @@ TOKENS_AT_ONCE = 4096
 """Tokens of a forward pass, over several masks if the text is short: what a CPU is fastest at."""
 
 
-class Place(NamedTuple):
-    """A module some of whose output a unit is."""
+class UnitOutput(NamedTuple):
+    """A module of whose output the units are parts."""
 
     module: nn.Module
     units: slice
@@ -55,37 +55,37 @@ def blocks(model: GPT) -> list[Block]:
     return cast(list[Block], list(model.blocks))
 
 
-def heads(model: GPT) -> Iterator[Place]:
+def heads(model: GPT) -> Iterator[UnitOutput]:
     """What each head reads, before the output matrix: (B, H, T, D)."""
     n = model.config.n_head
     for layer, block in enumerate(blocks(model)):
-        yield Place(block.attention.drop_head, slice(layer * n, layer * n + n), 1)
+        yield UnitOutput(block.attention.drop_head, slice(layer * n, layer * n + n), 1)
 
 
-def neurons(model: GPT) -> Iterator[Place]:
+def neurons(model: GPT) -> Iterator[UnitOutput]:
     """Activations of the MLP: (B, T, 4C)."""
     n = model.config.mlp_width
     for layer, block in enumerate(blocks(model)):
-        yield Place(block.mlp.drop_activation, slice(layer * n, layer * n + n), 2)
+        yield UnitOutput(block.mlp.drop_activation, slice(layer * n, layer * n + n), 2)
 
 
-def layers(model: GPT) -> Iterator[Place]:
+def layers(model: GPT) -> Iterator[UnitOutput]:
     """All that a block adds: attention and MLP."""
     for layer, block in enumerate(blocks(model)):
         yield from (
-            Place(part, slice(layer, layer + 1), 0) for part in (block.attention, block.mlp)
+            UnitOutput(part, slice(layer, layer + 1), 0) for part in (block.attention, block.mlp)
         )
 
 
-def dimensions(model: GPT) -> Iterator[Place]:
+def dimensions(model: GPT) -> Iterator[UnitOutput]:
     """One feature of the residual stream, wherever something is written to it."""
     every = slice(0, model.config.n_embd)
-    yield Place(model.drop_embedding, every, 2)
+    yield UnitOutput(model.drop_embedding, every, 2)
     for block in blocks(model):
-        yield from (Place(part, every, 2) for part in (block.attention, block.mlp))
+        yield from (UnitOutput(part, every, 2) for part in (block.attention, block.mlp))
 
 
-KINDS: dict[str, Callable[[GPT], Iterator[Place]]] = {
+KINDS: dict[str, Callable[[GPT], Iterator[UnitOutput]]] = {
     "head": heads,
     "neuron": neurons,
     "layer": layers,
@@ -98,7 +98,7 @@ def n_units(model: GPT, kind: str) -> int:
 
 
 def replace_units(
-    place: Place, gone: Tensor, fill: Tensor, _: Any, __: Any, output: Tensor
+    place: UnitOutput, gone: Tensor, fill: Tensor, _: Any, __: Any, output: Tensor
 ) -> Tensor:
     """A forward hook: the output without the units that are gone, (B, units) at this place."""
     shape = [len(gone)] + [1] * (output.ndim - 1)
@@ -107,8 +107,10 @@ def replace_units(
 
 
 @contextmanager
-def removing(places: Sequence[Place], removed: Tensor, fills: Sequence[Tensor]) -> Iterator[None]:
-    """`removed` (B, N) True for the units that row b of the batch does without."""
+def remove_units(
+    places: Sequence[UnitOutput], removed: Tensor, fills: Sequence[Tensor]
+) -> Iterator[None]:
+    """Inside, row b of a batch does without the units where `removed` (B, N) is True."""
     with ExitStack() as stack:
         for place, fill in zip(places, fills, strict=True):
             gone = removed[:, place.units]
@@ -118,15 +120,14 @@ def removing(places: Sequence[Place], removed: Tensor, fills: Sequence[Tensor]) 
         yield
 
 
-def quietly(work: Iterable[Tensor], _: str) -> Iterable[Tensor]:
-    return work
-
-
 class Subject:
     """A trained model, and the rows of text on which it is measured, dropout off."""
 
-    def __init__(self, model: GPT, run: RunConfig, batch: Batch, watch: Any = quietly) -> None:
-        self.model, self.run, self.watch = model, run, watch
+    def __init__(
+        self, model: GPT, run: RunConfig, batch: Batch, watch: Any = lambda work, _: work
+    ) -> None:
+        self.model, self.run = model, run
+        self.watch = watch
         device = model.token_embedding.weight.device
         self.ids, self.targets, self.real = to_device(batch, device)
         self.n_targets: Floats = (batch.targets != IGNORED).sum(1).astype(np.float64)
@@ -143,7 +144,8 @@ class Subject:
         return float(self.base.sum() / self.n_targets.sum())
 
     @contextmanager
-    def reading(self) -> Iterator[None]:
+    def inference(self) -> Iterator[None]:
+        """Inside, the model runs as it is evaluated: no gradients, dropout off."""
         with torch.no_grad(), evaluating(self.model), precision(self.run):
             yield
 
@@ -162,31 +164,34 @@ class Subject:
         places = list(KINDS[kind](self.model))
         fills = fills or [torch.zeros(())] * len(places)
         rows, out = len(self.ids), []
-        for part in self.watched(kind, fills, removed.to(self.ids.device)):
+        for part in self.split_masks(kind, fills, removed.to(self.ids.device)):
             n = len(part)
             gone = part.repeat_interleave(rows, 0)
-            with self.reading(), removing(places, gone, fills):
+            with self.inference(), remove_units(places, gone, fills):
                 x, scene = self.begin(n)
                 x = x if inputs is None else inputs.repeat(n, 1, 1)
-                out.append(self.end(x, scene, first, n))
+                out.append(self.nats_from(x, scene, first, n))
         return torch.cat(out).numpy()
 
-    def watched(self, kind: str, fills: Sequence[Tensor], work: Tensor) -> Iterable[Tensor]:
-        """Work in parts of as many masks as are best done at once, with a progress bar."""
+    def split_masks(self, kind: str, fills: Sequence[Tensor], masks: Tensor) -> Iterable[Tensor]:
+        """As many masks as are best done at once, with a progress bar."""
         name = f"{kind}s to {'mean' if fills[0].ndim else 'zero'}"
-        return self.watch(work.split(self.at_once), name)
+        return self.watch(masks.split(self.at_once), name)
 
     def begin(self, n: int) -> tuple[Tensor, Scene]:
         """What the first block reads, n times over."""
         real = None if self.real is None else self.real.repeat(n, 1)
         return self.model.begin(self.ids.repeat(n, 1), real)
 
-    def end(self, x: Tensor, scene: Scene, first: int, n: int) -> Tensor:
+    def nats_from(self, x: Tensor, scene: Scene, first: int, n: int) -> Tensor:
         """From what block `first` reads, (n R, T, C), to the nats of each row, (n, R)."""
         x = self.model.onward(x, scene, first)
-        both = (y.split(self.rows_at_once) for y in (x, self.targets.repeat(n, 1)))
-        parts = zip(*both, strict=True)
-        nats = [nats_of(self.model.head(x), wanted, "none") for x, wanted in parts]
+        parts = x.split(self.rows_at_once)
+        targets = self.targets.repeat(n, 1).split(self.rows_at_once)
+        nats = [
+            nats_of(self.model.head(part), wanted, "none")
+            for part, wanted in zip(parts, targets, strict=True)
+        ]
         return torch.cat(nats).view(n, len(self.ids), -1).cpu().double().sum(2)
 
     def outputs(self, modules: Iterable[nn.Module]) -> list[Tensor]:
@@ -196,7 +201,7 @@ class Subject:
         def keep(_: Any, __: Any, output: Tensor) -> None:
             found.append(output)
 
-        with self.reading(), ExitStack() as stack:
+        with self.inference(), ExitStack() as stack:
             for module in modules:
                 stack.callback(module.register_forward_hook(keep).remove)
             self.model.features(self.ids, self.real)
@@ -206,13 +211,13 @@ class Subject:
         """Mean output of each place of a kind over all real tokens, to be put in place of units."""
         places = list(KINDS[kind](self.model))
         outputs = self.outputs(place.module for place in places)
-        return [self.mean(place, output) for place, output in zip(places, outputs, strict=True)]
-
-    def mean(self, place: Place, output: Tensor) -> Tensor:
-        by_token = output.transpose(1, 2) if place.axis == 1 else output  # (B, T, ...)
-        seen = by_token.flatten(0, 1) if self.real is None else by_token[self.real]
-        mean = seen.float().mean(0)
-        return mean[:, None] if place.axis == 1 else mean  # heads: (H, 1, D)
+        found = []
+        for place, output in zip(places, outputs, strict=True):
+            by_token = output.transpose(1, 2) if place.axis == 1 else output  # (B, T, ...)
+            seen = by_token.flatten(0, 1) if self.real is None else by_token[self.real]
+            mean = seen.float().mean(0)
+            found.append(mean[:, None] if place.axis == 1 else mean)  # heads: (H, 1, D)
+        return found
 
     def singles(self, kind: str, fills: Sequence[Tensor] | None = None) -> Floats:
         """Nats of each row without each unit alone, (N, R)."""
@@ -223,14 +228,12 @@ class Subject:
             return self.row_nats(kind, alone, fills)
         # What is before the block of a unit does not change.
         by_layer = alone.split(len(alone) // self.model.config.n_layer)
-        inputs = [self.begin_once(), *self.outputs(self.model.blocks)]
+        with self.inference():
+            embedded, _ = self.begin(1)
+        inputs = [embedded, *self.outputs(self.model.blocks)]
         return np.concatenate(
             [self.row_nats(kind, units, fills, i, inputs[i]) for i, units in enumerate(by_layer)]
         )
-
-    def begin_once(self) -> Tensor:
-        with self.reading():
-            return self.begin(1)[0]
 
     def single_neurons(self, fills: Sequence[Tensor] | None = None) -> Floats:
         """The same for neurons, of which there are many: one writes its activation times its
@@ -242,12 +245,12 @@ class Subject:
         for layer, block in enumerate(blocks(model)):
             change = (fills[layer] - activations[layer].float()).permute(2, 0, 1)  # (M, R, T)
             columns = block.mlp.down.weight.float().T  # (M, C)
-            for units in self.watched("neuron", fills, torch.arange(len(columns))):
+            for units in self.split_masks("neuron", fills, torch.arange(len(columns))):
                 written = change[units, ..., None] * columns[units, None, None]  # (n, R, T, C)
-                with self.reading():
+                with self.inference():
                     _, scene = self.begin(len(units))
                     x = (states[layer] + written).flatten(0, 1)
-                    found.append(self.end(x, scene, layer + 1, len(units)))
+                    found.append(self.nats_from(x, scene, layer + 1, len(units)))
         return torch.cat(found).numpy()
 
 
@@ -273,7 +276,7 @@ def curve(
     return nats[which.reshape(-1)].reshape(len(counts), len(rank), -1)
 
 
-def resample(nats: Floats, n_targets: Floats, name: str) -> Floats:
+def curve_replicates(nats: Floats, n_targets: Floats, name: str) -> Floats:
     """Losses of a curve (F, K, R) over resampled rows and masks, (RESAMPLES, F)."""
     rows = resamples(nats.shape[2], f"{name} rows")
     masks = resamples(nats.shape[1], f"{name} masks") / nats.shape[1]
@@ -281,7 +284,7 @@ def resample(nats: Floats, n_targets: Floats, name: str) -> Floats:
     return sums / weighted_sums(rows, n_targets)[:, None]
 
 
-def retained(losses: Floats, unigram: Floats) -> Floats:
+def retained_skill(losses: Floats, unigram: Floats) -> Floats:
     """Skill left: 1 with nothing removed, 0 where the model knows no more than the unigrams.
 
     `losses` (..., F) whose first is with nothing removed, `unigram` (...).
@@ -325,19 +328,22 @@ def knockout(
     total, found = subject.n_targets.sum(), {}
     for name, part in zip(orders, np.split(nats, (n_masks, n_masks + 1), axis=1), strict=True):
         losses = part.mean(1).sum(1) / total
-        replicates = resample(part, subject.n_targets, "knockout")
+        replicates = curve_replicates(part, subject.n_targets, "knockout")
         n = part.shape[2] if part.shape[1] == 1 else min(part.shape[1:])
-        bounds = [interval(*both, n) for both in zip(losses.tolist(), replicates.T, strict=True)]
+        bounds = [
+            interval(loss, drawn, n)
+            for loss, drawn in zip(losses.tolist(), replicates.T, strict=True)
+        ]
         found[name] = {
             "loss": losses.tolist(),
             "low": [bound["low"] for bound in bounds],
             "high": [bound["high"] for bound in bounds],
-            **skill(subject, losses, replicates, unigram_nats, fractions, n),
+            **describe_skill(subject, losses, replicates, unigram_nats, fractions, n),
         }
     return found
 
 
-def skill(
+def describe_skill(
     subject: Subject,
     losses: Floats,
     replicates: Floats,
@@ -348,13 +354,14 @@ def skill(
     """Retained skill along a curve, the area under it and where half of it is gone, of a model
     that has some."""
     targets = subject.n_targets
-    left = retained(losses, unigram_nats.sum() / targets.sum())
+    left = retained_skill(losses, unigram_nats.sum() / targets.sum())
     rows = resamples(len(targets), "knockout rows")
     if is_above_zero(unigram_nats - subject.base, "knockout rows"):
-        others = retained(
+        others = retained_skill(
             replicates, weighted_sums(rows, unigram_nats) / weighted_sums(rows, targets)
         )
-        area, areas = (np.trapezoid(x, fractions, axis=-1) for x in (left, others))
+        area = np.trapezoid(left, fractions, axis=-1)
+        areas = np.trapezoid(others, fractions, axis=-1)
         found = {
             "retained_area": interval(float(area), areas, n),
             "half_at": interval(float(half_at(left, fractions)), half_at(others, fractions), n),

@@ -34,7 +34,7 @@ MOST_NEW_TOKENS = 256
 Request = tuple[tuple[str, str], list[int], list[int]]
 
 
-class Subject(TemplateLM):  # type: ignore[misc]
+class HarnessModel(TemplateLM):  # type: ignore[misc]
     """A run as the harness sees a model."""
 
     def __init__(self, trained: LanguageModel) -> None:
@@ -62,14 +62,14 @@ class Subject(TemplateLM):  # type: ignore[misc]
         with tqdm(total=len(order), desc="lm-eval", disable=self.quiet, leave=False) as bar:
             for start in range(0, len(order), size):
                 part = order[start : start + size]
-                found = self.scored([requests[i][1:] for i in part])
+                found = self.score([requests[i][1:] for i in part])
                 for i, answer in zip(part, found, strict=True):
                     answers[i] = answer
                 bar.update(len(part))
         return answers
 
     @torch.no_grad()
-    def scored(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
+    def score(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
         """Of (context, continuation) each; what is longer than the model sees is cut in front."""
         rows = [(before + after)[-(self.context_length + 1) :] for before, after in pairs]
         width = max(len(row) for row in rows) - 1
@@ -135,7 +135,7 @@ class Subject(TemplateLM):  # type: ignore[misc]
         return answers
 
 
-def evaluate(
+def run_tasks(
     trained: LanguageModel, tasks: list[str], include_path: Path | None, limit: int | None
 ) -> dict[str, Any]:
     """Results by task and metric. Raises ConfigError for a task that is not known."""
@@ -152,7 +152,11 @@ def evaluate(
         # The harness talks where only results belong.
         with redirect_stdout(sys.stderr), at_step(trained.step):
             found = evaluator.simple_evaluate(
-                Subject(trained), tasks=tasks, task_manager=manager, limit=limit, log_samples=False
+                HarnessModel(trained),
+                tasks=tasks,
+                task_manager=manager,
+                limit=limit,
+                log_samples=False,
             )
     except UserError:
         raise

@@ -80,9 +80,14 @@ class Measurement:
         dropout_active: bool = False,
         world: World = ALONE,
     ) -> None:
-        self.trained, self.run, self.model = trained, trained.run, trained.model
-        self.split, self.files = split, cache(files)
-        self.effort, self.dropout_active, self.world = effort, dropout_active, world
+        self.trained = trained
+        self.run = trained.run
+        self.model = trained.model
+        self.split = split
+        self.files = cache(files)
+        self.effort = effort
+        self.dropout_active = dropout_active
+        self.world = world
 
     @cached_property
     def rows(self) -> Layout:
@@ -110,24 +115,25 @@ class Measurement:
         batches = rows.sweep(self.rows_at_once, limit)
         return self.watch(batches, name, -(-n_rows // self.rows_at_once))
 
-    def spread(self, tokens: int, half: int | None = None) -> Batch:
+    def spread_rows(self, tokens: int, half: int | None = None) -> Batch:
         """About this many tokens in rows spread over the split; no row is in both halves."""
         n = max(6, -(-tokens // self.trained.context_length)) * (1 if half is None else 2)
         (batch,) = self.rows.sweep(n, n)
         if half is None or len(batch.inputs) == 1:
             return batch
-        return Batch(*(None if x is None else x[half::2] for x in batch))  # type: ignore[arg-type]
+        real = None if batch.real is None else batch.real[half::2]
+        return Batch(batch.inputs[half::2], batch.targets[half::2], real)
 
     @cached_property
     def subject(self) -> Subject:
         """What knock-out curves are measured on."""
-        return Subject(self.model, self.run, self.spread(self.effort.tokens, 0), self.watch)
+        return Subject(self.model, self.run, self.spread_rows(self.effort.tokens, 0), self.watch)
 
     @cached_property
     def ranking(self) -> Subject:
         """Other text, on which each unit is removed alone and the means of units are taken."""
         run = self.run.model_copy(update={"dtype": "float32"})  # one neuron is less than bfloat16
-        batch = self.spread(self.effort.ranking_tokens, 1)
+        batch = self.spread_rows(self.effort.ranking_tokens, 1)
         return Subject(self.model, run, batch, self.watch)
 
     @cache  # noqa: B019 - lives as long as the one measurement of a command
@@ -139,41 +145,41 @@ class Measurement:
         return self.ranking.singles(kind, self.fills(kind, ablation))
 
 
-def loss(of: Measurement) -> dict[str, Any]:
+def measure_loss(of: Measurement) -> dict[str, Any]:
     """Loss over the split, and the generalisation gap: dropout off on both sides."""
     rows, counts = of.rows, of.files().meta["splits"][of.part]
     lengths = byte_lengths(of.trained.tokenizer, counts)
 
-    def measured(rows: Layout, active: bool, limit: int | None = None) -> Measured:
+    def measure_rows(rows: Layout, active: bool, limit: int | None = None) -> Measured:
         batches = of.sweep(rows, "loss", limit)
         return measure(of.model, batches, of.run, lengths, dropout_active=active, world=of.world)
 
     limit = of.effort.loss_rows
-    found, gap = measured(rows, of.dropout_active, limit), {}
+    found = measure_rows(rows, of.dropout_active, limit)
     more: dict[str, int] = {}
     if limit is not None and limit < rows.n_swept:
         more |= {"rows": limit, "rows_of_split": rows.n_swept}
     if "unknown_bytes" in counts:
         more["unknown_bytes"] = counts["unknown_bytes"]
+    gap = {}
     if of.split == "val" and not of.dropout_active:
         train = of.files().rows("train", of.trained.context_length)
-        seen, dropped = (
-            measured(train, active, TRAIN_SUBSET_ROWS).loss for active in (False, True)
-        )
+        plain = measure_rows(train, False, TRAIN_SUBSET_ROWS).loss
+        dropped = measure_rows(train, True, TRAIN_SUBSET_ROWS).loss
         gap = {
-            "train_loss": seen,
-            "generalisation_gap": found.loss - seen,
-            "dropout_penalty": dropped - seen,
+            "train_loss": plain,
+            "generalisation_gap": found.loss - plain,
+            "dropout_penalty": dropped - plain,
         }
     return {**found.report(), **more, **gap, "dropout_active": of.dropout_active}
 
 
-def calibrate(of: Measurement) -> dict[str, Any]:
+def measure_calibration(of: Measurement) -> dict[str, Any]:
     batches = of.sweep(of.rows, "calibration", MOST_ROWS)
     return calibration.calibration(calibration.guesses(of.model, batches, of.run))
 
 
-def knock_out(of: Measurement) -> dict[str, Any]:
+def measure_knockout(of: Measurement) -> dict[str, Any]:
     """Loss against the fraction removed, by kind of unit, way of removal and order."""
     subject, effort = of.subject, of.effort
     unigram = unigram_nats(of, subject)
@@ -216,7 +222,7 @@ def unigram_nats(of: Measurement, subject: Subject) -> Floats:
     return np.where(targets == IGNORED, 0, nats[np.maximum(targets, 0)]).sum(1)
 
 
-def single_units(of: Measurement) -> dict[str, Any]:
+def measure_importance(of: Measurement) -> dict[str, Any]:
     """Importance of single units, backup, and how equal and how spread weights and activity are."""
     subject, n_layer = of.ranking, of.run.model.n_layer
     kinds: dict[str, Any] = {}
@@ -231,25 +237,25 @@ def single_units(of: Measurement) -> dict[str, Any]:
         "loss": subject.loss,
         "targets": int(subject.n_targets.sum()),
         "kinds": kinds,
-        "norm_variation": importance.norms(of.model),
+        "norm_variation": importance.norm_variation(of.model),
         "dimensionality": importance.dimensionality(of.subject),
     }
 
 
-def mc_dropout(of: Measurement) -> dict[str, Any]:
+def measure_mc_dropout(of: Measurement) -> dict[str, Any]:
     if not planned_sites(of.model):
         return {"note": "this model has no dropout to keep on"}
-    batch, at_once = of.spread(of.effort.tokens), of.rows_at_once
+    batch, at_once = of.spread_rows(of.effort.tokens), of.rows_at_once
     parts = [batch.part(i, i + at_once) for i in range(0, len(batch.inputs), at_once)]
     return calibration.mc_dropout(of.model, parts, of.run, of.effort.passes, of.watch)
 
 
 SUITES: dict[str, Callable[[Measurement], dict[str, Any]]] = {
-    "loss": loss,
-    "calibration": calibrate,
-    "knockout": knock_out,
-    "importance": single_units,
-    "mc-dropout": mc_dropout,
+    "loss": measure_loss,
+    "calibration": measure_calibration,
+    "knockout": measure_knockout,
+    "importance": measure_importance,
+    "mc-dropout": measure_mc_dropout,
 }
 
 
@@ -264,7 +270,7 @@ def choose_suites(suites: Iterable[str]) -> list[str]:
     return list(SUITES) if "all" in names else names
 
 
-def evaluate(
+def run_suites(
     trained: LanguageModel,
     split: str,
     suites: Iterable[str],
@@ -304,7 +310,9 @@ def label(split: str) -> str:
     return f"{name}-{digest}"
 
 
-def write(run_dir: Path, split: str, step: int, results: dict[str, Any], active: bool) -> None:
+def save_results(
+    run_dir: Path, split: str, step: int, results: dict[str, Any], active: bool
+) -> None:
     """eval/SUITE-SPLIT-step-N.json in the run directory."""
     storage.make_folders(run_dir / "eval")
     for name, result in results.items():

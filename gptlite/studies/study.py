@@ -205,8 +205,8 @@ def measure_run(study: Study, directory: Path) -> dict[str, Any]:
         trained = load_trained(directory, which)
         before = trained.state.data_digest
         files = partial(open_split, trained.run, trained.tokenizer, "val", before)
-        results = suites.evaluate(trained, "val", study.config.evaluate, files, effort=effort)
-        suites.write(directory, "val", trained.state.step, results, False)
+        results = suites.run_suites(trained, "val", study.config.evaluate, files, effort=effort)
+        suites.save_results(directory, "val", trained.state.step, results, False)
         found |= results if which == first else {which: results}
     return found
 

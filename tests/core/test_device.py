@@ -151,13 +151,13 @@ def test_a_run_in_bfloat16_generates_in_float32(in_half: Path) -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_a_run_in_bfloat16_answers_the_harness_in_float32(in_half: Path) -> None:
     pytest.importorskip("lm_eval", reason="the eval extra is not installed")
-    from gptlite.measure.lm_eval import Subject
+    from gptlite.measure.lm_eval import HarnessModel
 
-    subject = Subject(load_trained(in_half, "best"))
+    harness = HarnessModel(load_trained(in_half, "best"))
     request = SimpleNamespace(args=("The", {"until": ["e"], "max_gen_toks": 3}))
     with NoHalves():
-        ((score, _),) = subject.scored([([1, 2], [3])])
-        (answer,) = subject.generate_until([request])
+        ((score, _),) = harness.score([([1, 2], [3])])
+        (answer,) = harness.generate_until([request])
     assert score < 0
     assert isinstance(answer, str)
 

@@ -57,7 +57,7 @@ def evaluated(directories: list[Path], split: str, active: bool, world: World) -
     of = load_alike(directories[world.rank % len(directories)], "best", world)
     own = split.replace("RANK", str(world.rank))
     files = partial(world.in_turn, partial(open_split, of.run, of.tokenizer, own))
-    found = suites.evaluate(of, own, ["loss"], files, dropout_active=active, world=world)
+    found = suites.run_suites(of, own, ["loss"], files, dropout_active=active, world=world)
     return json.loads(json.dumps(found["loss"]))
 
 

@@ -66,7 +66,7 @@ def test_noise_is_not_critical() -> None:
     targets = np.full(32, 64.0)
     rise = rng.standard_normal((2048, 32)) * 64 * 0.02
     rise[7] += 0.05 * 64
-    assert np.flatnonzero(importance.critical(rise, targets)).tolist() == [7]
+    assert np.flatnonzero(importance.is_critical(rise, targets)).tolist() == [7]
     assert importance.split_half(rise[100:], targets) == pytest.approx(0, abs=0.1)
 
 
@@ -74,16 +74,16 @@ def test_of_few_rows_no_more_units_are_critical_by_chance() -> None:
     """In 1 of 100 models whose units all cost nothing some are; by a normal tail it was 1 of 5."""
     rng, targets = np.random.default_rng(0), np.full(6, 64.0)
     models = rng.standard_normal((1500, 48, 6)) * 64
-    found = [importance.critical(rise, targets).any() for rise in models]
+    found = [importance.is_critical(rise, targets).any() for rise in models]
     assert np.mean(found) <= 0.01 + 3 * math.sqrt(0.01 / 1500)
-    assert not importance.critical(models[0, :, :1] + 1e3, targets[:1]).any()
+    assert not importance.is_critical(models[0, :, :1] + 1e3, targets[:1]).any()
 
 
 @torch.no_grad()
 def test_norms_of_units_by_hand() -> None:
     model = GPT(ModelConfig(n_layer=1, n_head=2, n_embd=4, n_kv_head=1, context_length=4), 5)
     attention, mlp = model.blocks[0].attention, model.blocks[0].mlp
-    found = importance.norms(model)
+    found = importance.norm_variation(model)
     values = attention.qkv.weight[-2:]  # one head of values for both
     heads = [float((attention.output.weight[:, i : i + 2] @ values).norm()) for i in (0, 2)]
     neurons = [float(mlp.up.weight[i].norm() * mlp.down.weight[:, i].norm()) for i in range(16)]

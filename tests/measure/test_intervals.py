@@ -5,7 +5,7 @@ import pytest
 
 from gptlite.measure.intervals import (
     RESAMPLES,
-    debiased,
+    debiased_interval,
     holm,
     interval,
     mean_per_target,
@@ -62,7 +62,7 @@ def test_a_maximum_of_noise_lies_in_its_interval_and_nearer_to_the_truth() -> No
     for _ in range(200):
         x = rng.standard_normal((20, 60))
         largest = x.mean(0).max()
-        found = debiased(largest, (resamples(20, "rows") @ x / 20).max(1), 20)
+        found = debiased_interval(largest, (resamples(20, "rows") @ x / 20).max(1), 20)
         assert found["low"] <= found["value"] <= found["high"]
         values.append((found["value"], largest))
     ours, plain = np.mean(values, axis=0)

@@ -22,7 +22,7 @@ from gptlite.measure.knockout import (
     half_at,
     n_units,
     random_orders,
-    retained,
+    retained_skill,
 )
 
 N_ROWS = 6
@@ -214,7 +214,7 @@ def test_random_removal_takes_every_unit_equally_often() -> None:
 
 
 def test_skill_by_hand() -> None:
-    skill = retained(np.array([2.0, 2.5, 3.0, 3.5]), np.array(3.0))
+    skill = retained_skill(np.array([2.0, 2.5, 3.0, 3.5]), np.array(3.0))
     assert skill.tolist() == [1.0, 0.5, 0.0, -0.5]
     fractions = [0, 0.2, 0.6, 1.0]
     assert half_at(np.array([1.0, 0.75, 0.25, 0.0]), fractions) == pytest.approx(0.4)

@@ -86,7 +86,7 @@ def test_measuring_again_gives_the_same_numbers(run_dir: Path) -> None:
 
     def once() -> Any:
         arguments = (trained, "val", ["all"], lambda: prepare(trained.run))
-        return suites.evaluate(*arguments, effort=SMALL)
+        return suites.run_suites(*arguments, effort=SMALL)
 
     assert once() == once()
 
@@ -101,7 +101,7 @@ def test_a_text_file_of_one_row_can_be_measured(run_dir: Path, tmp_path: Path) -
     path = str(tmp_path / "one.txt")
     Path(path).write_text("the of and")
     trained, files = load_trained(run_dir, "best"), opened(run_dir, path)
-    found = suites.evaluate(trained, path, SUITES, lambda: files, effort=SMALL)
+    found = suites.run_suites(trained, path, SUITES, lambda: files, effort=SMALL)
     assert found["knockout"]["targets"] == 9
     unknown = {"value": None, "low": None, "high": None}
     assert found["calibration"]["ece"] == unknown
@@ -170,7 +170,7 @@ def test_results_of_every_source_have_a_file_of_their_own(
     written = {label(name) for name in names}
     assert len(written) == len(names)
     for number, name in enumerate(names):
-        suites.write(run_dir, name, 8, {"loss": {"bytes": number}}, active=False)
+        suites.save_results(run_dir, name, 8, {"loss": {"bytes": number}}, active=False)
     found = [json.loads(path.read_text()) for path in (run_dir / "eval").glob("loss-*-step-*")]
     assert set(range(len(names))) <= {each["bytes"] for each in found}
     assert read_evals(run_dir / "eval", [])["loss"]["loss"] == before["loss"]["loss"]
@@ -209,8 +209,8 @@ def test_a_terminal_that_lacks_a_character_is_no_failure(tmp_path: Path) -> None
 def test_the_rows_that_rank_units_are_not_those_they_are_measured_on(run_dir: Path) -> None:
     trained = load_trained(run_dir, "best")
     of = Measurement(trained, "val", lambda: prepare(trained.run))
-    ranked = {tuple(row) for row in of.spread(64, 1).inputs.tolist()}
-    measured = {tuple(row) for row in of.spread(64, 0).inputs.tolist()}
+    ranked = {tuple(row) for row in of.spread_rows(64, 1).inputs.tolist()}
+    measured = {tuple(row) for row in of.spread_rows(64, 0).inputs.tolist()}
     assert len(ranked) == len(measured) == 6
     assert not ranked & measured
 
@@ -241,13 +241,19 @@ def test_an_unknown_suite_is_refused_with_the_known_ones() -> None:
 
 def test_only_the_loss_can_be_measured_with_dropout_on() -> None:
     with pytest.raises(ConfigError, match="--dropout-active"):
-        suites.evaluate(*(None, "val", ["all"], lambda: None), dropout_active=True)  # type: ignore[arg-type, return-value]
+        suites.run_suites(
+            None,  # type: ignore[arg-type]
+            "val",
+            ["all"],
+            lambda: None,  # type: ignore[arg-type, return-value]
+            dropout_active=True,
+        )
 
 
 def test_a_model_without_dropout_says_so(workshop: Workshop) -> None:
     train(workshop.run(dropout={"preset": "none"}), workshop.folder / "run")
     trained = load_trained(workshop.folder / "run", "best")
-    found = suites.evaluate(trained, "val", ["mc-dropout"], lambda: workshop.files())
+    found = suites.run_suites(trained, "val", ["mc-dropout"], lambda: workshop.files())
     assert "no dropout" in found["mc-dropout"]["note"]
 
 
@@ -284,7 +290,7 @@ def test_no_number_lies_outside_of_its_interval(
     files = opened(run_dir, str(path))
     suite = ["loss", "calibration", "knockout", "importance", "mc-dropout"]
     effort = Effort(120, 120, (0, 0.2, 0.5, 1), 6, (1, 3))
-    found = suites.evaluate(trained, str(path), suite, lambda: files, effort=effort)
+    found = suites.run_suites(trained, str(path), suite, lambda: files, effort=effort)
     assert outside(found) == []
     assert len(numbers(found)) > 200
 
@@ -296,7 +302,7 @@ def test_a_model_that_gives_nan_ends_every_suite_with_its_step(run_dir: Path, su
         trained.model.norm.weight.fill_(1e38)
         trained.model.norm.bias.fill_(-1e38)
     with pytest.raises(DivergedError, match=f"^step {trained.state.step}: .*(not finite|nan|inf)"):
-        suites.evaluate(trained, "val", [suite], lambda: prepare(trained.run), effort=SMALL)
+        suites.run_suites(trained, "val", [suite], lambda: prepare(trained.run), effort=SMALL)
 
 
 def test_measuring_and_generating_keep_to_the_threads_of_the_run(

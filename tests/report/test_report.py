@@ -34,8 +34,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         train(workshop.run(model=model, sample={"interval": 4}, **over), workshop.folder / name)
     trained = load_trained(workshop.folder / "run", "best")
     arguments = (trained, "val", ["all"], lambda: prepare(trained.run))
-    results = suites.evaluate(*arguments, effort=SMALL)
-    suites.write(workshop.folder / "run", "val", trained.state.step, results, False)
+    results = suites.run_suites(*arguments, effort=SMALL)
+    suites.save_results(workshop.folder / "run", "val", trained.state.step, results, False)
     (workshop.folder / "study").mkdir()
     (workshop.folder / "study" / "study.json").write_text(json.dumps(study()))
     return workshop.folder
