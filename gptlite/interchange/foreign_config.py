@@ -175,7 +175,7 @@ def translate_nanogpt(given: dict[str, Any], remarks: list[str]) -> dict[str, An
 USED_OF_BOOK = {
     *BOOK,
     *("drop_rate_emb", "drop_rate_attn", "drop_rate_shortcut", "max_length", "stride"),
-    *("eval_freq", "start_context", "vocab_size"),
+    *("eval_freq", "start_context"),
 }
 
 

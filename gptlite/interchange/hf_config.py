@@ -61,7 +61,6 @@ DERIVED = ("n_inner", "head_dim")
 MOST_BYTES = 1 << 24
 NORM_EPSILON = 1e-5
 ROPE_BASE = 10_000.0
-ROPE = {"rope_theta": ROPE_BASE, "rope_type": "default"}
 PDROPS: dict[str, dict[str, tuple[str, ...]]] = {
     "gpt2": {
         "embd_pdrop": ("embedding",),
@@ -301,8 +300,12 @@ def model_problems(
         expected |= GPT2_ONLY | {"n_inner": ours.mlp_width, "layer_norm_epsilon": NORM_EPSILON}
     else:
         expected |= {"rms_norm_eps": NORM_EPSILON, "intermediate_size": ours.mlp_width}
-        expected |= {"head_dim": ours.n_embd // ours.n_head, **ROPE}
-        config = {**config, **rope_of(config)}
+        expected |= {"head_dim": ours.n_embd // ours.n_head}
+        expected |= {"rope_theta": ROPE_BASE, "rope_type": "default"}
+        # How positions turn, wherever a version of the file says it.
+        rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
+        kind = rope.pop("type", "default")
+        config = {"rope_theta": ROPE_BASE, **config, "rope_type": kind, **rope}
         if config["mlp_bias"] != ours.bias:
             each = f"attention_bias {ours.bias} with mlp_bias {config['mlp_bias']!r:.40}"
             yield f"{each} has no equivalent; gptlite has biases in both or in neither"
@@ -316,13 +319,6 @@ def model_problems(
     for name in PDROPS[config["model_type"]]:
         if type(config[name]) not in (int, float) or not 0 <= config[name] < 1:
             yield f"{name} {config[name]!r:.40} is no rate of dropout below 1"
-
-
-def rope_of(config: dict[str, Any]) -> dict[str, Any]:
-    """How positions turn, wherever a version of the file says it."""
-    given = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
-    kind = given.pop("type", "default")
-    return {"rope_theta": config.get("rope_theta", ROPE_BASE), "rope_type": kind, **given}
 
 
 def own_sections(config: dict[str, Any], model: dict[str, Any]) -> dict[str, Any] | None:

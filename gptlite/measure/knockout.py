@@ -126,7 +126,8 @@ class Subject:
     def __init__(
         self, model: GPT, run: RunConfig, batch: Batch, watch: Any = lambda work, _: work
     ) -> None:
-        self.model, self.run = model, run
+        self.model = model
+        self.run = run
         self.watch = watch
         device = model.token_embedding.weight.device
         self.ids, self.targets, self.real = to_device(batch, device)
