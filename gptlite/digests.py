@@ -23,14 +23,16 @@ MOST_BYTES = 1 << 28
 SETTLED_NS = 2_000_000_000
 """A file that was changed later than this before it was hashed may change again unseen: file
 systems count time in steps of up to two seconds."""
+FileStates = dict[Path, list[int]]
+"""Files with the state of each before it was read."""
 
 
 def digests_of(files: list[Path], ledger: Path, digest: Callable[[Path], str]) -> list[str]:
     """What `digest` says of each file. Raises what it raises."""
-    before = {file: look_at(file) for file in files}
-    if sum(looks[2] for looks in before.values()) < LARGE_BYTES:
+    before = file_states(files)
+    if sum(state[2] for state in before.values()) < LARGE_BYTES:
         return [digest(file) for file in files]
-    known = read(ledger)
+    known = read_ledger(ledger)
     entries = {file: known.get(os.path.abspath(file), {}) for file in files}
     todo = [file for file in files if entries[file].get("seen") != before[file]]
     with ThreadPoolExecutor(machine.count_cores()) as threads:  # hashing lets other threads run
@@ -47,7 +49,11 @@ def digests_of(files: list[Path], ledger: Path, digest: Callable[[Path], str]) -
     return [entries[file]["sha256"] for file in files]
 
 
-def look_at(file: Path) -> list[int]:
+def file_states(files: list[Path]) -> FileStates:
+    return {file: file_state(file) for file in files}
+
+
+def file_state(file: Path) -> list[int]:
     """What changes with a file's content. A link is looked at itself, so it never equals a file."""
     now = file.stat() if file.is_file() else file.lstat()
     is_link = stat.S_ISLNK(file.lstat().st_mode)
@@ -55,10 +61,10 @@ def look_at(file: Path) -> list[int]:
 
 
 def is_settled(file: Path, before: list[int]) -> bool:
-    return look_at(file) == before and time.time_ns() - max(before[3], before[4]) > SETTLED_NS
+    return file_state(file) == before and time.time_ns() - max(before[3], before[4]) > SETTLED_NS
 
 
-def read(ledger: Path) -> dict[str, Any]:
+def read_ledger(ledger: Path) -> dict[str, Any]:
     """What is known; nothing if the ledger is damaged."""
     try:
         files: dict[str, Any] = storage.unseal(storage.read_regular(ledger, MOST_BYTES))["files"]
@@ -67,16 +73,8 @@ def read(ledger: Path) -> dict[str, Any]:
         return {}
 
 
-Looks = list[tuple[Path, list[int]]]
-"""Files with what was seen of each before it was read."""
-
-
-def looks(files: list[Path]) -> Looks:
-    return [(file, look_at(file)) for file in files]
-
-
 @contextmanager
-def hold_unchanged(before: Looks) -> Iterator[None]:
+def require_unchanged(before: FileStates) -> Iterator[None]:
     """DataError if one of them changes meanwhile; what fails inside may come from that alone."""
     try:
         yield
@@ -88,10 +86,10 @@ def hold_unchanged(before: Looks) -> Iterator[None]:
     check_unchanged(before)
 
 
-def check_unchanged(before: Looks) -> None:
-    for file, was in before:
+def check_unchanged(before: FileStates) -> None:
+    for file, was in before.items():
         try:
-            now = look_at(file)
+            now = file_state(file)
         except OSError:
             now = []
         if now[:4] != was[:4]:  # device, inode, size, time; what only names it anew changes ctime

@@ -83,7 +83,7 @@ class Terminated(KeyboardInterrupt):
 
 
 @contextmanager
-def at_step(step: int) -> Iterator[None]:
+def add_step_to_errors(step: int) -> Iterator[None]:
     """Says of what is not finite at which step of a run it was."""
     try:
         yield

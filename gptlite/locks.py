@@ -1,7 +1,10 @@
-"""Who holds a folder or a file: one process, until it lets go or ends, however that happens."""
+"""Who holds a folder or a file: one process, until it lets go or ends, however that happens.
+
+Not the library filelock: it cannot say who holds a lock, and where a file system has none it falls
+back to a file that a killed process leaves behind.
+"""
 
 import os
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -10,7 +13,6 @@ from typing import IO, Any, TextIO
 
 from gptlite import storage
 from gptlite.terminal import tell
-from gptlite.words import visible
 
 LOCK = ".lock"
 """The file in a folder that is locked."""
@@ -18,10 +20,10 @@ SECONDS_BETWEEN_LOOKS = 0.05
 
 
 @contextmanager
-def held(folder: Path, waiting: str = "") -> Iterator[None]:
+def hold_folder(folder: Path, waiting: str = "") -> Iterator[None]:
     """Wait until the folder is ours, and hold it inside; `waiting` is said once."""
     with open_lock(folder) as file:
-        while hold(file) is not None:
+        while acquire(file) is not None:
             if waiting:
                 tell(f"{folder}: {waiting}")
             waiting = ""
@@ -34,7 +36,7 @@ def open_lock(folder: Path) -> TextIO:
     return os.fdopen(storage.open_regular(folder / LOCK, flags), "a+", errors="replace")
 
 
-def hold(file: TextIO) -> str | None:
+def acquire(file: TextIO) -> str | None:
     """Make the lock ours; else who has it. Where there are no locks, a warning must do.
 
     Who holds it says so a moment after taking it and until just before the end; who only looks
@@ -52,7 +54,7 @@ def hold(file: TextIO) -> str | None:
         except (ImportError, OSError) as error:
             why = getattr(error, "strerror", None) or "not on this system"
             warning = f"{file.name}: cannot be locked ({why}); let no other run write here"
-            print(visible(warning), file=sys.stderr)
+            tell(warning)
             return None
     return holder or "another process"
 
@@ -65,7 +67,7 @@ def lock(file: IO[Any]) -> None:
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def take(file: IO[Any]) -> bool | None:
+def try_lock(file: IO[Any]) -> bool | None:
     """Lock a file, if nobody has; whether that went well. None: there are no locks here."""
     try:
         lock(file)
@@ -76,11 +78,11 @@ def take(file: IO[Any]) -> bool | None:
         return None
 
 
-def mark(folder: Path) -> TextIO | None:
+def lock_new_folder(folder: Path) -> TextIO | None:
     """The lock of a new folder, which says that its process lives; None if the folder is gone."""
     with suppress(FileNotFoundError):
         file = open_lock(folder)
-        if take(file) is not False and folder.is_dir():
+        if try_lock(file) is not False and folder.is_dir():
             return file
         file.close()
     return None
@@ -89,5 +91,5 @@ def mark(folder: Path) -> TextIO | None:
 def discard_abandoned(path: Path) -> None:
     """Remove a file or folder that nobody holds any more; where there are no locks, who knows."""
     with suppress(OSError), open_lock(path) if path.is_dir() else path.open() as file:
-        if take(file):
+        if try_lock(file):
             storage.discard(path)

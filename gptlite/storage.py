@@ -71,8 +71,8 @@ class Disk:
 disk = Disk()
 
 
-def temporary(path: Path, kind: str = "tmp") -> Path:
-    """A name beside `path` that no other process takes and `clean` knows."""
+def temporary_path(path: Path, kind: str = "tmp") -> Path:
+    """A name beside `path` that no other process takes and `remove_leftovers` knows."""
     return path.with_name(f".{kind}-{path.name}-{secrets.token_hex(4)}")
 
 
@@ -92,7 +92,7 @@ def discard(path: Path) -> None:
         remove(path)
 
 
-def clean(folder: Path) -> None:
+def remove_leftovers(folder: Path) -> None:
     """Remove what a killed process left; only for who holds the folder."""
     for path in folder.iterdir():
         if LEFT_BEHIND.match(path.name):
@@ -113,7 +113,7 @@ def make_folders(path: Path) -> None:
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Replace a file in one step: a reader sees the old content or the new, after any crash."""
-    part = temporary(path)
+    part = temporary_path(path)
     try:
         disk.fill(part, lambda new: new.write_bytes(data))
         disk.sync(part)

@@ -11,17 +11,17 @@ from typing import Any, TextIO
 import typer
 
 from gptlite.errors import StorageError, Terminated, UserError
-from gptlite.words import visible
+from gptlite.words import escape_controls
 
 
 def tell(line: str) -> None:
-    print(visible(line), file=sys.stderr)
+    print(escape_controls(line), file=sys.stderr)
 
 
 def tell_problem(problem: str) -> None:
     """One line of an error; on a terminal the place it names is red."""
-    place, colon, why = visible(problem).partition(": ")
-    if colon and in_colour(sys.stderr):
+    place, colon, why = escape_controls(problem).partition(": ")
+    if colon and wants_colour(sys.stderr):
         place = typer.style(place, fg="red")
     print(f"{place}{colon}{why}", file=sys.stderr)
 
@@ -32,7 +32,7 @@ def is_watched(stream: TextIO) -> bool:
     return stream.isatty() and not plain
 
 
-def in_colour(stream: TextIO) -> bool:
+def wants_colour(stream: TextIO) -> bool:
     """NO_COLOR and FORCE_COLOR decide, in this order (no-color.org); else who watches."""
     if os.environ.get("NO_COLOR") or os.environ.get("FORCE_COLOR"):
         return not os.environ.get("NO_COLOR")
@@ -40,7 +40,7 @@ def in_colour(stream: TextIO) -> bool:
 
 
 def tell_lines(text: str) -> None:
-    print(visible(text.rstrip("\n"), keep="\n"), file=sys.stderr)
+    print(escape_controls(text.rstrip("\n"), keep="\n"), file=sys.stderr)
 
 
 def wants_bar(progress: str, stream: TextIO) -> bool:
@@ -48,14 +48,16 @@ def wants_bar(progress: str, stream: TextIO) -> bool:
     return progress == "bar" or (progress == "auto" and is_watched(stream))
 
 
-def human(number: float) -> str:
+def format_number(number: float) -> str:
+    """Three digits and a suffix, as in 1.23k."""
     for size, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if number >= size:
             return f"{number / size:.3g}{suffix}"
     return f"{number:.3g}"
 
 
-def clock(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
+    """Minutes and seconds, as in 1:05; hours where there are some."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
@@ -74,18 +76,18 @@ def user_errors(verbose: bool = False) -> Iterator[None]:
     except BaseException as error:
         # A panic of a library written in Rust is no Exception.
         panics = type(error).__name__ == "PanicException"
-        told = isinstance(error, Exception | KeyboardInterrupt) or panics
-        if not told or (verbose and not isinstance(error, UserError | KeyboardInterrupt)):
+        explained = isinstance(error, Exception | KeyboardInterrupt) or panics
+        if not explained or (verbose and not isinstance(error, UserError | KeyboardInterrupt)):
             raise
         if verbose and isinstance(error, UserError):
             traceback.print_exc()
-        code, problems = ending(error)
+        code, problems = describe_exit(error)
         for problem in problems:
             tell_problem(problem)
         raise typer.Exit(code) from None
 
 
-def ending(error: BaseException) -> tuple[int, list[str]]:
+def describe_exit(error: BaseException) -> tuple[int, list[str]]:
     """The exit code of a command that ends so, and what is said of it."""
     if isinstance(error, UserError):
         return error.exit_code, list(error.problems)

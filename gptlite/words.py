@@ -18,16 +18,16 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"; did you mean '{names[near[0]]}'?" if near else ""
 
 
-def visible(text: str, keep: str = "") -> str:
+def escape_controls(text: str, keep: str = "") -> str:
     """Control characters shown, not obeyed by the terminal, all but those to keep."""
 
-    def shown(found: re.Match[str]) -> str:
+    def escape(found: re.Match[str]) -> str:
         return found[0] if found[0] in keep else found[0].encode("unicode_escape").decode()
 
-    return CONTROL.sub(shown, text)
+    return CONTROL.sub(escape, text)
 
 
-def without_passwords(text: str) -> str:
+def mask_passwords(text: str) -> str:
     """The text with *** for the passwords of URLs in it."""
     return PASSWORD.sub(r"\1***", text)
 

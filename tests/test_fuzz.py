@@ -41,7 +41,7 @@ from gptlite.runs import checkpoint
 from gptlite.runs.metrics import MetricsFile
 from gptlite.runs.origin import load_run
 from gptlite.storage import Disk
-from gptlite.words import visible
+from gptlite.words import escape_controls
 
 SMALL = ModelConfig(n_layer=1, n_head=1, n_embd=4, context_length=4)
 CONFIGS = [path.read_bytes() for path in sorted(Path("configs").glob("*.yaml"))]
@@ -169,7 +169,7 @@ def read_config(folder: Path, raw: bytes) -> None:
     except ConfigError as error:
         for problem in error.problems:
             assert problem.startswith(str(path))
-            assert len(visible(problem).splitlines()) == 1
+            assert len(escape_controls(problem).splitlines()) == 1
             assert len(problem) < 1500
         return
     assert isinstance(run, RunConfig)
@@ -252,7 +252,7 @@ def test_any_bytes_are_a_tokenizer_or_an_error(folder: Path, raw: bytes) -> None
     path.write_bytes(raw)
     if raw.decode("utf-8", "replace") != storage.seal(DOCUMENTS[1]):
         with pytest.raises(DataError, match="tokenizer.json: "):
-            tokenizers.read(path)
+            tokenizers.read_tokenizer(path)
 
 
 # Checkpoints
@@ -295,7 +295,7 @@ def read_checkpoint(path: Path) -> Any:
         checkpoint.load_weights(model, path)
         moments = tensor_files.read_tensors(path / FILES[1])
     except CheckpointError as error:
-        assert all(len(visible(problem)) < 1500 for problem in error.problems)  # noqa: PT017
+        assert all(len(escape_controls(problem)) < 1500 for problem in error.problems)  # noqa: PT017
         return None
     assert all(value.isfinite().all() for value in model.state_dict().values())
     return state, model.state_dict(), moments
@@ -441,13 +441,13 @@ class Retention(RuleBasedStateMachine):
 
     @rule()
     def crash_in_a_save(self) -> None:
-        part = storage.temporary(self.at / checkpoint.folder_name(self.step + 1))
+        part = storage.temporary_path(self.at / checkpoint.folder_name(self.step + 1))
         part.mkdir()
         (part / FILES[0]).write_bytes(b"half")
 
     @rule()
     def crash_in_pruning(self) -> None:
-        storage.temporary(self.at / checkpoint.folder_name(0), "old").mkdir()
+        storage.temporary_path(self.at / checkpoint.folder_name(0), "old").mkdir()
 
     @precondition(lambda self: len(self.valid) > 1)
     @rule(
@@ -461,7 +461,7 @@ class Retention(RuleBasedStateMachine):
 
     @rule()
     def restart(self) -> None:
-        storage.clean(self.at)
+        storage.remove_leftovers(self.at)
         assert not [path for path in self.at.iterdir() if path.name.startswith(".")]
         if self.step == 0:
             assert checkpoint.recover(self.run_dir, lambda state: None) is None

@@ -362,13 +362,13 @@ def test_three_texts_are_read_by_as_many_processes_as_there_are_cores(
 ) -> None:
     started = []
 
-    def counted(do: workers.Do, worker: type[workers.Worker] = workers.Worker) -> workers.Worker:
+    def counted(do: workers.DoJob, worker: type[workers.Worker] = workers.Worker) -> workers.Worker:
         started.append(worker(do))
         return started[-1]
 
     monkeypatch.setattr(workers, "Worker", counted)
     monkeypatch.setattr(machine, "count_cores", lambda: cores)
-    found = workers.work(operator.is_, [1, 2, 3], [Path()] * 3, lambda *_: None)
+    found = workers.run_jobs(operator.is_, [1, 2, 3], [Path()] * 3, lambda *_: None)
     assert (found, len(started)) == ([False] * 3, processes)
 
 

@@ -54,7 +54,7 @@ def test_what_is_written_follows_no_link(tmp_path: Path, monkeypatch: pytest.Mon
     secret, path = tmp_path / "secret", tmp_path / "a.txt"
     secret.write_text("untouched")
     monkeypatch.setattr(storage.secrets, "token_hex", lambda n: "00" * n)
-    storage.temporary(path).symlink_to(secret)
+    storage.temporary_path(path).symlink_to(secret)
     with pytest.raises(StorageError, match="File exists"):
         storage.write_text(path, "new")
     path.symlink_to(secret)
@@ -81,7 +81,10 @@ def test_only_files_are_read(tmp_path: Path) -> None:
 
 
 def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
-    ours = [storage.temporary(tmp_path / "a.txt"), storage.temporary(tmp_path / "b", "old")]
+    ours = [
+        storage.temporary_path(tmp_path / "a.txt"),
+        storage.temporary_path(tmp_path / "b", "old"),
+    ]
     for path in ours:
         path.mkdir()
         (path / "inside").write_text("x")
@@ -91,7 +94,7 @@ def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path: Path) 
     outside = tmp_path / "outside"
     outside.mkdir()
     (outside / "kept").write_text("x")
-    storage.temporary(tmp_path / "c").symlink_to(outside)
-    storage.clean(tmp_path)
+    storage.temporary_path(tmp_path / "c").symlink_to(outside)
+    storage.remove_leftovers(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*theirs, "outside"])
     assert (outside / "kept").is_file()

@@ -12,7 +12,7 @@ import yaml
 from test_bad_input import invoke
 
 from gptlite.cli.main import app
-from gptlite.words import CONTROL, visible
+from gptlite.words import CONTROL, escape_controls
 
 ESCAPES = "\x1b[31m\x1b]0;title\x07\x9b2J\r\x08\x7f"
 SHOWN = r"\x1b[31m\x1b]0;title\x07\x9b2J\r\x08\x7f"
@@ -179,10 +179,10 @@ def test_no_command_says_what_a_terminal_obeys(
 
 def test_what_is_shown_has_nothing_left_to_obey() -> None:
     every = "".join(map(chr, range(0x3000)))
-    assert not CONTROL.search(visible(every))
-    assert CONTROL.sub("", every) in re.sub(r"\\(x|u)[0-9a-f]+|\\[nrt]", "", visible(every))
-    assert visible(ESCAPES) == SHOWN
-    assert visible("a\nb\tc", keep="\n\t") == "a\nb\tc"
+    assert not CONTROL.search(escape_controls(every))
+    assert CONTROL.sub("", every) in re.sub(r"\\(x|u)[0-9a-f]+|\\[nrt]", "", escape_controls(every))
+    assert escape_controls(ESCAPES) == SHOWN
+    assert escape_controls("a\nb\tc", keep="\n\t") == "a\nb\tc"
 
 
 @pytest.mark.parametrize(

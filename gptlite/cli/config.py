@@ -9,7 +9,7 @@ import typer
 from gptlite.cli.options import ConfigFiles, Json, Overrides
 from gptlite.cli.printing import print_json
 from gptlite.terminal import user_errors
-from gptlite.words import visible
+from gptlite.words import escape_controls
 
 config_app = typer.Typer(help="Look at configs without running them.", no_args_is_help=True)
 
@@ -28,7 +28,7 @@ def show_config(config: ConfigFiles, overrides: Overrides = None, json_: Json = 
             return
         width = max(len(key) + len(json.dumps(value)) for key, value, _ in rows) + 2
         for key, value, place in rows:
-            print(f"{f'{key}: {json.dumps(value)}':{min(width, 60)}}  # {visible(place)}")
+            print(f"{f'{key}: {json.dumps(value)}':{min(width, 60)}}  # {escape_controls(place)}")
 
 
 @config_app.command()

@@ -17,8 +17,8 @@ from pydantic import ValidationError
 from gptlite.config.run import SampleConfig
 from gptlite.config.strict_yaml import read_scalar
 from gptlite.errors import UserError
-from gptlite.terminal import in_colour
-from gptlite.words import visible
+from gptlite.terminal import wants_colour
+from gptlite.words import escape_controls
 
 HELP = (
     "a line is continued; an empty one goes on from there; :again tries once more; "
@@ -132,8 +132,8 @@ def load_history() -> Callable[[], None]:
 
 
 def bold(text: str) -> str:
-    shown = visible(text, keep="\n\t")
-    return f"\x1b[1m{shown}\x1b[0m" if in_colour(sys.stdout) else text
+    shown = escape_controls(text, keep="\n\t")
+    return f"\x1b[1m{shown}\x1b[0m" if wants_colour(sys.stdout) else text
 
 
 def talk(generate: Callable[..., Any], options: SampleConfig, seed: int) -> None:
@@ -143,7 +143,7 @@ def talk(generate: Callable[..., Any], options: SampleConfig, seed: int) -> None
 
     def pieces(prompt: str, options: SampleConfig, seed: int) -> Iterator[str]:
         for piece in generate([prompt], options, seed=seed).pieces():
-            yield visible(piece.text, keep="\n\t") if on_screen else piece.text
+            yield escape_controls(piece.text, keep="\n\t") if on_screen else piece.text
 
     def write(text: str) -> None:
         print(text, end="", flush=True)

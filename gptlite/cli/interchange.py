@@ -8,7 +8,7 @@ import typer
 from gptlite.cli.options import CheckpointOption, RunOption, Verbose
 from gptlite.cli.printing import tell_notes
 from gptlite.terminal import tell, user_errors
-from gptlite.words import visible
+from gptlite.words import escape_controls
 
 
 def export(
@@ -30,7 +30,7 @@ def export(
         tell_notes(trained)
         if lost := export(trained, out):
             tell(f"config.json has no word for this dropout: {', '.join(lost)}")
-        print(visible(str(out)))
+        print(escape_controls(str(out)))
 
 
 def import_(
@@ -50,4 +50,4 @@ def import_(
     with user_errors(verbose):
         from gptlite.runs.importing import import_model
 
-        print(visible(str(import_model(source, out, meta))))
+        print(escape_controls(str(import_model(source, out, meta))))

@@ -26,10 +26,10 @@ from gptlite.cli.options import (
 )
 from gptlite.cli.printing import print_json, print_results, print_texts, tell_notes
 from gptlite.distributed.torchrun import join_ranks, refuse_ranks
-from gptlite.errors import ConfigError, UserError, at_step
+from gptlite.errors import ConfigError, UserError, add_step_to_errors
 from gptlite.machine import let_waiting_threads_sleep
 from gptlite.terminal import leave_when_terminated, tell, tell_lines, user_errors
-from gptlite.words import visible
+from gptlite.words import escape_controls
 
 app = typer.Typer(
     name="gptlite",
@@ -186,7 +186,7 @@ def generate(
             talk(make_generation, options, seed)
             return
         generation = make_generation(prompts or [""], options, seed=seed, num_samples=num_samples)
-        with at_step(trained.state.step):
+        with add_step_to_errors(trained.state.step):
             if json_:
                 print_json({"run": str(directory), "results": generation.results()})
             else:
@@ -266,7 +266,7 @@ def evaluate(
             if json_ and results:
                 print_json({"run": str(directory), "step": step, "split": split, **results})
             elif results:
-                print(f"{visible(str(directory))}, step {step}, {visible(split)}:")
+                print(f"{escape_controls(str(directory))}, step {step}, {escape_controls(split)}:")
                 print_results(results)
 
 
@@ -295,7 +295,8 @@ def prepare(
                 f"{split}: {about['tokens']:,} tokens, {about['documents']:,} documents, "
                 f"{about['bytes']:,} bytes"
             )
-        print(f"{files.meta['bytes_per_token']:.3f} bytes per token; {visible(str(files.folder))}")
+        folder = escape_controls(str(files.folder))
+        print(f"{files.meta['bytes_per_token']:.3f} bytes per token; {folder}")
 
 
 @app.command(epilog=examples("plan"))
@@ -328,7 +329,7 @@ def plan(
             audited = {} if found is None else {"audit": found}
             print_json({**planned.plan, **audited, "config": planned.run.model_dump(mode="json")})
         else:
-            print("\n".join(map(visible, plan_table(planned.run, planned.plan))))
+            print("\n".join(map(escape_controls, plan_table(planned.run, planned.plan))))
             if found is not None:
                 print("\naudit of one batch:\n" + "\n".join(auditing.audit_lines(found)))
         if found is not None and found["problems"]:
@@ -359,7 +360,7 @@ def study(
         if json_:
             print_json(found)
         else:
-            print("\n".join(map(visible, table_lines(found))))
+            print("\n".join(map(escape_controls, table_lines(found))))
 
 
 @app.command(epilog=examples("report"))
@@ -378,7 +379,7 @@ def report(
         from gptlite.report import page
         from gptlite.runs import directory as run_directory
 
-        print(visible(str(page.write_page(sources or [run_directory.latest_run()], out))))
+        print(escape_controls(str(page.write_page(sources or [run_directory.latest_run()], out))))
 
 
 app.command(epilog=examples("export"))(export)

@@ -7,7 +7,7 @@ from typing import Any
 
 from gptlite.runs.results import scalars
 from gptlite.terminal import tell
-from gptlite.words import visible
+from gptlite.words import escape_controls
 
 
 def print_json(value: Any) -> None:
@@ -40,7 +40,7 @@ def print_texts(generation: Any) -> None:
     on_screen = sys.stdout.isatty()
 
     def write(text: str) -> None:
-        print(visible(text, keep="\n\t") if on_screen else text, end="", flush=True)
+        print(escape_controls(text, keep="\n\t") if on_screen else text, end="", flush=True)
 
     if len(generation.index) == 1:
         write(generation.prompts[0])

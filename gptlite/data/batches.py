@@ -22,7 +22,7 @@ STRETCH = 1 << 24
 Ids = NDArray[np.int64]
 
 
-class Joined:
+class JoinedTokens:
     """Arrays of ids, one behind the other, read as one; nothing is copied until it is asked for."""
 
     def __init__(self, parts: list[NDArray[Any]]) -> None:
@@ -35,7 +35,7 @@ class Joined:
 
     def __getitem__(self, at: Any) -> Any:
         if isinstance(at, slice):
-            return self.between(*at.indices(len(self)))
+            return self.read_slice(*at.indices(len(self)))
         places = np.asarray(at)
         if places.size and not -len(self) <= places.min() <= places.max() < len(self):
             raise IndexError(f"tokens {places.min()} to {places.max()} of {len(self)}")
@@ -47,7 +47,7 @@ class Joined:
             ids[inside] = part[places[inside] - (self.ends[one] - len(part))]
         return ids if ids.ndim else ids[()]
 
-    def between(self, start: int, stop: int, step: int) -> NDArray[Any]:
+    def read_slice(self, start: int, stop: int, step: int) -> NDArray[Any]:
         assert step == 1, "tokens are read forwards, one by one"
         begins = self.ends - [len(part) for part in self.parts]
         pieces = [
@@ -58,7 +58,7 @@ class Joined:
         return np.concatenate(pieces) if pieces else np.empty(0, self.dtype)
 
 
-Tokens = NDArray[Any] | Joined
+Tokens = NDArray[Any] | JoinedTokens
 
 
 class Batch(NamedTuple):
@@ -182,9 +182,9 @@ class Documents:
         self.length = int(self.lengths.max())
 
     def cut(self, index: Ids, epoch: Ids, seed: int) -> Batch:
-        return self.padded(index)
+        return self.pad_rows(index)
 
-    def padded(self, index: Ids) -> Batch:
+    def pad_rows(self, index: Ids) -> Batch:
         start, length = self.starts[index][:, None], self.lengths[index][:, None]
         column = np.arange(int(length.max()))
         real = column < length
@@ -196,4 +196,4 @@ class Documents:
     def sweep(self, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
         chosen = spread_rows(self.n_rows, limit)
         for first in range(0, len(chosen), batch_size):
-            yield self.padded(chosen[first : first + batch_size])
+            yield self.pad_rows(chosen[first : first + batch_size])

@@ -18,12 +18,13 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from gptlite.data import workers
-from gptlite.data.workers import Moved
+from gptlite.data.workers import Advance
 
 WORTH_A_PROCESS = 1 << 18
-"""Bytes of different words; fewer are learned from here, in a second or two."""
+"""Bytes of different words, which learning takes time and memory for; fewer are learned from here,
+in a second or two."""
 WHOLE = 100 * workers.WORTH_TELLING
-"""What is told, all together: every percent of it."""
+"""The length of the bar: a worker reports every percent of it."""
 STAGES = {"Tokenize words": (0, 0.1), "Count pairs": (0.1, 0.2), "Compute merges": (0.2, 1)}
 BAR = "{l_bar}{bar}| [{elapsed}<{remaining}]"
 LONG_RUN = re.compile(r"\s{1024}|\S{1024}")
@@ -37,29 +38,24 @@ class Lesson(NamedTuple):
     """Tokens, without the one for the end of text."""
 
 
-def train(texts: Iterable[str], vocab_size: int) -> dict[str, int]:
+def learn_vocabulary(texts: Iterable[str], vocab_size: int) -> dict[str, int]:
     """The tokens, spelled in GPT-2's visible bytes, with their ids in the order of learning."""
-    lesson = Lesson(list(short_runs(texts)), vocab_size)
-    if bytes_of_words(lesson.texts) < WORTH_A_PROCESS:
+    lesson = Lesson(list(cut_long_runs(texts)), vocab_size)
+    words = {word for text in lesson.texts for word in text.split()}
+    if sum(len(word.encode(errors="replace")) for word in words) < WORTH_A_PROCESS:
         return learn(lesson)
     with tqdm(total=WHOLE, bar_format=BAR, desc="merge", disable=None, delay=2) as bar:
 
-        def moved(_: Path, n: int) -> None:
+        def advance(_: Path, n: int) -> None:
             bar.update(n)
 
         vocabulary: dict[str, int]
-        (vocabulary,) = workers.work(learn_apart, [lesson], [AT], moved)
+        (vocabulary,) = workers.run_jobs(learn_in_worker, [lesson], [AT], advance)
     return vocabulary
 
 
-def bytes_of_words(texts: list[str]) -> int:
-    """Of the different ones: what it takes time and memory to learn from."""
-    words = {word for text in texts for word in text.split()}
-    return sum(len(word.encode(errors="replace")) for word in words)
-
-
-def learn(lesson: Lesson, *, tells: bool = False) -> dict[str, int]:
-    """`tells`: how far it is, in lines of JSON on stderr, where the library can."""
+def learn(lesson: Lesson, *, report: bool = False) -> dict[str, int]:
+    """`report`: how far it is, in lines of JSON on stderr, where the library can."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     trainee = Tokenizer(models.BPE())
@@ -69,38 +65,38 @@ def learn(lesson: Lesson, *, tells: bool = False) -> dict[str, int]:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    if tells and hasattr(trainer, "progress_format"):  # since 0.23
+    if report and hasattr(trainer, "progress_format"):  # since 0.23
         trainer.progress_format, trainer.show_progress = "json", True
     trainee.train_from_iterator(lesson.texts, trainer)
     vocabulary: dict[str, int] = trainee.get_vocab()
     return vocabulary
 
 
-def learn_apart(lesson: Lesson, moved: Moved) -> dict[str, int]:
+def learn_in_worker(lesson: Lesson, advance: Advance) -> dict[str, int]:
     """The same in a process that has nothing else to do.
 
     A merge takes as long as its pair is frequent, so the time grows with the logarithm of their
     number.
     """
-    told = 0
+    reported = 0
 
-    def hear(line: str) -> None:
-        nonlocal told
-        heard = json.loads(line) if line.startswith("{") else {}
-        if heard.get("stage") in STAGES:
-            begin, end = STAGES[heard["stage"]]
-            share = math.log1p(heard["current"]) / math.log1p(max(1, heard["total"]))
+    def follow(line: str) -> None:
+        nonlocal reported
+        state = json.loads(line) if line.startswith("{") else {}
+        if state.get("stage") in STAGES:
+            begin, end = STAGES[state["stage"]]
+            share = math.log1p(state["current"]) / math.log1p(max(1, state["total"]))
             done = int(WHOLE * (begin + (end - begin) * share))
-            moved(AT, done - told)
-            told = done
+            advance(AT, done - reported)
+            reported = done
 
-    with stderr_read_by(hear):
-        return learn(lesson, tells=True)
+    with redirect_stderr(follow):
+        return learn(lesson, report=True)
 
 
 @contextmanager
-def stderr_read_by(hear: Callable[[str], None]) -> Iterator[None]:
-    """Also what code that is not Python writes there."""
+def redirect_stderr(follow: Callable[[str], None]) -> Iterator[None]:
+    """Hand over each line written to stderr, also by code that is not Python."""
     reading, writing = os.pipe()
     before = os.dup(2)
     os.dup2(writing, 2)
@@ -109,7 +105,7 @@ def stderr_read_by(hear: Callable[[str], None]) -> Iterator[None]:
     def read() -> None:
         with os.fdopen(reading, errors="replace") as lines:
             for line in lines:
-                hear(line)
+                follow(line)
 
     reader = threading.Thread(target=read)
     reader.start()
@@ -121,7 +117,7 @@ def stderr_read_by(hear: Callable[[str], None]) -> Iterator[None]:
         reader.join()
 
 
-def short_runs(texts: Iterable[str]) -> Iterator[str]:
+def cut_long_runs(texts: Iterable[str]) -> Iterator[str]:
     """The texts, cut inside long runs: the time to learn grows with the square of a word."""
     for text in texts:
         start = 0

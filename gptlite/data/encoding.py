@@ -8,7 +8,7 @@ import hashlib
 import os
 from array import array
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -26,7 +26,8 @@ from gptlite.data.readers import Chunk
 from gptlite.data.split import choose_documents
 from gptlite.data.token_files import token_dtype
 from gptlite.data.tokenizers import Tokenizer
-from gptlite.data.unknown import count_unknown, place_of
+from gptlite.data.unknown import count_unknown, error_with_place
+from gptlite.data.workers import Advance
 from gptlite.errors import DataError, UnknownCharacter
 from gptlite.terminal import tell
 
@@ -38,8 +39,6 @@ LEARNED_PIECE = 1 << 14
 """Characters of a longer text that are taken, or left out, together."""
 WORTH_A_THREAD = 4096
 """Characters; less is encoded at once where it is."""
-Moved = Callable[[Path, int], None]
-"""Told of each piece of text that was read: its file, its bytes in UTF-8."""
 
 
 @dataclass
@@ -55,7 +54,7 @@ class Scan:
     n_train_bytes: int | None = None
     """Where the text of data.val_source begins; None: there is none."""
 
-    def before(self, val: "Scan") -> "Scan":
+    def with_val(self, val: "Scan") -> "Scan":
         """What is in this text and then in one to validate on."""
         n_bytes, n_documents = self.n_bytes + val.n_bytes, self.n_documents + val.n_documents
         characters = self.characters | val.characters
@@ -63,7 +62,7 @@ class Scan:
 
 
 @contextmanager
-def progress(desc: str, total: int, done: int = 0) -> Iterator[Moved]:
+def show_progress(desc: str, total: int, done: int = 0) -> Iterator[Advance]:
     """A bar over the bytes of a pass; `done` are those of an earlier attempt."""
     with tqdm(
         total=total or None,
@@ -75,25 +74,27 @@ def progress(desc: str, total: int, done: int = 0) -> Iterator[Moved]:
         delay=2,
     ) as bar:
 
-        def moved(_: Path, n: int) -> None:
+        def advance(_: Path, n: int) -> None:
             bar.update(n)
 
-        yield moved
+        yield advance
 
 
-def read(files: list[Path], run: RunConfig, moved: Moved) -> Iterator[Chunk]:
+def read_files(files: list[Path], run: RunConfig, advance: Advance) -> Iterator[Chunk]:
     for file in files:
-        for text, ends in readers.read_file(file, run.data):
-            moved(file, len(text.encode("utf-8", errors="replace")))
+        for text, ends in readers.read_documents(file, run.data):
+            advance(file, len(text.encode("utf-8", errors="replace")))
             yield text, ends
 
 
-def with_progress(files: list[Path], run: RunConfig, desc: str, total: int) -> Iterator[Chunk]:
-    with progress(desc, total) as moved:
-        yield from read(files, run, moved)
+def read_to_learn(files: list[Path], run: RunConfig, n_bytes: int) -> Iterator[Chunk]:
+    """The text for a tokenizer that is trained, with a bar; nothing is read for another one."""
+    with show_progress("learn", n_bytes) as advance:
+        yield from read_files(files, run, advance)
 
 
-def first_pass(chunks: Iterator[Chunk], run: RunConfig) -> Scan:
+def scan_text(chunks: Iterator[Chunk], run: RunConfig) -> Scan:
+    """The first pass."""
     documents = array("Q")
     scan = Scan(documents=documents)
     by_document, characters = run.split_by == "document", run.tokenizer.kind == "char"
@@ -115,7 +116,7 @@ def first_pass(chunks: Iterator[Chunk], run: RunConfig) -> Scan:
 
 
 @dataclass(frozen=True)
-class Cut:
+class SplitPlan:
     """Which of a text is for validation: some of its documents, or its tail."""
 
     documents: NDArray[np.bool_] | None
@@ -124,23 +125,23 @@ class Cut:
     """Where the tail begins, in bytes; below 0: before this text."""
     whole_documents: bool
 
-    def part(self, n_bytes: int, documents: slice) -> "Cut":
-        """That of a part which stands behind so many bytes and has these documents."""
+    def for_part(self, n_bytes: int, documents: slice) -> "SplitPlan":
+        """The plan of a part which stands behind so many bytes and has these documents."""
         chosen = None if self.documents is None else self.documents[documents]
-        return Cut(chosen, self.tail - n_bytes, self.whole_documents)
+        return SplitPlan(chosen, self.tail - n_bytes, self.whole_documents)
 
 
-def cut_of(scan: Scan, run: RunConfig) -> Cut:
+def plan_split(scan: Scan, run: RunConfig) -> SplitPlan:
     """Equal documents stay on one side."""
     if scan.n_train_bytes is not None:
-        check_both(scan, run)
-        return Cut(None, scan.n_train_bytes, whole_documents=True)
-    if not scan.n_bytes:
-        raise DataError(f"data.source: {', '.join(run.sources)}: has no text (0 bytes)")
+        require_text("source", run.sources, scan.n_train_bytes)
+        require_text("val_source", run.val_sources, scan.n_bytes - scan.n_train_bytes)
+        return SplitPlan(None, scan.n_train_bytes, whole_documents=True)
+    require_text("source", run.sources, scan.n_bytes)
     fraction, whole_documents = run.data.val_fraction, run.data.layout == "documents"
     tail = int(scan.n_bytes * (1 - fraction))
     if run.split_by == "tail":
-        return Cut(None, tail, whole_documents)
+        return SplitPlan(None, tail, whole_documents)
     digests, n_bytes = np.asarray(scan.documents, dtype=np.uint64).reshape(-1, 2).T
     n_distinct = len(np.unique(digests))
     if n_distinct < 2:
@@ -148,31 +149,27 @@ def cut_of(scan: Scan, run: RunConfig) -> Cut:
             f"data.source: has {n_distinct} distinct document, needs >= 2 to split by document; "
             "set data.split_by: tail"
         )
-    return Cut(choose_documents(digests, n_bytes, fraction), tail, whole_documents)
+    return SplitPlan(choose_documents(digests, n_bytes, fraction), tail, whole_documents)
 
 
-def check_both(scan: Scan, run: RunConfig) -> None:
-    """DataError unless there is text to train on and text to validate on."""
-    found = {"source": (run.sources, scan.n_train_bytes)}
-    found["val_source"] = (run.val_sources, scan.n_bytes - (scan.n_train_bytes or 0))
-    for key, (named, n_bytes) in found.items():
-        if not n_bytes:
-            raise DataError(f"data.{key}: {', '.join(named)}: has no text (0 bytes)")
+def require_text(name: str, sources: Sequence[str], n_bytes: int) -> None:
+    if not n_bytes:
+        raise DataError(f"data.{name}: {', '.join(sources)}: has no text (0 bytes)")
 
 
-def divide(chunks: Iterator[Chunk], cut: Cut) -> Iterator[tuple[str, Chunk]]:
+def divide(chunks: Iterator[Chunk], plan: SplitPlan) -> Iterator[tuple[str, Chunk]]:
     """Each piece of text with its split; a text cut by its tail is cut between characters."""
-    tail = cut.documents is None
+    by_tail = plan.documents is None
     at = number = 0
-    split, fresh = "val" if tail and cut.tail < 0 else "train", True
+    split, fresh = "val" if by_tail and plan.tail < 0 else "train", True
     for text, ends in chunks:
         raw = text.encode("utf-8", errors="replace")
-        if fresh and cut.documents is not None:
-            split = "val" if cut.documents[number] else "train"
-        elif fresh and cut.whole_documents and at >= cut.tail:
+        if fresh and plan.documents is not None:
+            split = "val" if plan.documents[number] else "train"
+        elif fresh and plan.whole_documents and at >= plan.tail:
             split = "val"
-        if tail and not cut.whole_documents and split == "train" and at + len(raw) > cut.tail:
-            head = raw[: cut.tail - at].decode(errors="ignore")
+        if by_tail and not plan.whole_documents and split == "train" and at + len(raw) > plan.tail:
+            head = raw[: plan.tail - at].decode(errors="ignore")
             if head or not fresh:  # else the document before has ended just here
                 yield "train", (head, True)
             split, text = "val", text[len(head) :]
@@ -192,13 +189,13 @@ def build_tokenizer(run: RunConfig, scan: Scan, texts: Iterator[tuple[str, Chunk
     if run.tokenizer.kind == "bpe" and scan.n_bytes > MOST_LEARNED:
         how = f"learned from {MOST_LEARNED >> 20} MiB, spread evenly over the training text"
         tell(f"tokenizer: {how}")
-        to_learn = spread(to_learn, MOST_LEARNED / scan.n_bytes)
-    return tokenizers.build(
+        to_learn = sample_evenly(to_learn, MOST_LEARNED / scan.n_bytes)
+    return tokenizers.from_config(
         run.tokenizer, eot=is_separate(scan, run), characters=scan.characters, texts=to_learn
     )
 
 
-def spread(texts: Iterator[str], share: float) -> Iterator[str]:
+def sample_evenly(texts: Iterator[str], share: float) -> Iterator[str]:
     """A share of the texts, in pieces from all of them."""
     seen = taken = 0
     for text in texts:
@@ -240,7 +237,7 @@ class TokenWriter:
     def add(self, text: str, ends: bool) -> None:
         self.counts["bytes"] += len(text.encode("utf-8", errors="replace"))
         self.counts.update(count_unknown(self.built, text))
-        pieces, self.held = tokenizers.cut(self.held + text, final=ends)
+        pieces, self.held = tokenizers.cut_pieces(self.held + text, final=ends)
         encode = self.built.encode_array
         for piece in pieces:
             here = len(piece) < WORTH_A_THREAD
@@ -248,9 +245,9 @@ class TokenWriter:
         if ends:
             self.counts["documents"] += 1
             if self.separate:
-                self.end_of_text()
+                self.add_end_of_text()
 
-    def end_of_text(self) -> None:
+    def add_end_of_text(self) -> None:
         if self.built.eot is not None:
             self.write(np.array([self.built.eot]))
 
@@ -263,14 +260,14 @@ class TokenWriter:
         return {**self.counts, "sha256": self.sha256.hexdigest()}
 
 
-def encode(
+def write_token_files(
     files: list[Path],
     run: RunConfig,
     built: Tokenizer,
     work: Path,
     *,
-    cut: Cut,
-    moved: Moved,
+    plan: SplitPlan,
+    advance: Advance,
     separate: bool,
     leading: bool,
     n_threads: int | None = None,
@@ -289,10 +286,10 @@ def encode(
         for writer in writers.values():
             stack.callback(writer.file.close)
             if leading:
-                writer.end_of_text()
+                writer.add_end_of_text()
         try:
-            for split, (text, ends) in divide(read(files, run, moved), cut):
+            for split, (text, ends) in divide(read_files(files, run, advance), plan):
                 writers[split].add(text, ends)
             return {split: writer.close() for split, writer in writers.items()}
         except UnknownCharacter as unknown:
-            raise place_of(unknown, files, run.data) from None
+            raise error_with_place(unknown, files, run.data) from None

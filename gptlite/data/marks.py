@@ -11,7 +11,7 @@ class Marks(NamedTuple):
     begin: int | None = None
     """Stands before every prompt."""
 
-    def named(self, name: str, eot: int | None) -> dict[str, int]:
+    def named_specials(self, name: str, eot: int | None) -> dict[str, int]:
         """Every special token; without others the end-of-text token alone, by its name."""
         return self.specials or ({} if eot is None else {name: eot})
 

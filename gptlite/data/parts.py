@@ -27,21 +27,21 @@ from gptlite import locks, machine, storage
 from gptlite.config.run import RunConfig
 from gptlite.data import tokenizers, workers
 from gptlite.data.encoding import (
-    Cut,
-    Moved,
     Scan,
+    SplitPlan,
     build_tokenizer,
-    cut_of,
     divide,
-    encode,
-    first_pass,
     is_separate,
-    progress,
-    read,
-    with_progress,
+    plan_split,
+    read_files,
+    read_to_learn,
+    scan_text,
+    show_progress,
+    write_token_files,
 )
-from gptlite.data.token_files import part_name
+from gptlite.data.token_files import part_folder_name
 from gptlite.data.tokenizers import Tokenizer
+from gptlite.data.workers import Advance
 from gptlite.errors import DataError
 from gptlite.terminal import tell
 
@@ -66,7 +66,7 @@ class Part:
     files: list[Path]
     sha256: list[str]
     work: Path
-    cut: Cut | None = None
+    plan: SplitPlan | None = None
     separate: bool = False
     n_threads: int = 1
     tokenizer_sha256: str = ""
@@ -78,11 +78,11 @@ class Part:
 
     @property
     def folder(self) -> Path:
-        name = f"scan-{self.number:05d}" if self.cut is None else part_name(self.number)
-        return self.work / name
+        scan = f"scan-{self.number:05d}"
+        return self.work / (scan if self.plan is None else part_folder_name(self.number))
 
 
-def worth_it(listing: list[About]) -> bool:
+def is_worthwhile(listing: list[About]) -> bool:
     n_bytes = sum(source["bytes"] for source in listing)
     return n_bytes >= LARGE_BYTES and len(group_files(listing)) > 1
 
@@ -109,7 +109,8 @@ def workplace(target: Path) -> Iterator[Path]:
     """
     work = target.with_name(f"{target.name}.unfinished")
     storage.make_folders(target.parent)
-    with locks.held(target.parent, "waiting for another process that makes token files there"):
+    waiting = "waiting for another process that makes token files there"
+    with locks.hold_folder(target.parent, waiting):
         try:
             yield work
         except DataError:
@@ -122,7 +123,7 @@ def tokenize(
 ) -> tuple[Tokenizer, list[About]]:
     """Make all parts; the tokenizer, and for each part the counts and digests of its splits."""
     storage.make_folders(work)
-    storage.clean(work)
+    storage.remove_leftovers(work)
     sha256 = [source["sha256"] for source in listing]
     groups = group_files(listing)
     parts = [Part(number, files[g], sha256[g], work) for number, g in enumerate(groups)]
@@ -131,53 +132,56 @@ def tokenize(
     if "split" in listing[-1]:
         to_train = ["split" not in listing[g.start] for g in groups]
         whole.n_train_bytes = sum(scan["bytes"] for scan in compress(scans, to_train))
-    cut = cut_of(whole, run)
-    built = own or kept_tokenizer(work)
+    plan = plan_split(whole, run)
+    built = own
     if built is None:
-        texts = divide(with_progress(files, run, "learn", whole.n_bytes), cut)
-        built = build_tokenizer(run, whole, texts)
+        try:
+            built = tokenizers.read_tokenizer(work / "tokenizer.json")  # of an earlier attempt
+        except DataError:
+            texts = divide(read_to_learn(files, run, whole.n_bytes), plan)
+            built = build_tokenizer(run, whole, texts)
     storage.write_text(work / "tokenizer.json", storage.seal(built.to_json()))
-    made = partial(
-        replace,
-        separate=is_separate(whole, run),
-        n_threads=max(1, machine.count_cores() // len(parts)),
-        tokenizer_sha256=tokenizers.digest(built),
-    )
-    to_encode, n_bytes, n_documents = [], 0, 0
-    for part, scan in zip(parts, scans, strict=True):
-        of_part = cut.part(n_bytes, slice(n_documents, n_documents + scan["documents"]))
-        to_encode.append(made(part, cut=of_part))
-        n_bytes, n_documents = n_bytes + scan["bytes"], n_documents + scan["documents"]
-    abouts = make_all(to_encode, partial(encode_part, run), "encode", n_bytes)
+    separate = is_separate(whole, run)
+    n_threads = max(1, machine.count_cores() // len(parts))
+    digest = tokenizers.digest(built)
+    to_encode = [
+        replace(part, separate=separate, n_threads=n_threads, tokenizer_sha256=digest)
+        for part in plan_parts(parts, scans, plan)
+    ]
+    abouts = make_all(to_encode, partial(encode_part, run), "encode", whole.n_bytes)
     for part in parts:
         storage.remove(part.folder)  # its scan
     return built, [about["splits"] for about in abouts]
 
 
-def kept_tokenizer(work: Path) -> Tokenizer | None:
-    """What an earlier attempt learned."""
-    try:
-        return tokenizers.read(work / "tokenizer.json")
-    except DataError:
-        return None
+def plan_parts(parts: list[Part], scans: list[About], plan: SplitPlan) -> list[Part]:
+    """The parts, each with the plan of its own text."""
+    planned = []
+    n_bytes = n_documents = 0
+    for part, scan in zip(parts, scans, strict=True):
+        n_after = n_documents + scan["documents"]
+        planned.append(replace(part, plan=plan.for_part(n_bytes, slice(n_documents, n_after))))
+        n_bytes += scan["bytes"]
+        n_documents = n_after
+    return planned
 
 
 def make_all(
-    parts: list[Part], make: Callable[[Part, Moved], About], desc: str, n_bytes: int
+    parts: list[Part], make: Callable[[Part, Advance], About], desc: str, n_bytes: int
 ) -> list[About]:
     """What is in the folder of each part: there from an earlier attempt, or made now."""
     with ThreadPoolExecutor(machine.count_cores()) as threads:
-        found = list(threads.map(read_kept, parts))
+        found = list(threads.map(read_finished, parts))
     todo = [part for part, about in zip(parts, found, strict=True) if about is None]
     if len(todo) < len(parts):
         tell(f"{desc}: {len(parts) - len(todo)} of {len(parts)} parts are there already")
     done = sum(about["bytes"] for about in found if about is not None)
-    with progress(desc, n_bytes, done) as moved:
-        made = iter(workers.work(make, todo, [part.files[0] for part in todo], moved))
+    with show_progress(desc, n_bytes, done) as advance:
+        made = iter(workers.run_jobs(make, todo, [part.files[0] for part in todo], advance))
     return [next(made) if about is None else about for about in found]
 
 
-def read_kept(part: Part) -> About | None:
+def read_finished(part: Part) -> About | None:
     """What is whole in its folder and made from the same; None if that is not so."""
     try:
         path = part.folder / "made.json"
@@ -191,26 +195,26 @@ def read_kept(part: Part) -> About | None:
         return None
 
 
-def keep(part: Part, fill: Callable[[Path], About]) -> About:
+def write_part(part: Part, fill: Callable[[Path], About]) -> About:
     """Make the folder of a part, whole or not at all."""
-    begun = storage.temporary(part.folder)
-    storage.make_folders(begun)
+    unfinished = storage.temporary_path(part.folder)
+    storage.make_folders(unfinished)
     try:
-        about = {"key": part.key, **fill(begun)}
-        storage.write_text(begun / "made.json", storage.seal(about))
+        about = {"key": part.key, **fill(unfinished)}
+        storage.write_text(unfinished / "made.json", storage.seal(about))
         if part.folder.exists():
             storage.remove(part.folder)
-        storage.disk.rename(begun, part.folder)
+        storage.disk.rename(unfinished, part.folder)
         storage.disk.sync(part.work)
     except BaseException:
-        storage.discard(begun)
+        storage.discard(unfinished)
         raise
     return about
 
 
-def scan_part(run: RunConfig, part: Part, moved: Moved) -> About:
+def scan_part(run: RunConfig, part: Part, advance: Advance) -> About:
     def fill(folder: Path) -> About:
-        scan = first_pass(read(part.files, run, moved), run)
+        scan = scan_text(read_files(part.files, run, advance), run)
         np.asarray(scan.documents, dtype="<u8").tofile(folder / "digests.bin")
         storage.disk.sync(folder / "digests.bin")
         return {
@@ -220,12 +224,13 @@ def scan_part(run: RunConfig, part: Part, moved: Moved) -> About:
             "files": {"digests.bin": storage.file_digest(folder / "digests.bin")},
         }
 
-    return keep(part, fill)
+    return write_part(part, fill)
 
 
 def merge_scans(folders: list[Path], scans: list[About]) -> Scan:
     """What one pass over all parts finds."""
-    n_bytes, n_documents = (sum(scan[name] for scan in scans) for name in ("bytes", "documents"))
+    n_bytes = sum(scan["bytes"] for scan in scans)
+    n_documents = sum(scan["documents"] for scan in scans)
     characters = set().union(*(scan["characters"] for scan in scans))
     documents = [np.fromfile(folder / "digests.bin", "<u8") for folder in folders]
     return Scan(n_bytes, n_documents, characters, np.concatenate(documents))
@@ -234,19 +239,19 @@ def merge_scans(folders: list[Path], scans: list[About]) -> Scan:
 @lru_cache(1)
 def tokenizer_in(work: Path, sha256: str) -> Tokenizer:
     """A process reads it once."""
-    return tokenizers.read(work / "tokenizer.json")
+    return tokenizers.read_tokenizer(work / "tokenizer.json")
 
 
-def encode_part(run: RunConfig, part: Part, moved: Moved) -> About:
+def encode_part(run: RunConfig, part: Part, advance: Advance) -> About:
     def fill(folder: Path) -> About:
-        assert part.cut is not None, "scanned, not yet cut"
-        splits = encode(
+        assert part.plan is not None, "scanned, not yet split"
+        splits = write_token_files(
             part.files,
             run,
             tokenizer_in(part.work, part.tokenizer_sha256),
             folder,
-            cut=part.cut,
-            moved=moved,
+            plan=part.plan,
+            advance=advance,
             separate=part.separate,
             leading=part.number == 0 and run.data.layout == "documents",
             n_threads=part.n_threads,
@@ -255,16 +260,16 @@ def encode_part(run: RunConfig, part: Part, moved: Moved) -> About:
         files = {f"{split}.bin": splits[split]["sha256"] for split in SPLITS}
         return {"bytes": n_bytes, "splits": splits, "files": files}
 
-    return keep(part, fill)
+    return write_part(part, fill)
 
 
 def join_counts(work: Path, parts: list[About]) -> dict[str, Any]:
     """Counts and digest of each split as if it were one file: equal tokens have equal digests."""
 
-    def of_split(split: str) -> About:
+    def join_split(split: str) -> About:
         sha256 = hashlib.sha256()
         for number in range(len(parts)):
-            with (work / part_name(number) / f"{split}.bin").open("rb") as file:
+            with (work / part_folder_name(number) / f"{split}.bin").open("rb") as file:
                 while block := file.read(1 << 20):
                     sha256.update(block)
         totals: Counter[str] = Counter()
@@ -273,4 +278,4 @@ def join_counts(work: Path, parts: list[About]) -> dict[str, Any]:
         return {**totals, "sha256": sha256.hexdigest()}
 
     with ThreadPoolExecutor(len(SPLITS)) as threads:
-        return dict(zip(SPLITS, threads.map(of_split, SPLITS), strict=True))
+        return dict(zip(SPLITS, threads.map(join_split, SPLITS), strict=True))

@@ -17,6 +17,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,21 +29,21 @@ from gptlite.data import parts, sources, tokenizers
 from gptlite.data.encoding import (
     Scan,
     build_tokenizer,
-    cut_of,
     divide,
-    encode,
-    first_pass,
     is_separate,
-    progress,
-    read,
-    with_progress,
+    plan_split,
+    read_files,
+    read_to_learn,
+    scan_text,
+    show_progress,
+    write_token_files,
 )
 from gptlite.data.parts import SPLITS
 from gptlite.data.split import is_near
 from gptlite.data.token_files import TokenFiles, check_ids, open_token_files, token_dtype
 from gptlite.data.tokenizers import Tokenizer
 from gptlite.data.unknown import tell_lost
-from gptlite.digests import Looks, digests_of, hold_unchanged, looks
+from gptlite.digests import FileStates, digests_of, file_states, require_unchanged
 from gptlite.errors import ConfigError, DataError, StorageError
 from gptlite.terminal import tell
 
@@ -107,9 +108,10 @@ def open_split(run: RunConfig, built: Tokenizer, split: str, trained_on: str = "
 def find_or_make(run: RunConfig, own: Tokenizer | None, trained_on: str = "") -> TokenFiles:
     folder = Path(os.path.expanduser(run.sources[0]))
     if len(run.sources) == 1 and os.path.isfile(folder / "train.bin"):
-        return adopt(folder, run, own)
-    files, to_validate = sources.locate(run), sources.locate_val(run)
-    before = looks(files := [*files, *to_validate])
+        return adopt_token_files(folder, run, own)
+    to_train, to_validate = sources.locate(run), sources.locate_val(run)
+    files = [*to_train, *to_validate]
+    before = file_states(files)
     listing = describe_sources(files, run)
     cache = Path(run.data.cache_dir) / "tokens"
     earlier = cache / cache_key(run, listing, own, EARLIER_FORMAT)
@@ -117,15 +119,16 @@ def find_or_make(run: RunConfig, own: Tokenizer | None, trained_on: str = "") ->
         found = open_token_files(earlier)
         if replace(found, train_tokens=run.data.train_tokens).digest == trained_on:
             return found
-    for about in listing[len(files) - len(to_validate) :]:
+    for about in listing[len(to_train) :]:
         about["split"] = "val"
     target = cache / cache_key(run, listing, own)
     if not (target / "meta.json").is_file():
         try:
             for remark in sources.remarks(run, files, listing):
                 tell(remark)
-            way = make_of_parts if parts.worth_it(listing) else make
-            way(target, files, listing, run, own, before)
+            in_parts = parts.is_worthwhile(listing)
+            make = make_token_files_in_parts if in_parts else make_token_files
+            make(target, files, listing, run, own, before)
         except OSError as error:
             raise StorageError(f"{error.filename or target}: {error.strerror}") from None
     return open_token_files(target)
@@ -135,16 +138,12 @@ def describe_sources(files: list[Path], run: RunConfig) -> list[dict[str, Any]]:
     """Name, size and digest of each source."""
     try:
         ledger = Path(run.data.cache_dir) / "digests.json"
-        digests = digests_of(files, ledger, source_digest)
+        digests = digests_of(files, ledger, partial(storage.file_digest, links=True))
         about = zip(files, digests, strict=True)
         return [{"name": f.name, "bytes": f.stat().st_size, "sha256": d} for f, d in about]
     except OSError as error:
         where = f"data.source: {error.filename}"
         raise StorageError(f"{where}: {error.strerror}") from None
-
-
-def source_digest(file: Path) -> str:
-    return storage.file_digest(file, links=True)
 
 
 def cache_key(
@@ -166,7 +165,7 @@ def cache_key(
     return hashlib.sha256(json.dumps(names, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def adopt(folder: Path, run: RunConfig, own: Tokenizer | None) -> TokenFiles:
+def adopt_token_files(folder: Path, run: RunConfig, own: Tokenizer | None) -> TokenFiles:
     """Token files made elsewhere: by gptlite, or by nanoGPT (then the config names the tokenizer).
 
     nanoGPT's meta.pkl is a pickle and is never read.
@@ -184,7 +183,7 @@ def adopt(folder: Path, run: RunConfig, own: Tokenizer | None) -> TokenFiles:
             f"data.source: {folder}: has no meta.json, so tokenizer.kind must name the tokenizer "
             f"(byte or tiktoken, got {kind}); or give the text instead of the .bin files"
         )
-    built = own or tokenizers.build(run.tokenizer, eot=False, characters="", texts=())
+    built = own or tokenizers.from_config(run.tokenizer, eot=False, characters="", texts=())
     splits = {}
     for split in ("train", "val"):
         path = folder / f"{split}.bin"
@@ -195,8 +194,8 @@ def adopt(folder: Path, run: RunConfig, own: Tokenizer | None) -> TokenFiles:
         size = path.stat().st_size
         tokens = np.memmap(path, dtype, mode="r") if size else np.zeros(0, dtype)
         check_ids(path, tokens, built.vocab_size)
-        splits[split] = count(tokens, storage.file_digest(path, links=True), built)
-    meta = describe(run, built, splits, [{"name": f"{s}.bin", **splits[s]} for s in splits])
+        splits[split] = count_tokens(tokens, storage.file_digest(path, links=True), built)
+    meta = make_meta(run, built, splits, [{"name": f"{s}.bin", **splits[s]} for s in splits])
     return TokenFiles(folder, meta, built)
 
 
@@ -211,7 +210,8 @@ def check_format(path: Path, size_of_one: int) -> None:
         raise DataError(f"{path}: not a token file: {why}")
 
 
-def count(tokens: np.ndarray, sha256: str, built: Tokenizer) -> dict[str, Any]:
+def count_tokens(tokens: np.ndarray, sha256: str, built: Tokenizer) -> dict[str, Any]:
+    """What meta.json says of a split."""
     lengths = np.array(tokenizers.token_lengths(built), dtype=np.int64)
     starts = range(0, len(tokens), 1 << 24)
     n_bytes = sum(int(lengths[tokens[start : start + (1 << 24)]].sum()) for start in starts)
@@ -219,11 +219,12 @@ def count(tokens: np.ndarray, sha256: str, built: Tokenizer) -> dict[str, Any]:
     return {"tokens": len(tokens), "documents": max(1, ends), "bytes": n_bytes, "sha256": sha256}
 
 
-def describe(
+def make_meta(
     run: RunConfig, built: Tokenizer, splits: dict[str, Any], listing: list[dict[str, Any]]
 ) -> dict[str, Any]:
     """meta.json: all that a reader of the token files needs to know."""
-    n_bytes, n_tokens = (sum(s[k] for s in splits.values()) for k in ("bytes", "tokens"))
+    n_bytes = sum(split["bytes"] for split in splits.values())
+    n_tokens = sum(split["tokens"] for split in splits.values())
     return {
         "format": FORMAT,
         "layout": run.data.layout,
@@ -234,11 +235,11 @@ def describe(
         "eot": built.eot,
         "bytes_per_token": n_bytes / max(1, n_tokens),
         "splits": splits,
-        "sources": shorten(listing),
+        "sources": shorten_listing(listing),
     }
 
 
-def shorten(listing: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def shorten_listing(listing: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The sources as meta.json has them, which must stay small enough to be read again."""
     if len(listing) <= MOST_LISTED:
         return listing
@@ -247,36 +248,36 @@ def shorten(listing: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{"files": len(listing), "bytes": n_bytes, "sha256": sha256}]
 
 
-def make(
+def make_token_files(
     target: Path,
     files: list[Path],
     listing: list[dict[str, Any]],
     run: RunConfig,
     own: Tokenizer | None,
-    before: Looks,
+    before: FileStates,
 ) -> None:
     """Tokenize into a temporary folder and rename it: a cache folder is whole or absent."""
     with workbench(target) as work:
-        with hold_unchanged(before):
+        with require_unchanged(before):
             scan = scan_sources(files, listing, run)
-            cut = cut_of(scan, run)
+            plan = plan_split(scan, run)
             built = own
             if built is None:
-                learning = with_progress(files, run, "learn", scan.n_bytes)
-                built = build_tokenizer(run, scan, divide(learning, cut))
-            with progress("encode", scan.n_bytes) as moved:
-                splits = encode(
+                texts = divide(read_to_learn(files, run, scan.n_bytes), plan)
+                built = build_tokenizer(run, scan, texts)
+            with show_progress("encode", scan.n_bytes) as advance:
+                splits = write_token_files(
                     files,
                     run,
                     built,
                     work,
-                    cut=cut,
-                    moved=moved,
+                    plan=plan,
+                    advance=advance,
                     separate=is_separate(scan, run),
                     leading=run.data.layout == "documents",
                 )
         check_splits(splits, run)
-        finish(work, describe(run, built, splits, listing), built)
+        finish(work, make_meta(run, built, splits, listing), built)
         (work / locks.LOCK).unlink()
         with suppress(OSError):  # another process may have made the same folder meanwhile
             os.rename(work, target)
@@ -285,10 +286,10 @@ def make(
 def scan_sources(files: list[Path], listing: list[dict[str, Any]], run: RunConfig) -> Scan:
     """What the first pass finds: in what is trained on, and then in what is validated on."""
     n_train = sum("split" not in about for about in listing)
-    with progress("read", 0) as moved:
-        scan = first_pass(read(files[:n_train], run, moved), run)
+    with show_progress("read", 0) as advance:
+        scan = scan_text(read_files(files[:n_train], run, advance), run)
         if files[n_train:]:
-            scan = scan.before(first_pass(read(files[n_train:], run, moved), run))
+            scan = scan.with_val(scan_text(read_files(files[n_train:], run, advance), run))
     return scan
 
 
@@ -299,9 +300,9 @@ def workbench(target: Path) -> Iterator[Path]:
         locks.discard_abandoned(left)
     lock = None
     while lock is None:  # else another process took the new folder for one that was left
-        work = storage.temporary(target)
+        work = storage.temporary_path(target)
         work.mkdir(parents=True)
-        lock = locks.mark(work)
+        lock = locks.lock_new_folder(work)
     try:
         yield work
     finally:
@@ -309,23 +310,23 @@ def workbench(target: Path) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def make_of_parts(
+def make_token_files_in_parts(
     target: Path,
     files: list[Path],
     listing: list[dict[str, Any]],
     run: RunConfig,
     own: Tokenizer | None,
-    before: Looks,
+    before: FileStates,
 ) -> None:
     """The same in parts, by several processes; parts that a killed attempt left are taken up."""
     with parts.workplace(target) as work:
         if (target / "meta.json").is_file():  # made by another process, for which we waited
             return
-        with hold_unchanged(before):
+        with require_unchanged(before):
             built, made = parts.tokenize(files, listing, run, own, work)
         splits = parts.join_counts(work, made)
         check_splits(splits, run)
-        finish(work, {**describe(run, built, splits, listing), "parts": made}, built)
+        finish(work, {**make_meta(run, built, splits, listing), "parts": made}, built)
         storage.discard(target)  # one that has lost its meta.json
         os.rename(work, target)
 

@@ -51,7 +51,7 @@ Chunk = tuple[str, bool]
 """Some text, and whether a document ends with it."""
 
 
-def kind_of(path: PurePath) -> str:
+def file_kind(path: PurePath) -> str:
     """The suffix that says what is in a file, past the one of its compression."""
     suffix = path.suffix.lower()
     return PurePath(path.stem).suffix.lower() if suffix in COMPRESSED else suffix
@@ -65,24 +65,22 @@ def is_hidden(name: str) -> bool:
 def is_searched(path: PurePath, data: DataConfig) -> bool:
     """Whether a folder is searched for a file of this name, relative to it."""
     hidden = any(map(is_hidden, path.parts))
-    return not hidden and kind_of(path) in (*SUFFIXES, *data.include)
+    return not hidden and file_kind(path) in (*SUFFIXES, *data.include)
 
 
 def is_plain(path: Path) -> bool:
     """Whether its text is what stands in its lines."""
-    return kind_of(path) not in (*RECORDS, *TABLES, ".parquet")
+    return file_kind(path) not in (*RECORDS, *TABLES, ".parquet")
 
 
 def has_marks(path: Path) -> bool:
     """Whether the beginning of a text has lines that say <|endoftext|>."""
-    with open_bytes(path) as file:
-        start: bytes = file.read(CHUNK)
-    return MARK.search(start.decode(errors="replace")) is not None
+    return MARK.search(read_start(path, CHUNK).decode(errors="replace")) is not None
 
 
-def read_file(path: Path, data: DataConfig) -> Iterator[Chunk]:
+def read_documents(path: Path, data: DataConfig) -> Iterator[Chunk]:
     """The documents of one file, in pieces; empty documents are left out."""
-    kind = kind_of(path)
+    kind = file_kind(path)
     if kind == ".parquet":
         yield from read_parquet(path, data.text_field)
         return
@@ -94,7 +92,7 @@ def read_file(path: Path, data: DataConfig) -> Iterator[Chunk]:
     elif data.separator is not None:
         yield from read_separated(path, data.separator)
     elif data.layout == "documents":
-        yield from read_lines(path)
+        yield from read_line_documents(path)
     else:
         ends_later = ""
         for text in read_utf8(path):
@@ -111,7 +109,7 @@ def open_bytes(path: Path) -> Iterator[Any]:
     suffix = path.suffix.lower()
     try:
         if suffix == ".zst":
-            with arrow(path).input_stream(str(path), compression="zstd") as file:
+            with import_arrow(path).input_stream(str(path), compression="zstd") as file:
                 yield file
         else:
             with gzip.open(path) if suffix == ".gz" else path.open("rb") as file:
@@ -124,7 +122,13 @@ def open_bytes(path: Path) -> Iterator[Any]:
         raise DataError(f"data.source: {path}: damaged ({error})") from None
 
 
-def arrow(path: Path) -> Any:
+def read_start(path: Path, n_bytes: int = START) -> bytes:
+    with open_bytes(path) as file:
+        start: bytes = file.read(n_bytes)
+    return start
+
+
+def import_arrow(path: Path) -> Any:
     """pyarrow, which the extra `data` brings."""
     try:
         import pyarrow.parquet
@@ -136,8 +140,7 @@ def arrow(path: Path) -> Any:
 
 def check_start(path: Path) -> None:
     """DataError for what is no text, or none in UTF-8, by how it begins."""
-    with open_bytes(path) as file:
-        start: bytes = file.read(START)
+    start = read_start(path)
     for magic, what in NOT_TEXT.items():
         if start.startswith(magic):
             raise DataError(f"data.source: {path}: is {what}")
@@ -171,7 +174,7 @@ def not_utf8(path: Path, at: int) -> DataError:
     return DataError(f"data.source: {path}: not valid UTF-8 at byte {at}; convert it to UTF-8")
 
 
-def read_lines(path: Path) -> Iterator[Chunk]:
+def read_line_documents(path: Path) -> Iterator[Chunk]:
     """Every non-empty line as a document, however long it is; a lone return ends one, too."""
     begun, held = False, ""
     for text in read_utf8(path):
@@ -215,7 +218,7 @@ def read_records(path: Path, field: str) -> Iterator[Chunk]:
     """The text of each record; those without one are left out, unless it is most of them."""
     n = n_missing = 0
     there: list[str] = []
-    for place, record in of_array(path) if is_array(path) else of_lines(path):
+    for place, record in json_array_items(path) if is_array(path) else json_lines(path):
         text = record.get(field) if isinstance(record, dict) else False
         n += 1
         if text is None and field not in record:
@@ -223,17 +226,17 @@ def read_records(path: Path, field: str) -> Iterator[Chunk]:
         elif text is not None and not isinstance(text, str):
             raise DataError(f"{place}: no text in field '{field}' (data.text_field)")
         del record  # of a document of a gigabyte there is one copy, not three
-        yield from pieces(text or "")
+        yield from cut_document(text or "")
     if n_missing * 2 > n:
         which = f"{n_missing} of {n} records have no field '{field}' (data.text_field)"
         raise DataError(f"data.source: {path}: {which}; fields: {', '.join(there) or 'none'}")
 
 
-def of_lines(path: Path) -> Iterator[tuple[str, Any]]:
+def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
     """The place and the value of each line of JSON."""
     with open_bytes(path) as raw, io.TextIOWrapper(raw, "utf-8-sig") as file:
         number = 0
-        for line in records(path, file):
+        for line in report_bad_utf8(path, file):
             number += 1
             if not line.strip():
                 continue
@@ -249,14 +252,12 @@ def of_lines(path: Path) -> Iterator[tuple[str, Any]]:
 
 def is_array(path: Path) -> bool:
     """Whether a .json file is one array, and not a record on each line."""
-    if kind_of(path) != ".json":
+    if file_kind(path) != ".json":
         return False
-    with open_bytes(path) as file:
-        start: bytes = file.read(START)
-    return start.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+    return read_start(path).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
 
 
-def of_array(path: Path) -> Iterator[tuple[str, Any]]:
+def json_array_items(path: Path) -> Iterator[tuple[str, Any]]:
     """The place and the value of each part of a JSON array, which is never held whole."""
     decoder, gap = json.JSONDecoder(), re.compile(r"[\s,]*")
     text = (piece for piece in read_utf8(path) if piece)
@@ -280,7 +281,7 @@ def of_array(path: Path) -> Iterator[tuple[str, Any]]:
             number += 1
 
 
-def pieces(text: str) -> Iterator[Chunk]:
+def cut_document(text: str) -> Iterator[Chunk]:
     """A document, CHUNK characters at a time; none if it is empty."""
     for start in range(0, len(text), CHUNK):
         piece = text[start : start + CHUNK]  # JSON spells halves of surrogate pairs, UTF-8 cannot
@@ -291,7 +292,7 @@ def read_table(path: Path, field: str, delimiter: str) -> Iterator[Chunk]:
     """The column of that name; DataError for a row with more or fewer fields than the first."""
     csv.field_size_limit(sys.maxsize)
     with open_bytes(path) as raw, io.TextIOWrapper(raw, "utf-8-sig", newline="") as file:
-        rows = csv.reader(records(path, file), delimiter=delimiter, strict=True)
+        rows = csv.reader(report_bad_utf8(path, file), delimiter=delimiter, strict=True)
         names, begins = next_row(path, rows), rows.line_num + 1
         check_column(path, field, names, delimiter)
         column = names.index(field)
@@ -302,7 +303,7 @@ def read_table(path: Path, field: str, delimiter: str) -> Iterator[Chunk]:
                     f"data.source: {path}:{begins}: {why}; a text with {delimiter!r} or a line "
                     "break in it needs quotes, and data.delimiter may be another"
                 )
-            yield from pieces(row[column])
+            yield from cut_document(row[column])
             begins = rows.line_num + 1
 
 
@@ -336,17 +337,17 @@ def check_column(path: Path, field: str, names: list[str], delimiter: str = "") 
 def read_parquet(path: Path, field: str) -> Iterator[Chunk]:
     if path.suffix.lower() in COMPRESSED:
         raise DataError(f"data.source: {path}: .parquet is compressed inside; decompress the file")
-    pyarrow = arrow(path)
+    pyarrow = import_arrow(path)
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             schema = file.schema_arrow
             check_column(path, field, schema.names)
             kind = schema.field(field).type
-            if not is_text(pyarrow.types, kind):
+            if not is_text_type(pyarrow.types, kind):
                 raise DataError(f"data.source: {path}: column '{field}' holds {kind}, not text")
             for batch in file.iter_batches(PARQUET_ROWS, columns=[field]):
                 for text in batch.column(0).to_pylist():
-                    yield from pieces(text or "")
+                    yield from cut_document(text or "")
     except pyarrow.ArrowException as error:
         why = str(error).splitlines()[0]
         raise DataError(f"data.source: {path}: not a whole .parquet file ({why})") from None
@@ -354,7 +355,7 @@ def read_parquet(path: Path, field: str) -> Iterator[Chunk]:
         raise DataError(f"data.source: {path}: column '{field}' is not valid UTF-8") from None
 
 
-def is_text(types: Any, kind: Any) -> bool:
+def is_text_type(types: Any, kind: Any) -> bool:
     """Also where each different text is stored once, or beside its length."""
     if types.is_dictionary(kind):
         kind = kind.value_type
@@ -362,7 +363,8 @@ def is_text(types: Any, kind: Any) -> bool:
     return bool(types.is_string(kind) or types.is_large_string(kind) or view(kind))
 
 
-def records(path: Path, lines: Iterator[str]) -> Iterator[str]:
+def report_bad_utf8(path: Path, lines: Iterator[str]) -> Iterator[str]:
+    """The lines of a file; DataError with the place of what is no UTF-8."""
     try:
         yield from lines
     except UnicodeDecodeError:

@@ -1,6 +1,7 @@
 """Text that has to be fetched: https, storage that fsspec knows, datasets of Hugging Face's Hub.
 
-Whatever it is, it becomes a file in the cache, whole or not at all, and is fetched once.
+Whatever it is, it becomes a file in the cache, whole or not at all, and is fetched once. https goes
+through urllib: that of fsspec needs aiohttp, which a plain install has not.
 
     s3://bucket/folder/*.jsonl           files, globs and folders; each by its own checksum there
     hf://datasets/OWNER/NAME/a.parquet   a file of the Hub, the same way
@@ -11,9 +12,8 @@ import glob
 import hashlib
 import http.client
 import json
-import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path, PurePath
 from typing import Any
@@ -37,8 +37,8 @@ def fetch(url: str, data: DataConfig) -> list[Path]:
     cache = Path(data.cache_dir) / "downloads"
     try:
         if url.startswith("hf://") and not url.startswith("hf://datasets/"):
-            return [dataset(url, data.text_field, cache)]
-        return from_storage(url, data, cache)
+            return [fetch_dataset(url, data.text_field, cache)]
+        return fetch_files(url, data, cache)
     except (UserError, KeyboardInterrupt):
         raise
     except ImportError as error:
@@ -52,17 +52,19 @@ def fetch_failure(url: str, error: Exception) -> DataError:
     return DataError(f"data.source: {url}: cannot be fetched ({type(error).__name__}: {why})")
 
 
-def arriving(parts: Iterator[bytes], url: str) -> Iterator[bytes]:
+def receive(
+    parts: Iterator[bytes], url: str, failure: Callable[[str, Exception], DataError] = fetch_failure
+) -> Iterator[bytes]:
     """The parts; what fails over there is told from what fails on the disk here."""
     try:
         yield from parts
     except UserError:
         raise
     except Exception as error:  # noqa: BLE001 - see above
-        raise fetch_failure(url, error) from None
+        raise failure(url, error) from None
 
 
-def from_storage(url: str, data: DataConfig, cache: Path) -> list[Path]:
+def fetch_files(url: str, data: DataConfig, cache: Path) -> list[Path]:
     """Copies of the files that fsspec finds there."""
     import fsspec
 
@@ -89,10 +91,11 @@ def copy_to_cache(system: Any, file: str, url: str, cache: Path) -> Path:
     if target.is_file():
         return target
     with system.open(file, "rb") as stream:
-        return keep(target, arriving(iter(lambda: stream.read(CHUNK), b""), url), None, url)
+        parts = iter(lambda: stream.read(CHUNK), b"")
+        return save_to_cache(target, receive(parts, url), None, url)
 
 
-def dataset(url: str, field: str, cache: Path) -> Path:
+def fetch_dataset(url: str, field: str, cache: Path) -> Path:
     """The texts of a dataset as .jsonl, in the order that it streams them."""
     address = urlsplit(url)
     options = dict(parse_qsl(address.query, keep_blank_values=True))
@@ -119,11 +122,11 @@ def dataset(url: str, field: str, cache: Path) -> Path:
         revision=options.get("revision"),
         streaming=True,
     )
-    lines = islice(lines_of(stream, field, url), None if rows is None else int(rows))
-    return keep(target, arriving(lines, url), None, url)
+    lines = islice(dataset_lines(stream, field, url), None if rows is None else int(rows))
+    return save_to_cache(target, receive(lines, url), None, url)
 
 
-def lines_of(stream: Any, field: str, url: str) -> Iterator[bytes]:
+def dataset_lines(stream: Any, field: str, url: str) -> Iterator[bytes]:
     for row in stream:
         text = row.get(field)
         if text is not None and not isinstance(text, str):
@@ -147,27 +150,23 @@ def download(url: str, sha256: str, cache_dir: Path) -> Path:
         with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as response:
             if not response.url.startswith("https://"):
                 raise DataError(f"{url}: redirected to an address that is not https")
-            return keep(target, receive(response), sha256, url)
+            parts = iter(lambda: response.read(CHUNK), b"")
+            return save_to_cache(target, receive(parts, url, download_failure), sha256, url)
     except (OSError, http.client.HTTPException, ValueError) as error:
-        why = getattr(error, "reason", None) or error
-        raise DataError(
-            f"data.source: {url}: cannot be fetched ({why}); download it elsewhere and give the "
-            "file: --set data.source=FILE"
-        ) from None
+        raise download_failure(url, getattr(error, "reason", None) or error) from None
 
 
-def receive(response: http.client.HTTPResponse) -> Iterator[bytes]:
-    """The bytes of a response; a broken connection is a URLError, to tell it from a full disk."""
-    try:
-        while part := response.read(CHUNK):
-            yield part
-    except (OSError, http.client.HTTPException) as error:
-        raise urllib.error.URLError(error) from None
+def download_failure(url: str, why: object) -> DataError:
+    return DataError(
+        f"data.source: {url}: cannot be fetched ({why}); download it elsewhere and give the "
+        "file: --set data.source=FILE"
+    )
 
 
-def keep(target: Path, parts: Iterator[bytes], sha256: str | None, name: str) -> Path:
-    """Write to a temporary file beside `target`, check, rename."""
-    part = storage.temporary(target)
+def save_to_cache(target: Path, parts: Iterator[bytes], sha256: str | None, name: str) -> Path:
+    """Write to a temporary file beside `target`, check, rename. An OSError is taken for the disk's:
+    whatever else fails in `parts` must be an error of another kind."""
+    part = storage.temporary_path(target)
     got, size = hashlib.sha256(), 0
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -177,7 +176,7 @@ def keep(target: Path, parts: Iterator[bytes], sha256: str | None, name: str) ->
             part.open("wb") as file,
             tqdm(unit="B", unit_scale=True, desc="fetch", disable=None, delay=2) as bar,
         ):
-            locks.take(file)  # so that it is not taken for one that was left
+            locks.try_lock(file)  # so that it is not taken for one that was left
             for data in parts:
                 size += len(data)
                 if size > MAX_DOWNLOAD:
@@ -190,8 +189,6 @@ def keep(target: Path, parts: Iterator[bytes], sha256: str | None, name: str) ->
         storage.disk.sync(part)
         storage.disk.rename(part, target)
     except OSError as error:
-        if isinstance(error, urllib.error.URLError):
-            raise
         raise StorageError(f"{target.parent}: {error.strerror}") from None
     finally:
         storage.discard(part)

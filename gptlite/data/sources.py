@@ -13,14 +13,14 @@ import stat
 import sysconfig
 import warnings
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
 from gptlite import storage
 from gptlite.config.run import DataConfig, RunConfig
 from gptlite.data import readers, remote
-from gptlite.data.readers import SUFFIXES, kind_of
+from gptlite.data.readers import SUFFIXES, file_kind
 from gptlite.errors import ConfigError, DataError
 
 NO_TEXT = {
@@ -34,9 +34,7 @@ MOST_LOOKED_INTO = 100
 
 def locate(run: RunConfig) -> list[Path]:
     """The files that a run reads, in order. Raises DataError if one is not there or not a file."""
-    files = [file for source in run.sources for file in locate_one(source, run.data)]
-    for file in files:
-        check_regular(file)
+    files = locate_all(run.sources, run.data)
     if run.data.sha256 is not None:
         found = [storage.file_digest(file, links=True) for file in files]
         if found != [run.data.sha256]:
@@ -48,11 +46,15 @@ def locate(run: RunConfig) -> list[Path]:
 def locate_val(run: RunConfig) -> list[Path]:
     """The files of data.val_source, if there is one. Raises DataError, as `locate`."""
     try:
-        files = [file for source in run.val_sources for file in locate_one(source, run.data)]
-        for file in files:
-            check_regular(file)
+        return locate_all(run.val_sources, run.data)
     except DataError as error:
         raise DataError(str(error).replace("data.source: ", "data.val_source: ", 1)) from None
+
+
+def locate_all(named: Sequence[str], data: DataConfig) -> list[Path]:
+    files = [file for source in named for file in locate_one(source, data)]
+    for file in files:
+        check_regular(file)
     return files
 
 
@@ -67,7 +69,7 @@ def locate_one(source: str, data: DataConfig) -> list[Path]:
         return remote.fetch(source, data)
     path = Path(os.path.expanduser(source))
     if os.path.isdir(path):  # a name too long is for check_regular to report
-        files, others = in_folder(path, data)
+        files, others = search_folder(path, data)
         if not files:
             endings = " ".join((*SUFFIXES, *data.include))
             there = f" (but {list_endings(others)}; data.include)" if others else ""
@@ -82,7 +84,7 @@ def locate_one(source: str, data: DataConfig) -> list[Path]:
     return [path]
 
 
-def in_folder(folder: Path, data: DataConfig) -> tuple[list[Path], Counter[str]]:
+def search_folder(folder: Path, data: DataConfig) -> tuple[list[Path], Counter[str]]:
     """The files that are read, in order, and how many others there are, by their endings."""
 
     def refuse(error: OSError) -> None:
@@ -95,7 +97,7 @@ def in_folder(folder: Path, data: DataConfig) -> tuple[list[Path], Counter[str]]
             if readers.is_searched(PurePath(path.name), data) and path.is_file():
                 files.append(path)
             else:
-                others[kind_of(path) or "no ending"] += 1
+                others[file_kind(path) or "no ending"] += 1
     return sorted(files), others
 
 
@@ -126,7 +128,7 @@ def remarks(run: RunConfig, files: list[Path], listing: list[dict[str, Any]]) ->
     """What whoever gave these sources may not know of them, a line each."""
     for source in (*run.sources, *run.val_sources):
         path = Path(os.path.expanduser(source))
-        read, others = in_folder(path, run.data) if path.is_dir() else ([], Counter())
+        read, others = search_folder(path, run.data) if path.is_dir() else ([], Counter())
         if others:
             n = f"{others.total()} of {len(read) + others.total()} files skipped"
             endings = f"{list_endings(others)}; data.include takes more endings"
@@ -150,9 +152,9 @@ def check_regular(path: Path) -> None:
         raise DataError(f"data.source: {path}: {why}") from None
     if not stat.S_ISREG(mode):
         raise DataError(f"data.source: {path}: not a regular file")
-    if kind_of(path) in NO_TEXT:
+    if file_kind(path) in NO_TEXT:
         kinds = " ".join(SUFFIXES)
-        raise DataError(f"data.source: {path}: {kind_of(path)} is not text; give {kinds}")
+        raise DataError(f"data.source: {path}: {file_kind(path)} is not text; give {kinds}")
     if not os.access(path, os.R_OK):
         raise DataError(f"data.source: {path}: Permission denied")
 
@@ -182,7 +184,7 @@ def python_docs(cache_dir: Path) -> Path:
     collects = gc.isenabled()
     gc.disable()  # syntax trees have no cycles, and looking for some takes as long as parsing
     try:
-        return remote.keep(target, lines, None, "python-docs")
+        return remote.save_to_cache(target, lines, None, "python-docs")
     finally:
         if collects:
             gc.enable()

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from gptlite import storage
 from gptlite.data import tokenizers
-from gptlite.data.batches import STRETCH, Documents, Joined, Layout, Stream, Tokens
+from gptlite.data.batches import STRETCH, Documents, JoinedTokens, Layout, Stream, Tokens
 from gptlite.data.tokenizers import Tokenizer
 from gptlite.digests import digests_of
 from gptlite.errors import DataError
@@ -29,7 +29,7 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
     return np.dtype("<u2") if vocab_size <= 1 << 16 else np.dtype("<u4")
 
 
-def part_name(number: int) -> str:
+def part_folder_name(number: int) -> str:
     return f"part-{number:05d}"
 
 
@@ -57,7 +57,7 @@ class TokenFiles:
         if "parts" not in self.meta:
             return [(self.folder / f"{split}.bin", self.meta["splits"][split])]
         return [
-            (self.folder / part_name(number) / f"{split}.bin", part[split])
+            (self.folder / part_folder_name(number) / f"{split}.bin", part[split])
             for number, part in enumerate(self.meta["parts"])
         ]
 
@@ -78,7 +78,7 @@ class TokenFiles:
                 whole = np.memmap(path, dtype, "r")[:count] if mapped else None
                 parts.append(np.fromfile(path, dtype, count) if whole is None else whole)
             left -= count
-        return parts[0] if len(parts) == 1 else Joined(parts)
+        return parts[0] if len(parts) == 1 else JoinedTokens(parts)
 
     def rows(self, split: str, context_length: int) -> Layout:
         tokens = self.tokens(split)
@@ -102,7 +102,9 @@ def open_token_files(
     path = folder / "meta.json"
     try:
         meta = storage.unseal(storage.read_regular(path, MOST_META_BYTES))
-        return check_meta(folder, meta, tokenizers.read(folder / "tokenizer.json"))
+        return verify_token_files(
+            folder, meta, tokenizers.read_tokenizer(folder / "tokenizer.json")
+        )
     except DataError as error:
         why = str(error)
     except (OSError, ValueError) as error:
@@ -112,7 +114,7 @@ def open_token_files(
     raise DataError(f"{why}; {way_out}")
 
 
-def check_meta(folder: Path, meta: dict[str, Any], built: Tokenizer) -> TokenFiles:
+def verify_token_files(folder: Path, meta: dict[str, Any], built: Tokenizer) -> TokenFiles:
     if tokenizers.digest(built) != meta["tokenizer_sha256"]:
         raise DataError(f"{folder}/tokenizer.json: damaged (sha256 differs from meta.json)")
     ids = (meta["vocab_size"], meta["eot"])
@@ -122,12 +124,12 @@ def check_meta(folder: Path, meta: dict[str, Any], built: Tokenizer) -> TokenFil
     expected = {}
     for split in ("train", "val"):
         for path, about in files.files(split):
-            check_size(path, about["tokens"], token_dtype(built.vocab_size).itemsize)
+            check_file_size(path, about["tokens"], token_dtype(built.vocab_size).itemsize)
             expected[path] = about["sha256"]
         n_tokens = sum(about["tokens"] for _, about in files.files(split))
         if n_tokens != meta["splits"][split]["tokens"]:
             raise DataError(f"{folder}/meta.json: damaged (its parts have {n_tokens} tokens)")
-    check = partial(digest_checked_ids, expected=expected, vocab_size=built.vocab_size)
+    check = partial(digest_and_check_ids, expected=expected, vocab_size=built.vocab_size)
     found = digests_of(list(expected), folder / "verified.json", check)
     for path, sha256 in zip(expected, found, strict=True):
         if sha256 != expected[path]:
@@ -135,14 +137,14 @@ def check_meta(folder: Path, meta: dict[str, Any], built: Tokenizer) -> TokenFil
     return files
 
 
-def check_size(path: Path, n_tokens: int, size_of_one: int) -> None:
+def check_file_size(path: Path, n_tokens: int, size_of_one: int) -> None:
     size = path.stat().st_size if path.is_file() else 0
     if size != n_tokens * size_of_one:
         tokens = f"meta.json says {n_tokens} tokens of {size_of_one} bytes"
         raise DataError(f"{path}: has {size} bytes, {tokens}")
 
 
-def digest_checked_ids(path: Path, expected: dict[Path, str], vocab_size: int) -> str:
+def digest_and_check_ids(path: Path, expected: dict[Path, str], vocab_size: int) -> str:
     """sha256 of a token file; DataError for an id too large in one that is as it was made."""
     sha256 = storage.file_digest(path)
     if sha256 == expected[path] and path.stat().st_size:

@@ -61,7 +61,7 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> list[int]: ...
 
     def encode_array(self, text: str) -> NDArray[Any]:
-        """The same ids, made without a list; for a piece of `cut`."""
+        """The same ids, made without a list; for a piece of `cut_pieces`."""
         ...
 
     def token_bytes(self, token: int) -> bytes:
@@ -87,7 +87,7 @@ def digest(tokenizer: Tokenizer) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def cut(text: str, *, final: bool) -> tuple[list[str], str]:
+def cut_pieces(text: str, *, final: bool) -> tuple[list[str], str]:
     """Pieces to encode one by one, and the rest that waits for more text.
 
     A piece ends before a single space between two visible characters: in every pattern used here
@@ -114,7 +114,7 @@ class ByteTokenizer:
 
     def __init__(self, *, eot: bool, marks: Marks = NO_MARKS) -> None:
         self.eot, self.marks = 256 if eot else None, marks
-        self.specials = marks.named(EOT, self.eot)
+        self.specials = marks.named_specials(EOT, self.eot)
         self.vocab_size = 256 + eot
 
     def encode(self, text: str) -> list[int]:
@@ -131,7 +131,7 @@ class ByteTokenizer:
 
     @classmethod
     def from_json(cls, saved: dict[str, Any]) -> "ByteTokenizer":
-        return cls(eot=known(saved["eot"], True, False), marks=Marks.from_json(saved))
+        return cls(eot=require_one_of(saved["eot"], True, False), marks=Marks.from_json(saved))
 
 
 class CharTokenizer:
@@ -145,7 +145,7 @@ class CharTokenizer:
         self.replacement = len(characters) if unknown == "replace" else None
         size = len(characters) + (self.replacement is not None)
         self.eot = size if eot else None
-        self.specials = marks.named(EOT, self.eot)
+        self.specials = marks.named_specials(EOT, self.eot)
         self.vocab_size = size + eot
 
     def encode(self, text: str) -> list[int]:
@@ -187,11 +187,11 @@ class CharTokenizer:
 
     @classmethod
     def from_json(cls, saved: dict[str, Any]) -> "CharTokenizer":
-        characters, unknown = saved["characters"], known(saved["unknown"], *UNKNOWN)
+        characters, unknown = saved["characters"], require_one_of(saved["unknown"], *UNKNOWN)
         if not isinstance(characters, str) or len(characters) != len(set(characters)):
             raise ValueError("characters are not a text of distinct ones")
         characters.encode()  # half a surrogate pair could never be written out
-        eot = known(saved["eot"], True, False)
+        eot = require_one_of(saved["eot"], True, False)
         return cls(characters, eot=eot, unknown=unknown, marks=Marks.from_json(saved))
 
 
@@ -208,14 +208,14 @@ class BPETokenizer:
         marks: Marks = NO_MARKS,
     ) -> None:
         self.kind, self.name, self.pattern, self.ranks, self.eot = kind, name, pattern, ranks, eot
-        self.marks, self.specials = marks, marks.named(EOT, eot)
+        self.marks, self.specials = marks, marks.named_specials(EOT, eot)
         self.vocab_size = max(*self.specials.values(), *ranks.values()) + 1
-        self.of_thread = threading.local()
+        self.local = threading.local()
 
     @property
     def encoding(self) -> tiktoken.Encoding:
         """One for each thread: two that share its regular expression can be slower than one."""
-        made: tiktoken.Encoding | None = getattr(self.of_thread, "encoding", None)
+        made: tiktoken.Encoding | None = getattr(self.local, "encoding", None)
         if made is None:
             made = tiktoken.Encoding(
                 self.name,
@@ -223,7 +223,7 @@ class BPETokenizer:
                 mergeable_ranks=self.ranks,
                 special_tokens=self.specials,
             )
-            self.of_thread.encoding = made
+            self.local.encoding = made
         return made
 
     @cached_property
@@ -231,7 +231,7 @@ class BPETokenizer:
         return {rank: token for token, rank in self.ranks.items()}
 
     def encode(self, text: str) -> list[int]:
-        pieces, _ = cut(text, final=True)
+        pieces, _ = cut_pieces(text, final=True)
         try:
             return [token for piece in pieces for token in self.encoding.encode_ordinary(piece)]
         except BaseException as error:  # noqa: BLE001 - a panic of tiktoken is no Exception
@@ -257,7 +257,7 @@ class BPETokenizer:
     def from_json(cls, saved: dict[str, Any]) -> "BPETokenizer":
         ranks = {base64.b64decode(token): rank for token, rank in saved["ranks"].items()}
         eot, marks = saved["eot"], Marks.from_json(saved)
-        ids = [*ranks.values(), *marks.named(EOT, eot).values()]
+        ids = [*ranks.values(), *marks.named_specials(EOT, eot).values()]
         numbers = all(type(i) is int and 0 <= i < MOST_TOKENS for i in ids)
         if not numbers or len(set(ids)) < len(ids):
             raise ValueError(f"ids are not distinct numbers below {MOST_TOKENS}")
@@ -271,7 +271,7 @@ class BPETokenizer:
         return made
 
 
-def known(value: Any, *values: Any) -> Any:
+def require_one_of(value: Any, *values: Any) -> Any:
     if value not in values or type(value) not in map(type, values):
         raise ValueError(f"{value!r} is none of {values}")
     return value
@@ -293,7 +293,7 @@ def from_json(saved: dict[str, Any]) -> Tokenizer:
         raise DataError(f"not a tokenizer ({error!r:.200})") from None
 
 
-def read(path: Path) -> Tokenizer:
+def read_tokenizer(path: Path) -> Tokenizer:
     """A tokenizer's sealed file; DataError if it is damaged, or none."""
     try:
         return from_json(storage.unseal(storage.read_regular(path, MOST_BYTES)))
@@ -303,7 +303,7 @@ def read(path: Path) -> Tokenizer:
         raise DataError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
 
 
-def build(
+def from_config(
     config: TokenizerConfig, *, eot: bool, characters: Iterable[str], texts: Iterable[str]
 ) -> Tokenizer:
     """The tokenizer a config asks for.
@@ -326,7 +326,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
     Its merges are monotone, so vocabulary ids are tiktoken ranks and both give the same ids.
     """
     to_byte = {character: byte for byte, character in enumerate(byte_characters())}
-    by_rank = sorted(bpe.train(texts, vocab_size - 1).items(), key=lambda item: item[1])
+    by_rank = sorted(bpe.learn_vocabulary(texts, vocab_size - 1).items(), key=lambda item: item[1])
     ranks = {bytes(to_byte[c] for c in token): rank for token, rank in by_rank}
     return BPETokenizer("bpe", "bpe", GPT2_PATTERN, ranks, eot=len(ranks))
 

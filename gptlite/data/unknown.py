@@ -29,7 +29,8 @@ def count_unknown(built: Tokenizer, text: str) -> dict[str, int]:
 
 def tell_lost(splits: dict[str, Any], source: str) -> None:
     """Say how much of a text its tokens lack. Raises DataError if that is most of it."""
-    lost, whole = (sum(s.get(k, 0) for s in splits.values()) for k in ("unknown_bytes", "bytes"))
+    lost = sum(split.get("unknown_bytes", 0) for split in splits.values())
+    whole = sum(split["bytes"] for split in splits.values())
     share = lost / max(1, whole)
     why = f"{source}: {share:.1%} of its bytes are characters that the vocabulary does not have"
     if share > MOST_LOST:
@@ -38,16 +39,16 @@ def tell_lost(splits: dict[str, Any], source: str) -> None:
         tell(f"{why} (tokenizer.unknown says what stands for them)")
 
 
-def place_of(unknown: UnknownCharacter, files: list[Path], data: DataConfig) -> DataError:
+def error_with_place(unknown: UnknownCharacter, files: list[Path], data: DataConfig) -> DataError:
     """The same error with the place in the source where the first of these characters stands."""
     for file in files:
-        where = in_lines if readers.is_plain(file) else in_records
-        if place := where(file, unknown, data):
+        find = place_in_lines if readers.is_plain(file) else place_in_records
+        if place := find(file, unknown, data):
             return DataError(f"data.source: {file}{place} {unknown.why}")
     return DataError(f"data.source: {unknown}")  # the file has changed meanwhile
 
 
-def in_lines(file: Path, unknown: UnknownCharacter, data: DataConfig) -> str:
+def place_in_lines(file: Path, unknown: UnknownCharacter, data: DataConfig) -> str:
     line = column = 1
     for text in readers.read_utf8(file):
         at = unknown.first_in(text)
@@ -61,9 +62,9 @@ def in_lines(file: Path, unknown: UnknownCharacter, data: DataConfig) -> str:
     return ""
 
 
-def in_records(file: Path, unknown: UnknownCharacter, data: DataConfig) -> str:
+def place_in_records(file: Path, unknown: UnknownCharacter, data: DataConfig) -> str:
     document = place = 1
-    for text, ends in readers.read_file(file, data):
+    for text, ends in readers.read_documents(file, data):
         at = unknown.first_in(text)
         if at is not None:
             return f": document {document}, position {place + at}: character {text[at]!r}"

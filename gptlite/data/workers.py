@@ -2,7 +2,8 @@
 
 Each process has one job at a time, handed to it over a pipe. What it has to say (which file it is
 at, how far it came, what it made or what went wrong) comes back on the pipe; when something kills
-it, the pipe ends, and the file that it was at is known.
+it, the pipe ends, and the file that it was at is known. That is why this is not concurrent.futures:
+its BrokenProcessPool cannot name the file that killed a worker.
 """
 
 import multiprocessing
@@ -11,6 +12,7 @@ import os
 import signal
 import threading
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing import resource_tracker
@@ -22,29 +24,39 @@ from gptlite import machine
 from gptlite.errors import UserError
 
 WORTH_TELLING = 1 << 20
-"""Bytes; less is told together with what follows."""
-Moved = Callable[[Path, int], None]
-Do = Callable[[Any, Moved], Any]
-"""A job, and whom to tell of each piece of text that was read, to what comes of it. Can be pickled:
-it travels once to each process."""
+"""Bytes; less is reported together with what follows."""
+Advance = Callable[[Path, int], None]
+"""Called for each piece of text that was read, with its file and its bytes in UTF-8."""
+DoJob = Callable[[Any, Advance], Any]
+"""Does a job and returns its result. Can be pickled: it travels once to each process."""
 
 
 class Worker:
     """A process from the parent's side, with the job it has and the file it is at."""
 
-    def __init__(self, do: Do) -> None:
+    def __init__(self, do: DoJob) -> None:
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=serve, args=(do, theirs), daemon=True)
-        with signals_held_back():
+        with block_signals():
             self.process.start()
         theirs.close()  # else its end would not be seen when the process dies
 
     def begin(self, number: int, job: Any, first: Path) -> None:
         self.number, self.at = number, first
-        self.pipe.send(job)
+        try:
+            self.pipe.send(job)
+        except OSError:
+            raise self.death() from None
 
-    def died(self) -> UserError:
+    def receive(self) -> Any:
+        """The next message; UserError if the process is dead."""
+        try:
+            return self.pipe.recv()
+        except (EOFError, OSError):
+            raise self.death() from None
+
+    def death(self) -> UserError:
         self.process.join(10)
         code = self.process.exitcode or 0
         how = f"was killed by signal {-code} (out of memory?)" if code < 0 else f"ended with {code}"
@@ -54,32 +66,36 @@ class Worker:
         )
 
 
-def work(do: Do, jobs: Sequence[Any], firsts: Sequence[Path], moved: Moved) -> list[Any]:
+def run_jobs(do: DoJob, jobs: Sequence[Any], firsts: Sequence[Path], advance: Advance) -> list[Any]:
     """What comes of each job. The first error of any ends them all and is raised here.
 
     `firsts` are the files that jobs begin with.
     """
     results: list[Any] = [None] * len(jobs)
-    waiting = iter(list(zip(range(len(jobs)), jobs, firsts, strict=True)))
+    waiting = deque(zip(range(len(jobs)), jobs, firsts, strict=True))
     workers: dict[Any, Worker] = {}
     try:
         for _ in range(min(machine.count_cores(), len(jobs))):
             worker = Worker(do)
             workers[worker.pipe] = worker
-        busy = [w.pipe for w in workers.values() if begun(w, waiting)]
+        for worker in workers.values():
+            worker.begin(*waiting.popleft())
+        busy = list(workers)
         while busy:
             for pipe in connections.wait(busy):
                 worker = workers[pipe]
-                kind, *said = heard(worker)
+                kind, *content = worker.receive()
                 if kind == "at":
-                    worker.at = said[0]
-                    moved(*said)
+                    worker.at, n = content
+                    advance(worker.at, n)
                 elif kind == "failed":
-                    raise said[0]
+                    raise content[0]
                 else:
-                    results[worker.number] = said[0]
-                    if not begun(worker, waiting):
-                        busy.remove(worker.pipe)
+                    results[worker.number] = content[0]
+                    if waiting:
+                        worker.begin(*waiting.popleft())
+                    else:
+                        busy.remove(pipe)
         return results
     finally:
         for worker in workers.values():
@@ -89,28 +105,9 @@ def work(do: Do, jobs: Sequence[Any], firsts: Sequence[Path], moved: Moved) -> l
             worker.pipe.close()
 
 
-def begun(worker: Worker, waiting: Iterator[tuple[int, Any, Path]]) -> bool:
-    """Whether there was a job for it."""
-    job = next(waiting, None)
-    if job is None:
-        return False
-    try:
-        worker.begin(*job)
-    except OSError:
-        raise worker.died() from None
-    return True
-
-
-def heard(worker: Worker) -> Any:
-    try:
-        return worker.pipe.recv()
-    except (EOFError, OSError):
-        raise worker.died() from None
-
-
 @contextmanager
-def signals_held_back() -> Iterator[None]:
-    """A process begun inside never gets them: whoever asks us to leave asks its parent only, who
+def block_signals() -> Iterator[None]:
+    """A process started inside never gets them: whoever asks us to leave asks its parent only, who
     kills it. (A Ctrl-C reaches all processes of a terminal.)"""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
@@ -123,19 +120,19 @@ def signals_held_back() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def serve(do: Do, pipe: "Connection[Any, Any]") -> None:
+def serve(do: DoJob, pipe: "Connection[Any, Any]") -> None:
     """A worker's life."""
     threading.Thread(target=leave_with_parent, daemon=True).start()
     with suppress(EOFError, OSError):  # nobody listens any more: the parent is gone
         while True:
             job = pipe.recv()
-            told = Told(pipe)
+            reporter = Reporter(pipe)
             try:
-                result = do(job, told)
-                told.send()
+                result = do(job, reporter)
+                reporter.send()
                 pipe.send(("done", result))
             except BaseException as error:  # noqa: BLE001 - a panic of tiktoken is no Exception
-                pipe.send(("failed", portable(error)))
+                pipe.send(("failed", portable_error(error)))
 
 
 def leave_with_parent() -> None:
@@ -145,7 +142,7 @@ def leave_with_parent() -> None:
     os._exit(1)
 
 
-def portable(error: BaseException) -> BaseException:
+def portable_error(error: BaseException) -> BaseException:
     """The error with its traceback as a note; in words if it could not be made again there."""
     place = traceback.format_exc()
     if not isinstance(error, UserError | OSError | MemoryError):
@@ -154,8 +151,8 @@ def portable(error: BaseException) -> BaseException:
     return error
 
 
-class Told:
-    """Tells the parent of what was read, in messages that are worth one."""
+class Reporter:
+    """Tells the parent what was read, in messages that are worth one."""
 
     def __init__(self, pipe: "Connection[Any, Any]") -> None:
         self.pipe, self.n = pipe, 0

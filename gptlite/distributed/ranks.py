@@ -30,7 +30,7 @@ from gptlite.core.model import GPT
 from gptlite.core.world import Engine, World
 from gptlite.distributed.heartbeat import FAREWELL, Failure, Heartbeat, Process
 from gptlite.errors import ConfigError, UserError
-from gptlite.terminal import ending
+from gptlite.terminal import describe_exit
 
 CONNECT_SECONDS, JOIN_SECONDS = 5, 10
 """To reach the store (torch tries twice as long), and for all ranks to have come there."""
@@ -197,7 +197,7 @@ class Ranks(World):
 
     def leave(self, error: BaseException) -> BaseException:
         """What this process ends with, after all others know of it."""
-        code, problems = ending(error)
+        code, problems = describe_exit(error)
         failure = Failure(self.rank, code, problems)
         if is_lost_contact(error):
             self.farewell = 0.0

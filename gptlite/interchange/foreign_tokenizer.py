@@ -296,7 +296,7 @@ def bpe_tokenizer(
     model: dict[str, Any], pattern: str, eot: int | None, marks: Marks
 ) -> BPETokenizer:
     to_byte = {character: byte for byte, character in enumerate(SYMBOLS)}
-    specials = marks.named(EOT, eot)
+    specials = marks.named_specials(EOT, eot)
     ranks: dict[bytes, int] = {}
     for token, rank in model["vocab"].items():
         if token not in specials:

@@ -19,7 +19,7 @@ from gptlite.core.evaluate import eval_rows
 from gptlite.core.generate import Generation, encode_prompt, encode_text
 from gptlite.core.language_model import LanguageModel
 from gptlite.core.precision import precision
-from gptlite.errors import ConfigError, DivergedError, UserError, at_step
+from gptlite.errors import ConfigError, DivergedError, UserError, add_step_to_errors
 from gptlite.terminal import wants_bar
 
 try:
@@ -150,7 +150,7 @@ def run_tasks(
         raise ConfigError(f"--tasks: the harness has no {', '.join(unknown)}")
     try:
         # The harness talks where only results belong.
-        with redirect_stdout(sys.stderr), at_step(trained.step):
+        with redirect_stdout(sys.stderr), add_step_to_errors(trained.step):
             found = evaluator.simple_evaluate(
                 HarnessModel(trained),
                 tasks=tasks,

@@ -31,7 +31,7 @@ from gptlite.core.language_model import LanguageModel
 from gptlite.core.world import ALONE, World, unlike_first
 from gptlite.data.batches import IGNORED, Batch, Layout
 from gptlite.data.token_files import TokenFiles
-from gptlite.errors import ConfigError, DataError, at_step
+from gptlite.errors import ConfigError, DataError, add_step_to_errors
 from gptlite.measure import calibration, importance, knockout
 from gptlite.measure.intervals import Floats
 from gptlite.measure.knockout import ABLATIONS, KINDS, Subject
@@ -287,7 +287,7 @@ def run_suites(
     of = Measurement(
         trained, split, files, effort=effort, dropout_active=dropout_active, world=world
     )
-    with at_step(trained.step):
+    with add_step_to_errors(trained.step):
         return {name: to_json(SUITES[name](of)) for name in names}
 
 

@@ -21,7 +21,7 @@ from gptlite.planning.rehearsal import (
     time_evaluation,
     time_updates,
 )
-from gptlite.terminal import clock, human
+from gptlite.terminal import format_duration, format_number
 
 
 def flops_per_token(run: RunConfig, vocab_size: int) -> int:
@@ -138,10 +138,11 @@ def summary_lines(run: RunConfig, plan: dict[str, Any]) -> list[str]:
         update = f"{train.batch_size} documents"
     lines = [
         f"data: {', '.join(run.sources)}: {tokens} ({kind})",
-        f"model: {shape}, context {model.context_length}: {human(plan['parameters'])} parameters, "
+        f"model: {shape}, context {model.context_length}: "
+        f"{format_number(plan['parameters'])} parameters, "
         f"about {plan['memory_bytes_estimate'] / 2**30:.2g} GiB to train{each_rank}",
         f"plan: {plan['steps']} updates of {update} = {plan['epochs']:.2f} epochs, "
-        f"{human(plan['flops'])}FLOP",
+        f"{format_number(plan['flops'])}FLOP",
     ]
     if plan["ranks"] > 1:
         each = f"{plan['sequences_per_rank']} sequences of an update"
@@ -171,7 +172,7 @@ def plan_table(run: RunConfig, plan: dict[str, Any]) -> list[str]:
     each = plan["sequences_per_rank"]
     timed = "" if plan["timed_sequences"] == each else f" on {plan['timed_sequences']} of {each}"
     lines.append(
-        f"time: {clock(total)}: {plan['steps']} updates of {update:.3g} s and "
+        f"time: {format_duration(total)}: {plan['steps']} updates of {update:.3g} s and "
         f"{plan['evaluations']} evaluations of {evaluation:.3g} s (measured{timed})"
     )
     return lines
@@ -194,6 +195,6 @@ def site_table(sites: list[dict[str, Any]]) -> list[str]:
         rates = [f"{rate:.4g}" for rate in site["rates"].values()]
         mask = "x".join(map(str, site["mask"]))
         by = ", ".join(map(str, [site["masks"], *notes]))
-        rows.append([*row, mask, *rates, human(site["elements_per_update"]), cost, by])
+        rows.append([*row, mask, *rates, format_number(site["elements_per_update"]), cost, by])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(f"{c:{w}}" for c, w in zip(r, widths, strict=True)).rstrip() for r in rows]

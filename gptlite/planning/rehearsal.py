@@ -147,7 +147,9 @@ def count_evaluated(run: RunConfig, files: TokenFiles) -> int:
 def time_save(trainer: Trainer) -> float:
     """As much as a checkpoint holds, written, synced and digested beside the token files."""
     cache = Path(trainer.run.data.cache_dir)
-    work = storage.temporary((cache if cache.is_dir() else Path(tempfile.gettempdir())) / "save")
+    work = storage.temporary_path(
+        (cache if cache.is_dir() else Path(tempfile.gettempdir())) / "save"
+    )
 
     def save() -> None:
         storage.disk.make_folder(work)

@@ -17,7 +17,7 @@ from gptlite.report.figures import Figure, run_figures, runs_figures, study_figu
 from gptlite.report.verdict import Verdict, verdict
 from gptlite.runs import directory as run_directory
 from gptlite.runs.results import DAMAGED, RunFiles, format_value, read_run, read_study
-from gptlite.words import visible
+from gptlite.words import escape_controls
 
 HINT = "figures need matplotlib: pip install 'gptlite[plot]'"
 
@@ -105,7 +105,7 @@ def render(page: Page) -> str:
 
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True)
-    environment.filters["clean"] = lambda text: visible(str(text), keep="\n\t")
+    environment.filters["clean"] = lambda text: escape_controls(str(text), keep="\n\t")
     template = environment.get_template("page.html")
     return template.render(page=page, version=__version__, hint="" if charts.available() else HINT)
 

@@ -168,7 +168,7 @@ def write(
         have = read_state(target).files
         storage.write_text(target / "state.json", storage.seal(dump_state(state, have)))
         return
-    disk, work = storage.disk, storage.temporary(target)
+    disk, work = storage.disk, storage.temporary_path(target)
     free = disk.free_bytes(target.parent)
     if free < 1.2 * need:
         why = f"needs {need / 2**20:.1f} MiB of free disk and has {free / 2**20:.1f}"
@@ -216,7 +216,7 @@ def prune(run_dir: Path, keep_last: int | str, best_step: int | None) -> None:
     best = None if best_step is None else folder_name(best_step)
     for path in folders(run_dir)[: -int(keep_last)]:
         if path.name != best:
-            doomed = storage.temporary(path, "old")
+            doomed = storage.temporary_path(path, "old")
             try:
                 storage.disk.rename(path, doomed)
             except OSError as error:

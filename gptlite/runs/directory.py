@@ -17,7 +17,7 @@ from typing import Any
 
 from gptlite import __version__, locks, storage
 from gptlite.errors import ConfigError, RunInUseError, StorageError
-from gptlite.words import without_passwords
+from gptlite.words import mask_passwords
 
 RUNS = Path("runs")
 PARTS = ("checkpoints", "tokenizer", "samples", "eval")
@@ -119,7 +119,7 @@ def create(directory: Path) -> None:
 def clean(directory: Path) -> None:
     """Remove what a killed run left half written; only for who holds the directory."""
     for folder in (directory, *(directory / part for part in PARTS if part != "eval")):
-        storage.clean(folder)  # not eval/: `gptlite eval` may be writing there just now
+        storage.remove_leftovers(folder)  # not eval/: `gptlite eval` may be writing there just now
 
 
 @contextmanager
@@ -129,7 +129,7 @@ def hold(directory: Path) -> Iterator[None]:
     The lock ends with the process, however that ends.
     """
     with locks.open_lock(directory) as file:
-        refuse(directory, locks.hold(file))
+        refuse(directory, locks.acquire(file))
         file.truncate(0)
         file.write(f"pid {os.getpid()} on {platform.node()}")
         file.flush()
@@ -141,7 +141,7 @@ def refuse_if_held(directory: Path) -> None:
     """RunInUseError if a run is at work there."""
     if os.path.isfile(directory / locks.LOCK):
         with locks.open_lock(directory) as file:
-            refuse(directory, locks.hold(file))
+            refuse(directory, locks.acquire(file))
 
 
 def refuse(directory: Path, holder: str | None) -> None:
@@ -164,6 +164,6 @@ def environment() -> dict[str, Any]:
         "processor": torch.backends.cpu.get_cpu_capability(),
         "cpu_threads": torch.get_num_threads(),
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "arguments": [without_passwords(argument) for argument in sys.argv[1:]],
+        "arguments": [mask_passwords(argument) for argument in sys.argv[1:]],
         "started_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }

@@ -38,7 +38,7 @@ def export(trained: Trained, out: Path) -> list[str]:
     lost = hf_config.lost_sites(run.dropout, family)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"--out {out}: is there already; give a new directory")
-    work = storage.temporary(out)
+    work = storage.temporary_path(out)
     try:
         storage.make_folders(work)
         for name, value in files.items():

@@ -114,7 +114,7 @@ def look_at_text(run: RunConfig) -> None:
     for file in files:
         sources.check_regular(file)
         with suppress(OSError):  # which is told of when all is read
-            for text, _ in readers.read_file(file, run.data) if left > 0 else ():
+            for text, _ in readers.read_documents(file, run.data) if left > 0 else ():
                 left -= len(text) + 1
                 if left <= 0:
                     break

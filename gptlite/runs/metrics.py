@@ -20,8 +20,8 @@ from tqdm import tqdm
 from gptlite import storage
 from gptlite.errors import StorageError, UserError
 from gptlite.storage import write_bytes
-from gptlite.terminal import clock, human, wants_bar
-from gptlite.words import visible
+from gptlite.terminal import format_duration, format_number, wants_bar
+from gptlite.words import escape_controls
 
 SECONDS_BETWEEN_LINES = 5.0
 
@@ -129,7 +129,7 @@ class Console:
 
     def say(self, line: str) -> None:
         """A line that stays."""
-        line = visible(line, keep="\n\t")
+        line = escape_controls(line, keep="\n\t")
         if self.log is not None:
             append_line(self.log, line)
         if self.bar.disable:
@@ -143,7 +143,7 @@ class Console:
             foreseen = isinstance(error, UserError)
             text = str(error) if foreseen else "".join(traceback.format_exception(error))
             with suppress(StorageError):  # the disk may be why
-                append_line(self.log, visible(text, keep="\n"))
+                append_line(self.log, escape_controls(text, keep="\n"))
 
     def progress(self, step: int, row: dict[str, Any], val_loss: float | None) -> None:
         """The numbers of now; without a bar a line, at every evaluation and else now and then."""
@@ -151,7 +151,7 @@ class Console:
         parts = [f"loss {math.nan if loss is None else loss:.3f}"]
         if val_loss is not None:
             parts.append(f"val {val_loss:.3f}")
-        parts.append(f"{human(row['tokens_per_second'])} tok/s")
+        parts.append(f"{format_number(row['tokens_per_second'])} tok/s")
         if not self.bar.disable:
             self.bar.set_postfix_str(", ".join(parts), refresh=False)
             return
@@ -160,7 +160,7 @@ class Console:
             return
         self.said_at, passed = now, now - self.started
         left = passed / max(1, step - self.start) * (self.total - step)
-        self.say(f"step {step}/{self.total}  {'  '.join(parts)}  {clock(left)} left")
+        self.say(f"step {step}/{self.total}  {'  '.join(parts)}  {format_duration(left)} left")
 
     def advance(self) -> None:
         self.bar.update(1)

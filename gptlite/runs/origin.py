@@ -102,7 +102,7 @@ def given_tokenizer(run: RunConfig) -> Tokenizer | None:
 def tokenizer_of(source: str) -> Tokenizer:
     """Raises ConfigError, DataError."""
     if directory := run_of(source):
-        return tokenizers.read(directory / "tokenizer" / "tokenizer.json")
+        return tokenizers.read_tokenizer(directory / "tokenizer" / "tokenizer.json")
     if not is_hugging_face(source):
         raise ConfigError(
             f"init_from: {source}: not a run, a checkpoint of one, or a Hugging Face directory; "

@@ -36,7 +36,7 @@ from gptlite.planning.rates import pick_rate
 from gptlite.planning.rehearsal import count_evaluated, rehearse
 from gptlite.runs import directory as run_directory
 from gptlite.runs.origin import given_tokenizer, inherit
-from gptlite.terminal import human
+from gptlite.terminal import format_number
 
 SURVEYED = 1 << 24
 """Characters that are looked at; of a longer text, its beginning."""
@@ -84,7 +84,7 @@ def survey(data: DataConfig) -> Survey:
     files = sources.locate(validate(Document({"data": data.model_dump()}), to_train=False))
     lines = Lines()
     as_lines = DataConfig(**{**data.model_dump(), "layout": "documents"})
-    for text, ends in (chunk for file in files for chunk in readers.read_file(file, as_lines)):
+    for text, ends in (chunk for file in files for chunk in readers.read_documents(file, as_lines)):
         lines.add(text, ends)
         if lines.n_bytes > SURVEYED:
             break
@@ -276,7 +276,10 @@ def look_at(source: list[str], asked: Document) -> tuple[list[Choice], int | Non
     named = source[0] if len(source) == 1 else source
     data = {**(given if isinstance(given, dict) else {}), "source": named}
     found = survey(validate(Document({"data": data}), to_train=False).data)
-    choices = [Choice("data.source", named, f"{human(found.n_bytes)} bytes"), *of_text(found)]
+    choices = [
+        Choice("data.source", named, f"{format_number(found.n_bytes)} bytes"),
+        *of_text(found),
+    ]
     return choices, found.longest_line
 
 
@@ -295,7 +298,7 @@ def compose(
     runs = candidates(choices, asked, longest_line)
     files = prepare(runs[0][1], given_tokenizer(runs[0][1]))
     rung = climb((make_rung(size, run, files) for size, run in runs), files, budget)
-    size = f"{human(rung.n_parameters)} parameters; "
+    size = f"{format_number(rung.n_parameters)} parameters; "
     size += "the largest there is" if rung.size == LADDER[-1] else "the next sees too little text"
     choices += [*of_device(rung.run), *of_size(rung.size, longest_line, size)]
     choices += of_training(rung, rehearse_training(choices, asked, files, rung, budget))

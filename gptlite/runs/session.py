@@ -15,7 +15,7 @@ from gptlite.core.train import MOST_SKIPPED, SKIP_WINDOW, Trainer, Update
 from gptlite.data.batches import Batch
 from gptlite.data.token_files import TokenFiles
 from gptlite.data.tokenizers import digest
-from gptlite.errors import DivergedError, Stopped, at_step
+from gptlite.errors import DivergedError, Stopped, add_step_to_errors
 from gptlite.keys import key
 from gptlite.planning import plan as planning
 from gptlite.runs import checkpoint
@@ -25,7 +25,7 @@ from gptlite.runs.metrics import Meter, null_nonfinite
 from gptlite.runs.records import Records, Unrecorded
 from gptlite.runs.resume import changed_surroundings, fingerprint, jumps
 from gptlite.runs.sinks import Place
-from gptlite.terminal import clock
+from gptlite.terminal import format_duration
 
 Watch = Callable[[int, int, float], None]
 """Is told step, last step and validation loss of each evaluation; what it raises ends the run."""
@@ -126,7 +126,7 @@ class Session:
             ) from None
         except DivergedError as error:
             raise self.diverged(error) from None
-        best, took = self.best, clock(summary["elapsed_seconds"])
+        best, took = self.best, format_duration(summary["elapsed_seconds"])
         if ended == "early_stop":
             say(f"stopped early: no better validation loss in {self.worse} evaluations")
         assert best is not None
@@ -208,7 +208,7 @@ class Session:
         batches = run.train.eval_batches
         limit = None if batches == "all" else batches * run.train.batch_size
         val, subset = self.val_rows.sweep(rows, limit), trainer.rows.sweep(rows, TRAIN_SUBSET_ROWS)
-        with self.interrupts.cutting(), at_step(step):
+        with self.interrupts.cutting(), add_step_to_errors(step):
             measured, train = (
                 measure(trainer.model, self.poll_batches(each), run, self.lengths, world=self.world)
                 for each in (val, subset)
@@ -264,7 +264,7 @@ class Session:
         """Continue the configured prompts; the text goes to samples/ and is returned."""
         run, trainer = self.run, self.trainer
         documents = run.data.layout == "documents"
-        with self.interrupts.cutting(), at_step(trainer.step), trainer.engine.whole():
+        with self.interrupts.cutting(), add_step_to_errors(trainer.step), trainer.engine.whole():
             generation = Generation(
                 trainer.model,
                 self.files.tokenizer,

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 from gptlite.config.reader import dump
 from gptlite.config.run import RunConfig
 from gptlite.errors import UserError
-from gptlite.words import visible
+from gptlite.words import escape_controls
 
 
 class Place(NamedTuple):
@@ -144,7 +144,7 @@ class Sinks:
         except Exception as error:  # noqa: BLE001 - whatever it is, training is not its business
             self.open.pop(name, None)
             why = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            self.say(visible(f"log.sinks: {name} failed and gets no more rows: {why:.200}"))
+            self.say(escape_controls(f"log.sinks: {name} failed and gets no more rows: {why:.200}"))
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Give the finite numbers of a row to all."""

@@ -82,6 +82,6 @@ def load(run_dir: Path, found: Found) -> Trained:
 def load_tokenizer(run_dir: Path) -> Tokenizer:
     path = run_dir / "tokenizer" / "tokenizer.json"
     try:
-        return tokenizers.read(path)
+        return tokenizers.read_tokenizer(path)
     except DataError as error:
         raise CheckpointError(*error.problems) from None

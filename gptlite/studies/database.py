@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gptlite.errors import ConfigError, StorageError, UserError
-from gptlite.words import passwords, without_passwords
+from gptlite.words import mask_passwords, passwords
 
 CONNECT = {
     "sqlite": {"timeout": 60},
@@ -42,7 +42,7 @@ class StudyStorage:
         self.journal, self.url = journal, url
 
     def __str__(self) -> str:
-        return str(self.journal) if self.url is None else without_passwords(self.url)
+        return str(self.journal) if self.url is None else mask_passwords(self.url)
 
     def open_study(self, name: str) -> Any:
         """The study of this name there, made if it is new.

@@ -44,7 +44,7 @@ class Queue:
     @contextmanager
     def lock(self) -> Iterator[None]:
         """While one worker looks for work, the others on this disk wait."""
-        with locks.held(self.folder):
+        with locks.hold_folder(self.folder):
             yield
 
     @contextmanager

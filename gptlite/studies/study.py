@@ -29,8 +29,8 @@ from gptlite.runs.results import scalars
 from gptlite.studies.comparison import mark_above_noise, mean_over_seeds, paired_difference
 from gptlite.studies.config import Job, Study, load_study
 from gptlite.studies.queue import Queue
-from gptlite.terminal import clock, leave_when_terminated, user_errors
-from gptlite.words import visible
+from gptlite.terminal import format_duration, leave_when_terminated, user_errors
+from gptlite.words import escape_controls
 
 if TYPE_CHECKING:
     from gptlite.runs.session import Watch
@@ -59,7 +59,9 @@ def run_study(path: Path, folder: Path, workers: int, url: str | None) -> dict[s
         found, busy = write_results(queue), queue.busy_workers()
     for worker, count in busy.items():
         told = f"{study.name}: {worker or 'another worker'} is still at {count} of the trials; once"
-        print(visible(f"{told} they are done the same command tells of them"), file=sys.stderr)
+        print(
+            escape_controls(f"{told} they are done the same command tells of them"), file=sys.stderr
+        )
     return found
 
 
@@ -114,7 +116,7 @@ def take_runs(study: Study, queue: Queue, threads: int) -> None:
             queue.finish(trial, runs)
             write_results(queue)
             for run in runs:
-                print(visible(f"{study.name}: {outcome(run)}"), file=sys.stderr, flush=True)
+                print(escape_controls(f"{study.name}: {outcome(run)}"), file=sys.stderr, flush=True)
             if parent is not None and not parent.is_alive():
                 return
 
@@ -329,7 +331,7 @@ def outcome(run: Record) -> str:
     what = f"{run['label']}, seed {run['seed']}: "
     if run["state"] != "done":
         return f"{what}{run['state']}: {run['why']}"
-    took = clock(metrics["seconds"])
+    took = format_duration(metrics["seconds"])
     return f"{what}best validation loss {metrics['best_val_loss']:.4f} nats ({took} of training)"
 
 

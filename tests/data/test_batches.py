@@ -540,7 +540,9 @@ def stamps(files: TokenFiles) -> dict[str, tuple[int, int]]:
 def test_the_same_text_is_prepared_once(made, monkeypatch):
     first = made("A text that is read twice. " * 9)
     before = stamps(first)
-    monkeypatch.setattr("gptlite.data.prepare.make", lambda *args: pytest.fail("made again"))
+    monkeypatch.setattr(
+        "gptlite.data.prepare.make_token_files", lambda *args: pytest.fail("made again")
+    )
     second = made("A text that is read twice. " * 9)
     assert second.folder == first.folder
     assert second.digest == first.digest
@@ -588,7 +590,7 @@ GROWS = {
 }
 
 
-@pytest.mark.parametrize("phase", ["first_pass", "encode"])
+@pytest.mark.parametrize("phase", ["scan_text", "write_token_files"])
 @pytest.mark.parametrize(("name", "text", "more", "data"), GROWS.values(), ids=GROWS)
 @pytest.mark.parametrize("way", ["one pass", "parts"])
 def test_a_text_that_changes_while_it_is_read_is_one_line_and_not_kept(
@@ -604,7 +606,7 @@ def test_a_text_that_changes_while_it_is_read_is_one_line_and_not_kept(
         for limit, value in {"LARGE_BYTES": 1, "PART_BYTES": 0}.items():
             monkeypatch.setattr(parts, limit, value)
         monkeypatch.setattr(
-            workers, "work", lambda do, jobs, _, moved: [do(j, moved) for j in jobs]
+            workers, "run_jobs", lambda do, jobs, _, advance: [do(j, advance) for j in jobs]
         )
     original = getattr(module, phase)
 
@@ -623,14 +625,14 @@ def test_a_text_that_changes_while_it_is_read_is_one_line_and_not_kept(
 
 
 def test_a_text_that_vanishes_while_it_is_read_is_one_line(workshop, monkeypatch):
-    original = prepare.encode
+    original = prepare.write_token_files
 
     def then_it_goes(*args, **options):
         splits = original(*args, **options)
         workshop.text.unlink()
         return splits
 
-    monkeypatch.setattr(prepare, "encode", then_it_goes)
+    monkeypatch.setattr(prepare, "write_token_files", then_it_goes)
     with pytest.raises(DataError, match="text.txt: changed while .*it is gone"):
         workshop.files()
 
@@ -642,7 +644,7 @@ def test_what_a_killed_process_left_is_removed_and_what_lives_is_not(workshop, m
         folder.mkdir(parents=True)
         (folder / "train.bin").write_bytes(b"half")
     with locks.open_lock(living) as lock:
-        assert locks.take(lock)
+        assert locks.try_lock(lock)
         files = made("A text that is read. " * 9)
         assert sorted(tokens.iterdir()) == sorted([living, files.folder])
     made("Another text that is read. " * 9)
@@ -667,8 +669,8 @@ def test_what_was_written_can_be_read_however_many_files_there_were(workshop, mo
 def test_progress_counts_the_bytes_that_the_total_counts(workshop, text):
     workshop.text.write_text(text * 50, encoding="utf-8")
     run, seen = workshop.run(), []
-    scan = encoding.first_pass(
-        encoding.read([workshop.text], run, lambda _, n: seen.append(n)), run
+    scan = encoding.scan_text(
+        encoding.read_files([workshop.text], run, lambda _, n: seen.append(n)), run
     )
     assert sum(seen) == scan.n_bytes == workshop.text.stat().st_size
 

@@ -24,20 +24,20 @@ from conftest import TINY, Workshop, merged, prose
 from gptlite import digests, machine, storage
 from gptlite.config.run import RunConfig
 from gptlite.data import parts, prepare, tokenizers, workers
-from gptlite.data.batches import Joined, batch_at, places_of
+from gptlite.data.batches import JoinedTokens, batch_at, places_of
 from gptlite.data.token_files import TokenFiles, open_token_files
 from gptlite.errors import DataError, StorageError, UserError
 
 EVERY_FILE = {"LARGE_BYTES": 1, "PART_BYTES": 0, "MOST_PARTS": 1 << 20}
-WORK = workers.work
+WORK = workers.run_jobs
 ONE_PASS = {"LARGE_BYTES": 1 << 40}
 
 
 def here(
-    do: workers.Do, jobs: Sequence[Any], firsts: Sequence[Path], moved: workers.Moved
+    do: workers.DoJob, jobs: Sequence[Any], firsts: Sequence[Path], advance: workers.Advance
 ) -> list[Any]:
-    """Jobs done in this process: as `workers.work`, but quick and easy to watch."""
-    return [do(job, moved) for job in jobs]
+    """Jobs done in this process: as `workers.run_jobs`, but quick and easy to watch."""
+    return [do(job, advance) for job in jobs]
 
 
 class Corpus:
@@ -48,7 +48,7 @@ class Corpus:
         self.folder = workshop.folder / "texts"
         self.folder.mkdir()
         self.tokens = workshop.folder / "cache" / "tokens"
-        self.patch.setattr(workers, "work", here)
+        self.patch.setattr(workers, "run_jobs", here)
 
     def write(self, *texts: str, suffix: str = ".txt") -> list[Path]:
         for number, text in enumerate(texts):
@@ -135,7 +135,7 @@ def test_parts_of_two_sources_are_the_tokens_of_one_pass(corpus, layout, n_train
 
 @pytest.mark.parametrize("layout", ["stream", "documents"])
 def test_processes_make_the_same(corpus, monkeypatch, layout):
-    monkeypatch.setattr(workers, "work", WORK)
+    monkeypatch.setattr(workers, "run_jobs", WORK)
     monkeypatch.setattr(machine, "count_cores", lambda: 2)
     corpus.write(*PROSE)
     sections = {"data": {"layout": layout}, "tokenizer": {"kind": "bpe", "vocab_size": 300}}
@@ -193,9 +193,9 @@ def test_train_tokens_may_end_in_any_part(corpus):
 
 
 @pytest.fixture
-def joined() -> tuple[Joined, np.ndarray]:
+def joined() -> tuple[JoinedTokens, np.ndarray]:
     parts = [np.arange(n, dtype="<u2") + 100 * i for i, n in enumerate((3, 0, 5, 1, 4))]
-    return Joined(parts), np.concatenate(parts)
+    return JoinedTokens(parts), np.concatenate(parts)
 
 
 def test_joined_arrays_are_read_as_one(joined):
@@ -229,7 +229,7 @@ def test_places_are_found_in_every_stretch(joined, monkeypatch):
 def test_looking_for_documents_copies_nothing_whole(tmp_path, monkeypatch):
     monkeypatch.setattr("gptlite.data.batches.STRETCH", 1 << 16)
     np.ones(1 << 22, "<u2").tofile(tmp_path / "ids.bin")
-    tokens = Joined([np.memmap(tmp_path / "ids.bin", "<u2", "r")] * 2)
+    tokens = JoinedTokens([np.memmap(tmp_path / "ids.bin", "<u2", "r")] * 2)
     tracemalloc.start()
     assert not len(places_of(tokens, 7))
     peak = tracemalloc.get_traced_memory()[1]
@@ -243,14 +243,14 @@ def test_looking_for_documents_copies_nothing_whole(tmp_path, monkeypatch):
 def interrupted(corpus: Corpus, n_parts: int, **sections: Any) -> Path:
     """An attempt that ends after so many parts; the folder it leaves."""
 
-    def some(do: workers.Do, jobs: Sequence[Any], *rest: Any) -> list[Any]:
-        if jobs[0].cut is None:
+    def some(do: workers.DoJob, jobs: Sequence[Any], *rest: Any) -> list[Any]:
+        if jobs[0].plan is None:
             return here(do, jobs, *rest)
         here(do, jobs[:n_parts], *rest)
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(workers, "work", some)
+        patch.setattr(workers, "run_jobs", some)
         with pytest.raises(KeyboardInterrupt):
             corpus.prepared(**sections)
     (work,) = corpus.tokens.glob("*.unfinished")
@@ -260,13 +260,13 @@ def interrupted(corpus: Corpus, n_parts: int, **sections: Any) -> Path:
 def noted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The folders that are made from now on."""
     made: list[str] = []
-    keep = parts.keep
+    keep = parts.write_part
 
     def noting(part: parts.Part, fill: Any) -> Any:
         made.append(part.folder.name)
         return keep(part, fill)
 
-    monkeypatch.setattr(parts, "keep", noting)
+    monkeypatch.setattr(parts, "write_part", noting)
     return made
 
 
@@ -326,7 +326,7 @@ def test_a_tokenizer_is_learned_once(corpus, monkeypatch):
     corpus.write(*PROSE)
     bpe = {"tokenizer": {"kind": "bpe", "vocab_size": 300}}
     interrupted(corpus, 2, **bpe)
-    monkeypatch.setattr(tokenizers, "build", lambda *_, **__: pytest.fail("learned again"))
+    monkeypatch.setattr(tokenizers, "from_config", lambda *_, **__: pytest.fail("learned again"))
     corpus.prepared(**bpe)
 
 
@@ -347,7 +347,7 @@ def test_who_waited_for_another_process_makes_nothing(corpus, monkeypatch):
     made = noted(monkeypatch)
     listing = files.meta["sources"]
     args = (files.folder, [], listing, corpus.run(), None, [])
-    prepare.make_of_parts(*args)
+    prepare.make_token_files_in_parts(*args)
     assert not made
     assert not list(corpus.tokens.glob("*.unfinished"))
 
@@ -383,7 +383,7 @@ def test_parts_that_are_not_all_there_are_found(corpus):
 @pytest.fixture
 def pool(corpus, monkeypatch) -> Corpus:
     """With real processes, two of them."""
-    monkeypatch.setattr(workers, "work", WORK)
+    monkeypatch.setattr(workers, "run_jobs", WORK)
     monkeypatch.setattr(machine, "count_cores", lambda: 2)
     return corpus
 
@@ -407,19 +407,19 @@ def test_a_damaged_record_is_named_by_its_line(pool):
     assert caught.value.problems[0].startswith(place)
 
 
-def unreadable(file: Path, moved: workers.Moved) -> str:
-    moved(file, 1)
+def unreadable(file: Path, advance: workers.Advance) -> str:
+    advance(file, 1)
     return file.read_text()
 
 
-def deadly(file: Path, moved: workers.Moved) -> str:
-    moved(file, 1)
+def deadly(file: Path, advance: workers.Advance) -> str:
+    advance(file, 1)
     if file.name == "1.txt":
         os.kill(os.getpid(), signal.SIGKILL)
     return file.name
 
 
-def buggy(file: Path, moved: workers.Moved) -> None:
+def buggy(file: Path, advance: workers.Advance) -> None:
     raise ZeroDivisionError("of ours")
 
 
@@ -460,9 +460,9 @@ def test_a_process_that_is_killed_is_one_line_that_names_its_file(tmp_path):
     assert caught.value.exit_code == 1
 
 
-def deadly_later(files: tuple[Path, Path], moved: workers.Moved) -> None:
+def deadly_later(files: tuple[Path, Path], advance: workers.Advance) -> None:
     for file in files:
-        moved(file, 1)
+        advance(file, 1)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -487,7 +487,7 @@ def test_a_process_whose_parent_is_gone_leaves_without_a_word(monkeypatch):
 
     ours, theirs = multiprocessing.Pipe()
     ours.send(Path("a.md"))
-    workers.serve(lambda file, moved: ours.close(), theirs)
+    workers.serve(lambda file, advance: ours.close(), theirs)
 
 
 def test_results_are_in_the_order_of_the_jobs(tmp_path):

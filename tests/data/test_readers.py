@@ -12,7 +12,7 @@ from test_sources import joined
 
 from gptlite.config.run import DataConfig
 from gptlite.data import readers, sources
-from gptlite.data.readers import kind_of, read_file
+from gptlite.data.readers import file_kind, read_documents
 from gptlite.errors import DataError, UserError
 
 
@@ -44,7 +44,7 @@ def test_a_compressed_file_is_what_is_in_it(tmp_path: Path, kind: str, compressi
     small = small.rename(tmp_path / f"b{kind}{compression}")
     for layout in ("stream", "documents"):
         assert documents(small, layout) == documents(plain, layout)
-    assert [kind_of(path) for path in (plain, small)] == [kind, kind]
+    assert [file_kind(path) for path in (plain, small)] == [kind, kind]
 
 
 def test_a_folder_is_read_with_what_is_compressed_in_it(workshop: Workshop) -> None:
@@ -61,7 +61,7 @@ def test_a_folder_is_read_with_what_is_compressed_in_it(workshop: Workshop) -> N
 
 
 def documents(path: Path, layout: str) -> list[str]:
-    return joined(read_file(path, DataConfig(source=str(path), layout=layout)))
+    return joined(read_documents(path, DataConfig(source=str(path), layout=layout)))
 
 
 @pytest.mark.parametrize("suffix", [".txt.gz", ".txt.zst", ".jsonl.gz", ".csv.zst"])
@@ -86,15 +86,15 @@ def test_a_column_of_a_parquet_file(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     parquet.write_table(table, path, row_group_size=100)
     data = DataConfig(source=str(path), text_field="body")
-    assert joined(read_file(path, data)) == [text for text in texts if text]
+    assert joined(read_documents(path, data)) == [text for text in texts if text]
     for field, told in (("text", "no column 'text'.*columns: n, body"), ("n", "holds int64, not")):
         with pytest.raises(DataError, match=told):
-            list(read_file(path, DataConfig(source=str(path), text_field=field)))
+            list(read_documents(path, DataConfig(source=str(path), text_field=field)))
     for name, bad in {"cut": path.read_bytes()[:-100], "other": b"hello", "empty": b""}.items():
         other = tmp_path / f"{name}.parquet"
         other.write_bytes(bad)
         with pytest.raises(DataError, match="not a whole .parquet file"):
-            list(read_file(other, data))
+            list(read_documents(other, data))
 
 
 def test_a_missing_package_is_one_line_with_the_way_to_it(
@@ -121,7 +121,7 @@ def test_one_line_of_many_megabytes_streams(tmp_path: Path, suffix: str) -> None
     path = packed(tmp_path / f"a{suffix}", b"x" * (40 << 20))
     for layout in ("stream", "documents"):
         sizes, ends = [], []
-        for text, end in read_file(path, DataConfig(source=str(path), layout=layout)):
+        for text, end in read_documents(path, DataConfig(source=str(path), layout=layout)):
             sizes.append(len(text))
             ends.append(end)
         assert (sum(sizes), max(sizes) <= 1 << 20, sum(ends)) == (40 << 20, True, 1)
@@ -140,9 +140,9 @@ def test_a_long_record_is_handed_on_in_pieces(
         path.write_text("text,n\n,1\n" + "".join(f"{text},1\n" for text in texts))
     else:
         pytest.importorskip("pyarrow", reason="the data extra is not installed")
-        arrow = readers.arrow(path)
+        arrow = readers.import_arrow(path)
         arrow.parquet.write_table(arrow.table({"text": ["", None, *texts]}), path)
-    chunks = list(read_file(path, DataConfig(source=str(path))))
+    chunks = list(read_documents(path, DataConfig(source=str(path))))
     assert max(len(text) for text, _ in chunks) == 8
     assert [ends for _, ends in chunks] == [False, False, True, True, True]
     assert joined(chunks) == texts
@@ -151,7 +151,7 @@ def test_a_long_record_is_handed_on_in_pieces(
 def test_half_a_character_of_json_is_replaced_and_whole_ones_stay(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(r'{"text": "a\ud83d\ude00b\ud83dc"}')
-    assert joined(list(read_file(path, DataConfig(source=str(path))))) == ["a😀b?c"]
+    assert joined(list(read_documents(path, DataConfig(source=str(path))))) == ["a😀b?c"]
 
 
 MISSING = ["one", None, "", "two"]
@@ -166,7 +166,7 @@ def test_no_text_is_no_document_in_any_kind(tmp_path: Path, kind: str) -> None:
         path.write_text("text,n\n" + "".join(f"{text or ''},1\n" for text in MISSING))
     elif kind == "parquet":
         arrow = pytest.importorskip("pyarrow", reason="the data extra is not installed")
-        readers.arrow(path).parquet.write_table(arrow.table({"text": MISSING}), path)
+        readers.import_arrow(path).parquet.write_table(arrow.table({"text": MISSING}), path)
     else:
         written = [json.dumps(row) for row in [*rows, {"n": 1}]]
         path.write_text("\n".join(written) if kind == "jsonl" else f"[{', '.join(written)}]")
@@ -245,7 +245,7 @@ def test_a_table_may_have_another_delimiter(tmp_path: Path, name: str, sign: str
     lines = [["n", "text"], ["1", "one, two"], ["2", '"a ""b"""']]
     path.write_text("".join((sign or "\t").join(line) + "\n" for line in lines))
     data = DataConfig(source=str(path), delimiter=sign)
-    assert joined(read_file(path, data)) == ["one, two", 'a "b"']
+    assert joined(read_documents(path, data)) == ["one, two", 'a "b"']
 
 
 def test_every_kind_of_text_column_is_text(tmp_path: Path) -> None:
@@ -299,8 +299,8 @@ def test_a_separator_parts_the_documents_of_a_text(
     path = tmp_path / "a.txt"
     data = DataConfig(source=str(path), layout=layout, separator="<|endoftext|>")
     path.write_text(SEPARATED, newline="")
-    assert joined(read_file(path, data)) == ["one\n", "two\nlines\n", "three"]
+    assert joined(read_documents(path, data)) == ["one\n", "two\nlines\n", "three"]
     path.write_text("no end at all\n")
-    assert joined(read_file(path, data)) == ["no end at all\n"]
+    assert joined(read_documents(path, data)) == ["no end at all\n"]
     path.write_text("\n")
-    assert joined(read_file(path, data)) == []
+    assert joined(read_documents(path, data)) == []

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from gptlite.config.run import DataConfig
 from gptlite.data import readers, remote, sources
 from gptlite.data.prepare import prepare
-from gptlite.data.readers import Chunk, read_file
+from gptlite.data.readers import Chunk, read_documents
 from gptlite.errors import ConfigError, DataError
 
 URL = "https://example.org/folder/story.txt"
@@ -41,7 +41,7 @@ def joined(chunks: Iterable[Chunk]) -> list[str]:
 
 
 def read(path: Path, data: DataConfig = STREAM) -> list[str]:
-    return joined(read_file(path, data))
+    return joined(read_documents(path, data))
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from tokenizers import trainers
 from gptlite.config.run import TokenizerConfig
 from gptlite.data import bpe, encoding, tokenizers, workers
 from gptlite.data.prepare import prepare
-from gptlite.data.tokenizers import EOT, ByteTokenizer, CharTokenizer, cut, decode
+from gptlite.data.tokenizers import EOT, ByteTokenizer, CharTokenizer, cut_pieces, decode
 from gptlite.errors import ConfigError, DataError
 
 PROSE = "\n\n".join(text for _, text in sorted(topics.items()))
@@ -135,9 +135,9 @@ def fed(text: str, sizes: list[int]) -> list[str]:
     """The pieces when text arrives in parts of these lengths, and then the rest."""
     pieces, held, at = [], "", 0
     for size in sizes:
-        got, held = cut(held + text[at : at + size], final=False)
+        got, held = cut_pieces(held + text[at : at + size], final=False)
         pieces, at = pieces + got, at + size
-    return pieces + cut(held + text[at:], final=True)[0]
+    return pieces + cut_pieces(held + text[at:], final=True)[0]
 
 
 small_texts = st.text(st.sampled_from("ab .\n\t\u00a0é漢"), min_size=40, max_size=200)
@@ -148,7 +148,7 @@ small_texts = st.text(st.sampled_from("ab .\n\t\u00a0é漢"), min_size=40, max_s
 def test_where_a_text_is_cut_does_not_depend_on_how_it_was_read(text, sizes):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tokenizers, "PIECE", 16)
-        assert fed(text, sizes) == cut(text, final=True)[0]
+        assert fed(text, sizes) == cut_pieces(text, final=True)[0]
 
 
 @examples
@@ -156,7 +156,7 @@ def test_where_a_text_is_cut_does_not_depend_on_how_it_was_read(text, sizes):
 def test_cutting_loses_nothing_and_leaves_small_pieces(text, final):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tokenizers, "PIECE", 16)
-        pieces, rest = cut(text, final=final)
+        pieces, rest = cut_pieces(text, final=final)
     assert "".join(pieces) + rest == text
     assert all(0 < len(piece) <= 17 for piece in pieces)
     assert len(rest) <= 17
@@ -179,7 +179,7 @@ def test_pieces_have_the_tokens_of_the_whole(by_words, text):
 
 
 def test_a_long_text_has_the_tokens_of_the_whole(by_words):
-    pieces, _ = cut(PROSE, final=True)
+    pieces, _ = cut_pieces(PROSE, final=True)
     assert len(pieces) > 2
     assert by_words.encode(PROSE) == by_words.encoding.encode_ordinary(PROSE)
 
@@ -325,7 +325,7 @@ def test_an_unknown_character_can_be_replaced(eot):
 def test_build_makes_what_the_config_asks_for():
     def made(**options: object) -> tokenizers.Tokenizer:
         config = TokenizerConfig(**options)
-        return tokenizers.build(config, eot=True, characters=set("cba"), texts=["abc " * 50])
+        return tokenizers.from_config(config, eot=True, characters=set("cba"), texts=["abc " * 50])
 
     assert made(kind="byte").to_json() == ByteTokenizer(eot=True).to_json()
     assert made(kind="char", unknown="skip").to_json() == char("abc", unknown="skip").to_json()
@@ -378,13 +378,13 @@ UNSPACED = "".join(map(chr, np.random.default_rng(0).integers(0x4E00, 0x9000, 30
 
 def test_a_bpe_is_learned_from_a_sample_of_a_long_text(workshop, monkeypatch, capsys):
     """From all of it, and that is told; a text below the bound is learned from whole."""
-    learned, train = [], bpe.train
+    learned, train = [], bpe.learn_vocabulary
 
     def watched(texts, vocab_size):
         learned.append(list(texts))
         return train(learned[-1], vocab_size)
 
-    monkeypatch.setattr(bpe, "train", watched)
+    monkeypatch.setattr(bpe, "learn_vocabulary", watched)
     monkeypatch.setattr(encoding, "LEARNED_PIECE", 100)
     workshop.text.write_text(PROSE[:20_000] + UNSPACED, encoding="utf-8")
     run = workshop.run(tokenizer={"kind": "bpe", "vocab_size": 300})
@@ -405,12 +405,12 @@ def test_a_bpe_is_learned_from_a_sample_of_a_long_text(workshop, monkeypatch, ca
 def test_a_process_learns_the_same_bpe(monkeypatch, capsys):
     here = tokenizers.train_bpe([PROSE[:60_000], UNSPACED], 600)
     monkeypatch.setattr(bpe, "WORTH_A_PROCESS", 1)
-    told, work = [], workers.work
+    told, work = [], workers.run_jobs
 
-    def watched(do, jobs, firsts, moved):
+    def watched(do, jobs, firsts, advance):
         return work(do, jobs, firsts, lambda _, n: told.append(n))
 
-    monkeypatch.setattr(workers, "work", watched)
+    monkeypatch.setattr(workers, "run_jobs", watched)
     apart = tokenizers.train_bpe([PROSE[:60_000], UNSPACED], 600)
     assert apart.to_json() == here.to_json()
     assert capsys.readouterr().err == ""
@@ -432,7 +432,7 @@ numbers = [range(n, n + (1 << 32), 1 << 16) for n in range(64)]
 texts = ["".join(chr(0x4e00 + i * i // 7919 % 20000) for i in some) for some in numbers]
 bpe.WORTH_A_PROCESS = 1
 try:
-    bpe.train(texts, 60_000)
+    bpe.learn_vocabulary(texts, 60_000)
 except KeyboardInterrupt:
     sys.exit(13)
 """

@@ -117,7 +117,7 @@ def two(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of two files that are a part each."""
     for name, value in EVERY_FILE.items():
         monkeypatch.setattr(parts, name, value)
-    monkeypatch.setattr(workers, "work", here)
+    monkeypatch.setattr(workers, "run_jobs", here)
     folder = workshop.folder / "two"
     folder.mkdir()
     for name, text in (("a.txt", "abc " * 20), ("b.txt", "cab\nжa")):

@@ -12,7 +12,7 @@ from gptlite.data.token_files import TokenFiles
 from gptlite.planning import plan as planning
 from gptlite.planning.plan import make_plan, plan_run, plan_table
 from gptlite.planning.rehearsal import EvaluationPace, Pace
-from gptlite.terminal import clock
+from gptlite.terminal import format_duration
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +37,9 @@ def test_the_time_is_that_of_updates_and_evaluations(
     assert planned.plan["evaluations"] == count
     assert planned.plan["seconds_per_evaluation"] == passes
     line = next(one for one in plan_table(planned.run, planned.plan) if one.startswith("time: "))
-    assert line.startswith(f"time: {clock(8 * 2.0 + count * passes)}: 8 updates of 2 s and ")
+    assert line.startswith(
+        f"time: {format_duration(8 * 2.0 + count * passes)}: 8 updates of 2 s and "
+    )
     assert line.endswith("(measured on 4 of 8)")
 
 

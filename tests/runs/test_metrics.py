@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from gptlite.runs.metrics import Console, Meter, MetricsFile
-from gptlite.terminal import clock, human, wants_bar
+from gptlite.terminal import format_duration, format_number, wants_bar
 
 
 class FakeClock:
@@ -88,5 +88,11 @@ def test_lines_go_to_the_log_and_to_stderr(
 
 
 def test_numbers_for_people() -> None:
-    assert [human(n) for n in (0.5, 999, 1234, 5.6e7, 7e12)] == ["0.5", "999", "1.23k", "56M", "7T"]
-    assert [clock(s) for s in (5, 65, 3700)] == ["0:05", "1:05", "1:01:40"]
+    assert [format_number(n) for n in (0.5, 999, 1234, 5.6e7, 7e12)] == [
+        "0.5",
+        "999",
+        "1.23k",
+        "56M",
+        "7T",
+    ]
+    assert [format_duration(s) for s in (5, 65, 3700)] == ["0:05", "1:05", "1:01:40"]

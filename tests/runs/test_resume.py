@@ -409,8 +409,8 @@ def test_a_lock_file_holds_no_name_when_nobody_does(tmp_path: Path) -> None:
         assert (tmp_path / ".lock").read_text()
     assert (tmp_path / ".lock").read_text() == ""
     with locks.open_lock(tmp_path) as ours, locks.open_lock(tmp_path) as theirs:
-        assert locks.hold(ours) is None
-        assert locks.hold(theirs) == "another process"
+        assert locks.acquire(ours) is None
+        assert locks.acquire(theirs) == "another process"
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd", "constant"])

@@ -18,7 +18,7 @@ from gptlite.studies import study
 from gptlite.studies.config import load_study
 from gptlite.studies.database import StudyStorage
 from gptlite.studies.queue import Queue
-from gptlite.words import passwords, without_passwords
+from gptlite.words import mask_passwords, passwords
 
 optuna = pytest.importorskip("optuna", reason="the study extra is not installed")
 sqlalchemy = pytest.importorskip("sqlalchemy", reason="the study extra is not installed")
@@ -36,7 +36,7 @@ LOST = sqlalchemy.exc.OperationalError("SELECT", {}, Exception("server gone\nand
     ],
 )
 def test_passwords_of_urls_are_not_told(text: str, told: str, secrets: set[str]) -> None:
-    assert without_passwords(text) == told
+    assert mask_passwords(text) == told
     assert passwords(text) == secrets
 
 
