@@ -1,7 +1,8 @@
 """Keys: 64 bits that depend on names and numbers alone, and what is drawn from them.
 
 Every random choice of a run (weights, order, samples) starts from a key of (seed, purpose, step),
-never from a shared generator: drawing one number can then not move another.
+never from a shared generator: drawing one number can then not move another. Nor from numpy's, which
+may draw other numbers in its next version.
 """
 
 import hashlib

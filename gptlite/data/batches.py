@@ -1,7 +1,8 @@
 """Batches drawn from token ids. Nothing here knows about models, text or files.
 
 A batch is a pure function of (seed, step): resuming at step 1000 needs the number 1000 and nothing
-else. B rows, T positions; `row` is a sequence's index in the update's batch.
+else. (A torch DataLoader would have to draw all batches before it again.) B rows, T positions;
+`row` is a sequence's index in the update's batch.
 """
 
 from collections.abc import Iterator

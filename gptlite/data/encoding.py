@@ -213,11 +213,12 @@ class TokenWriter:
     def __init__(
         self, path: Path, built: Tokenizer, threads: ThreadPoolExecutor, *, separate: bool
     ) -> None:
-        self.built, self.threads, self.separate = built, threads, separate
+        self.built, self.threads = built, threads
+        self.separate = separate
         self.file, self.sha256 = path.open("wb"), hashlib.sha256()
         self.dtype = token_dtype(built.vocab_size)
         self.counts = Counter(tokens=0, documents=0, bytes=0)
-        self.held = ""
+        self.carry = ""
         self.waiting: deque[Future[np.ndarray] | np.ndarray] = deque()
 
     def write(self, ids: Future[np.ndarray] | np.ndarray) -> None:
@@ -237,7 +238,7 @@ class TokenWriter:
     def add(self, text: str, ends: bool) -> None:
         self.counts["bytes"] += len(text.encode("utf-8", errors="replace"))
         self.counts.update(count_unknown(self.built, text))
-        pieces, self.held = tokenizers.cut_pieces(self.held + text, final=ends)
+        pieces, self.carry = tokenizers.cut_pieces(self.carry + text, final=ends)
         encode = self.built.encode_array
         for piece in pieces:
             here = len(piece) < WORTH_A_THREAD

@@ -90,7 +90,8 @@ def is_worthwhile(listing: list[About]) -> bool:
 def group_files(listing: list[About]) -> list[slice]:
     """Which files are each part."""
     enough = max(PART_BYTES, sum(source["bytes"] for source in listing) // MOST_PARTS)
-    groups, start, size = [], 0, 0
+    groups = []
+    start = size = 0
     for number, source in enumerate(listing, 1):
         size += source["bytes"]
         last = number == len(listing) or "split" in listing[number] and "split" not in source

@@ -176,42 +176,45 @@ def not_utf8(path: Path, at: int) -> DataError:
 
 def read_line_documents(path: Path) -> Iterator[Chunk]:
     """Every non-empty line as a document, however long it is; a lone return ends one, too."""
-    begun, held = False, ""
+    in_document, carry = False, ""
     for text in read_utf8(path):
-        text, held = held + text, ""
+        text, carry = carry + text, ""
         if text.endswith("\r"):  # its newline may be in the next piece
-            text, held = text[:-1], "\r"
+            text, carry = text[:-1], "\r"
         *lines, rest = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
         for line in lines:
-            if line or begun:
+            if line or in_document:
                 yield line, True
-            begun = False
+            in_document = False
         if rest:
             yield rest, False
-            begun = True
-    if begun:
+            in_document = True
+    if in_document:
         yield "", True
 
 
 def read_separated(path: Path, separator: str) -> Iterator[Chunk]:
     """What stands between separators, without the line break behind one."""
-    begun, held = False, ""
+    in_document, carry = False, ""
     for text in read_utf8(path):
-        *documents, held = (held + text).split(separator)
+        *documents, carry = (carry + text).split(separator)
         for document in documents:
-            if document := document if begun else document.lstrip("\r\n"):
+            if not in_document:
+                document = document.lstrip("\r\n")
+            if document or in_document:
                 yield document, True
-            elif begun:
-                yield "", True
-            begun = False
-        sure = max(0, len(held) - len(separator))  # in what follows, a separator may have begun
-        piece, held = held[:sure], held[sure:]
-        if piece := piece if begun else piece.lstrip("\r\n"):
+            in_document = False
+        sure = max(0, len(carry) - len(separator))  # in what follows, a separator may have begun
+        piece, carry = carry[:sure], carry[sure:]
+        if not in_document:
+            piece = piece.lstrip("\r\n")
+        if piece:
             yield piece, False
-            begun = True
-    held = held if begun else held.lstrip("\r\n")
-    if held or begun:
-        yield held, True
+            in_document = True
+    if not in_document:
+        carry = carry.lstrip("\r\n")
+    if carry or in_document:
+        yield carry, True
 
 
 def read_records(path: Path, field: str) -> Iterator[Chunk]:
@@ -262,7 +265,8 @@ def json_array_items(path: Path) -> Iterator[tuple[str, Any]]:
     decoder, gap = json.JSONDecoder(), re.compile(r"[\s,]*")
     text = (piece for piece in read_utf8(path) if piece)
     begins = next(piece for piece in text if not piece.isspace())
-    held, at, number = begins.lstrip()[1:], 0, 1  # past the bracket, which was seen
+    held, at = begins.lstrip()[1:], 0  # past the bracket, which was seen
+    number = 1
     while True:
         if found := gap.match(held, at):
             at = found.end()

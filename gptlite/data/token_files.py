@@ -121,10 +121,13 @@ def verify_token_files(folder: Path, meta: dict[str, Any], built: Tokenizer) -> 
     if ids != (built.vocab_size, built.eot) or meta["layout"] not in ("stream", "documents"):
         raise DataError(f"{folder}/meta.json: damaged (layout or vocabulary)")
     files = TokenFiles(folder, meta, built)
-    expected = {}
+    size_of_one, expected = token_dtype(built.vocab_size).itemsize, {}
     for split in ("train", "val"):
         for path, about in files.files(split):
-            check_file_size(path, about["tokens"], token_dtype(built.vocab_size).itemsize)
+            size = path.stat().st_size if path.is_file() else 0
+            if size != about["tokens"] * size_of_one:
+                tokens = f"meta.json says {about['tokens']} tokens of {size_of_one} bytes"
+                raise DataError(f"{path}: has {size} bytes, {tokens}")
             expected[path] = about["sha256"]
         n_tokens = sum(about["tokens"] for _, about in files.files(split))
         if n_tokens != meta["splits"][split]["tokens"]:
@@ -135,13 +138,6 @@ def verify_token_files(folder: Path, meta: dict[str, Any], built: Tokenizer) -> 
         if sha256 != expected[path]:
             raise DataError(f"{path}: damaged (sha256 differs from meta.json)")
     return files
-
-
-def check_file_size(path: Path, n_tokens: int, size_of_one: int) -> None:
-    size = path.stat().st_size if path.is_file() else 0
-    if size != n_tokens * size_of_one:
-        tokens = f"meta.json says {n_tokens} tokens of {size_of_one} bytes"
-        raise DataError(f"{path}: has {size} bytes, {tokens}")
 
 
 def digest_and_check_ids(path: Path, expected: dict[Path, str], vocab_size: int) -> str:

@@ -140,7 +140,8 @@ class CharTokenizer:
     def __init__(
         self, characters: str, *, eot: bool, unknown: str, marks: Marks = NO_MARKS
     ) -> None:
-        self.characters, self.unknown, self.marks = characters, unknown, marks
+        self.characters, self.unknown = characters, unknown
+        self.marks = marks
         self.ids = {character: i for i, character in enumerate(characters)}
         self.replacement = len(characters) if unknown == "replace" else None
         size = len(characters) + (self.replacement is not None)
@@ -207,8 +208,10 @@ class BPETokenizer:
         eot: int | None,
         marks: Marks = NO_MARKS,
     ) -> None:
-        self.kind, self.name, self.pattern, self.ranks, self.eot = kind, name, pattern, ranks, eot
-        self.marks, self.specials = marks, marks.named_specials(EOT, eot)
+        self.kind, self.name = kind, name
+        self.pattern, self.ranks = pattern, ranks
+        self.eot, self.marks = eot, marks
+        self.specials = marks.named_specials(EOT, eot)
         self.vocab_size = max(*self.specials.values(), *ranks.values()) + 1
         self.local = threading.local()
 
