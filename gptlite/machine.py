@@ -44,10 +44,10 @@ def usable_memory_bytes() -> int:
 def cpu_quotas() -> Iterator[float]:
     """Processors' worth of time that each cgroup around this process allows."""
     for folder in cgroups("cpu"):
-        both = read_text(folder / "cpu.max").split()  # version 2
+        both = read_system_file(folder / "cpu.max").split()  # version 2
         if not both:
             names = ("cpu.cfs_quota_us", "cpu.cfs_period_us")
-            both = [word for name in names for word in read_text(folder / name).split()]
+            both = [word for name in names for word in read_system_file(folder / name).split()]
         if len(both) == 2 and all(word.isdecimal() and int(word) for word in both):
             yield int(both[0]) / int(both[1])
 
@@ -56,7 +56,7 @@ def memory_limits() -> Iterator[int]:
     """Bytes that each cgroup around this process allows; without a limit there is no number."""
     for folder in cgroups("memory"):
         for name in ("memory.max", "memory.limit_in_bytes"):
-            for word in read_text(folder / name).split():
+            for word in read_system_file(folder / name).split():
                 if word.isdecimal() and int(word):
                     yield int(word)
 
@@ -64,7 +64,7 @@ def memory_limits() -> Iterator[int]:
 def cgroups(controller: str) -> Iterator[Path]:
     """Folders of the control groups around this process, versions 1 and 2 (man 7 cgroups)."""
     mounted = ROOT / "sys/fs/cgroup"
-    for line in read_text(ROOT / "proc/self/cgroup").splitlines():
+    for line in read_system_file(ROOT / "proc/self/cgroup").splitlines():
         _, controllers, path = (line.split(":", 2) + ["", ""])[:3]
         if controllers and controller not in controllers.split(","):
             continue
@@ -75,7 +75,7 @@ def cgroups(controller: str) -> Iterator[Path]:
             yield from (inner, *(outer for outer in inner.parents if outer.is_relative_to(top)))
 
 
-def read_text(path: Path) -> str:
+def read_system_file(path: Path) -> str:
     """What the system says of itself there; nothing where there is no such file."""
     try:
         return path.read_text()
@@ -98,7 +98,7 @@ def is_busy() -> bool:
     for look in range(LOOKS):
         if look:
             time.sleep(SECONDS_BETWEEN_LOOKS)
-        running = re.match(r"\S+ \S+ \S+ (\d+)/", read_text(ROOT / "proc/loadavg"))
+        running = re.match(r"\S+ \S+ \S+ (\d+)/", read_system_file(ROOT / "proc/loadavg"))
         if running is None or int(running[1]) - 1 <= spare:  # without us
             return False
     return True
