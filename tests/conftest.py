@@ -19,7 +19,7 @@ from gptlite.core.train import Trainer
 from gptlite.core.world import ALONE, World
 from gptlite.data.prepare import prepare
 from gptlite.data.token_files import TokenFiles
-from gptlite.runs.checkpoint import State
+from gptlite.runs.checkpoint import RunState
 from gptlite.studies import study
 
 for name, examples in (("short", 300), ("long", 20_000)):
@@ -72,14 +72,14 @@ def only(*sites: str, rate: float = 0.5, **more: Any) -> DropoutConfig:
 EVERYWHERE = only(*SITES, rate=0.3)
 
 
-def state_at(step: int, **over: Any) -> State:
+def state_at(step: int, **over: Any) -> RunState:
     """What a checkpoint of a run that has done nothing yet would say."""
     plain: dict[str, Any] = {
         **{"run_id": "é", "tokens": 0, "elapsed_seconds": 0.0, "best": None, "val_loss": None},
         **{"evaluations_without_gain": 0, "skipped": [], "pending": None, "data_digest": ""},
         **{"tokenizer_sha256": "", "config": {}, "environment": {}, "step": step},
     }
-    return State.model_validate({**plain, **over})
+    return RunState.model_validate({**plain, **over})
 
 
 def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

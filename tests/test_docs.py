@@ -22,7 +22,7 @@ from gptlite.planning import budget
 from gptlite.planning.budget import Rung
 from gptlite.planning.rehearsal import Costs, EvaluationPace
 from gptlite.runs import recipe
-from gptlite.runs.export import export
+from gptlite.runs.export import export_model
 from gptlite.runs.start import train
 from gptlite.runs.trained import load_trained
 
@@ -115,7 +115,7 @@ def test_the_examples_of_a_command_run_and_its_help_shows_them(desk: Path, comma
     for line in EXAMPLES[command]:
         assert f"  {line}\n" in shown
     if command == "import":
-        export(load_trained(desk / "runs" / "names", "best"), desk / "names-hf")
+        export_model(load_trained(desk / "runs" / "names", "best"), desk / "names-hf")
     if command == "report":
         train(workshop_run(desk), desk / "runs" / "faster")
     for line in EXAMPLES[command]:

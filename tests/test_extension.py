@@ -115,8 +115,8 @@ SINK: Edits = [
     (
         "runs/sinks.py",
         "SINKS: dict",
-        "class Lines:\n    def __init__(self, place):\n"
-        '        self.file = (place.directory / "lines").open("a")\n\n'
+        "class Lines:\n    def __init__(self, info):\n"
+        '        self.file = (info.directory / "lines").open("a")\n\n'
         "    def write(self, row):\n        print(len(row), file=self.file)\n\n"
         "    def close(self):\n        self.file.close()\n\n\nSINKS: dict",
     ),

@@ -19,10 +19,10 @@ def show_config(config: ConfigFiles, overrides: Overrides = None, json_: Json = 
     """Print every value of a config and where it was set."""
     with user_errors():
         from gptlite.config.reader import origins, read_layers
-        from gptlite.runs.origin import complete
+        from gptlite.runs.origin import complete_run
 
         document = read_layers(config, overrides or [])
-        rows = list(origins(document, complete(document)))
+        rows = list(origins(document, complete_run(document)))
         if json_:
             print_json({key: {"value": value, "origin": place} for key, value, place in rows})
             return

@@ -23,12 +23,12 @@ def export(
         from gptlite.runs.directory import existing_run
 
         directory = existing_run(run)
-        from gptlite.runs.export import export
+        from gptlite.runs.export import export_model
         from gptlite.runs.trained import load_trained
 
         trained = load_trained(directory, checkpoint)
         tell_notes(trained)
-        if lost := export(trained, out):
+        if lost := export_model(trained, out):
             tell(f"config.json has no word for this dropout: {', '.join(lost)}")
         print(escape_controls(str(out)))
 

@@ -83,25 +83,24 @@ def train(
     """Train a model: tokenize if needed, train, evaluate, sample, save."""
     began = time.perf_counter()  # what came before took less than a tenth of a second
     with user_errors(verbose), join_ranks() as world:
-        from gptlite.runs.launch import agree, make_launch, with_options
+        from gptlite.runs.launch import add_options, agree_on_launch, make_launch
         from gptlite.runs.origin import load_run
 
-        configs = config or []
-        values, texts = overrides or [], data or []
-        read = partial(load_run, configs, with_options(values, texts, out_dir))
+        configs, values, texts = config or [], overrides or [], data or []
+        read = partial(load_run, configs, add_options(values, texts, out_dir))
         where = {"out_dir": out_dir, "resume": resume}
         decide = partial(make_launch, configs, values, texts, minutes=minutes, began=began, **where)
-        launch = agree(decide, read if configs else None, world)
+        launch = agree_on_launch(decide, read if configs else None, world)
         from gptlite.core import loops
 
         loops.building()  # while torch loads; an error above shows before either
         from gptlite.runs.start import train
 
         if launch.recipe is not None and world.first:
-            from gptlite.runs.recipe import keep
+            from gptlite.runs.recipe import write_recipe
 
             tell_lines(launch.recipe)
-            keep(launch.recipe, launch.directory)
+            write_recipe(launch.recipe, launch.directory)
         run, directory = launch.run, launch.directory
         train(run, directory, resume=launch.resumes, strict=strict_resume, world=world)
         if world.first:
@@ -225,12 +224,13 @@ def evaluate(
 ) -> None:
     """Measure a trained model on a split; results go to eval/ in the run directory."""
     with user_errors(verbose), join_ranks() as world:
-        from gptlite.runs import directory as run_directory
+        from gptlite.distributed.agreement import agree
+        from gptlite.runs.directory import existing_run
 
-        directory = Path(world.broadcast(lambda: str(run_directory.existing_run(run))))
+        directory = agree(world, Path, lambda: existing_run(run))
         from gptlite.data.prepare import open_split
         from gptlite.measure import suites
-        from gptlite.runs.trained import load_alike
+        from gptlite.runs.trained import load_on_all_ranks
 
         asked = split_commas(",".join(suite or ["loss"]))
         names = suites.choose_suites(name for name in asked if name != "lm-eval")
@@ -239,7 +239,7 @@ def evaluate(
             raise ConfigError(f"--suite {','.join(asked)}: {why}")
         if "lm-eval" in asked:
             from gptlite.measure import lm_eval
-        trained = load_alike(directory, checkpoint, world)
+        trained = load_on_all_ranks(directory, checkpoint, world)
         if world.first:
             tell_notes(trained)
         world.expects_life(trained.run.distributed.timeout_seconds)
@@ -377,9 +377,9 @@ def report(
     """Make one self-contained HTML page of a run, several runs, or a study."""
     with user_errors(verbose):
         from gptlite.report import page
-        from gptlite.runs import directory as run_directory
+        from gptlite.runs.directory import latest_run
 
-        print(escape_controls(str(page.write_page(sources or [run_directory.latest_run()], out))))
+        print(escape_controls(str(page.write_page(sources or [latest_run()], out))))
 
 
 app.command(epilog=examples("export"))(export)

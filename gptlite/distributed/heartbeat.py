@@ -3,6 +3,8 @@
 Every rank counts up `beat/RANK`. The first rank watches all, the others watch the first. A rank
 that fails says so under `failed`; one that stands still is named by who watches it. Whoever reads
 `failed` leaves with the exit code that stands there, whatever it was waiting for.
+
+Ours because the time-outs of torchrun and of process groups cannot name the rank that is gone.
 """
 
 import json
@@ -70,13 +72,12 @@ class Heartbeat(threading.Thread):
 
     def __init__(self, store: Store, rank: int, processes: list[Process]) -> None:
         super().__init__(daemon=True, name="heartbeat")
-        self.rank, self.processes = rank, processes
+        self.rank = rank
+        self.processes = processes
         self.store: Store = store.clone()  # type: ignore[attr-defined]  # stubs lack it
         self.timeout_seconds = 60.0
         self.leaving = threading.Event()
-        self.watched = [other for other in range(len(processes)) if other != rank]
-        if rank:
-            self.watched = [0]
+        self.watched = [0] if rank else list(range(1, len(processes)))
         now = time.monotonic()
         self.seen = {other: (b"", now) for other in self.watched}
 
@@ -87,15 +88,15 @@ class Heartbeat(threading.Thread):
                 beats += 1
                 self.store.set(f"beat/{self.rank}", str(beats))
                 if self.store.check(["failed"]):
-                    self.follow(self.failure())
-                for failure in (self.gone(), self.standing_still()):
+                    self.follow(self.read_failure())
+                for failure in (self.find_killed(), self.find_silent()):
                     if failure is not None:
                         self.follow(self.report(failure))
         except dist.DistError:
             lost = Failure(self.rank, 1, ["lost contact with the rendezvous: its process is gone"])
             self.follow(lost)
 
-    def gone(self) -> Failure | None:
+    def find_killed(self) -> Failure | None:
         """A watched rank of this machine that was killed, and so could not say anything."""
         for other in self.watched:
             process = self.processes[other]
@@ -103,7 +104,7 @@ class Heartbeat(threading.Thread):
                 return Failure(other, 1, [f"{process} was killed"])
         return None
 
-    def standing_still(self) -> Failure | None:
+    def find_silent(self) -> Failure | None:
         """A watched rank that has not answered for too long."""
         now = time.monotonic()
         for other in self.watched:
@@ -121,9 +122,9 @@ class Heartbeat(threading.Thread):
     def report(self, failure: Failure) -> Failure:
         """Say why a rank leaves; of several, the one that was first counts."""
         self.store.compare_set("failed", "", json.dumps(failure))
-        return self.failure()
+        return self.read_failure()
 
-    def failure(self) -> Failure:
+    def read_failure(self) -> Failure:
         return Failure(*json.loads(self.store.get("failed")))
 
     def follow(self, failure: Failure) -> None:
@@ -138,19 +139,19 @@ class Heartbeat(threading.Thread):
             self.store.set(f"left/{self.rank}", "1")
         os._exit(failure.exit_code)
 
-    def found(self, seconds: float) -> Failure | None:
-        """What another rank says, for whom it may have left without."""
+    def wait_for_failure(self, seconds: float) -> Failure | None:
+        """Why another rank left, if it says so within that time."""
         until = time.monotonic() + seconds
         try:
             while time.monotonic() < until:
                 if self.store.check(["failed"]):
-                    return self.failure()
+                    return self.read_failure()
                 time.sleep(0.1)
         except dist.DistError:
             pass
         return None
 
-    def stop(self, farewell: float = FAREWELL) -> None:
+    def stop(self, farewell: float) -> None:
         """End the thread, and wait so many seconds for the others to be as far.
 
         The first rank may hold the store; and who leaves early has torchrun end the others.

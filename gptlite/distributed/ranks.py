@@ -101,7 +101,9 @@ class Ranks(World):
 
     def __init__(self, store: Store) -> None:
         super().__init__(int(os.environ["WORLD_SIZE"]))
-        self.rank, self.store, self.round = int(os.environ["RANK"]), store, 0
+        self.rank = int(os.environ["RANK"])
+        self.store = store
+        self.round = 0
         self.turn = int(os.environ.get("LOCAL_RANK", "0"))
         self.here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         self.wait_for_all(JOIN_SECONDS)
@@ -201,7 +203,7 @@ class Ranks(World):
         failure = Failure(self.rank, code, problems)
         if is_lost_contact(error):
             self.farewell = 0.0
-            told = self.heartbeat.found(TOLD_SECONDS)
+            told = self.heartbeat.wait_for_failure(TOLD_SECONDS)
             failure = told or Failure(self.rank, 1, [f"lost contact with another rank: {error}"])
             error = UserError(*failure.lines())
             error.exit_code = failure.exit_code

@@ -15,8 +15,15 @@ from gptlite.errors import ConfigError, UserError
 from gptlite.report import charts
 from gptlite.report.figures import Figure, run_figures, runs_figures, study_figures
 from gptlite.report.verdict import Verdict, verdict
-from gptlite.runs import directory as run_directory
-from gptlite.runs.results import DAMAGED, RunFiles, format_value, read_run, read_study
+from gptlite.runs.directory import has_run
+from gptlite.runs.results import (
+    DAMAGED,
+    RunFiles,
+    format_cell,
+    generalisation_gap,
+    read_run,
+    read_study_results,
+)
 from gptlite.words import escape_controls
 
 HINT = "figures need matplotlib: pip install 'gptlite[plot]'"
@@ -85,7 +92,7 @@ def page_of(sources: list[Path]) -> Page:
 def source_kind(source: Path) -> str:
     if (source / "study.json").is_file():
         return "study"
-    if run_directory.has_run(source):
+    if has_run(source):
         return "run"
     what = "not a run or study directory" if source.is_dir() else "no such directory"
     raise ConfigError(f"{source}: {what}")
@@ -162,8 +169,8 @@ def tiles(run: RunFiles) -> list[tuple[str, str]]:
         found.append(("best validation loss", f"{best['val/loss']:.4f} nats"))
         if best.get("val/bits_per_byte") is not None:
             found.append(("bits per byte", f"{best['val/bits_per_byte']:.3f}"))
-        if best.get("train/loss_dropout_off") is not None:
-            gap = best["val/loss"] - best["train/loss_dropout_off"]
+        gap = generalisation_gap(best)
+        if gap is not None:
             found.append(("gap to training text", f"{gap:+.3f} nats"))
         found.append(("at step", f"{best['step']:,}"))
     seconds = run.rows[-1].get("elapsed_seconds") if run.rows else None
@@ -178,9 +185,9 @@ def results_table(run: RunFiles) -> Table:
     for suite in ("loss", "calibration", "mc-dropout"):
         for name, value in run.evals.get(suite, {}).items():
             if isinstance(value, dict) and {"value", "low", "high"} <= set(value):
-                rows.append([suite, name, format_value(value["value"]), format_interval(value)])
+                rows.append([suite, name, format_cell(value["value"]), format_interval(value)])
             elif isinstance(value, float):
-                rows.append([suite, name, format_value(value), ""])
+                rows.append([suite, name, format_cell(value), ""])
     return Table("Measured by gptlite eval", ["suite", "number", "value", "95 % interval"], rows)
 
 
@@ -196,9 +203,9 @@ def sites_table(run: RunFiles) -> Table:
 def comparison_page(runs: list[RunFiles]) -> Page:
     flat = [dict(leaves(run.config)) for run in runs]
     keys = dict.fromkeys(key for config in flat for key in config)
-    differ = [key for key in keys if len({format_value(config.get(key)) for config in flat}) > 1]
+    differ = [key for key in keys if len({format_cell(config.get(key)) for config in flat}) > 1]
     head = ["", *(run.name for run in runs)]
-    settings = [[key, *(format_value(config.get(key)) for config in flat)] for key in differ]
+    settings = [[key, *(format_cell(config.get(key)) for config in flat)] for key in differ]
     found = [
         dict(try_part(run.notes, run.name, partial(tiles, run), list[tuple[str, str]]()))
         for run in runs
@@ -227,7 +234,7 @@ def leaves(config: Any, at: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def study_page(source: Path) -> Page:
-    study, notes = read_study(source)
+    study, notes = read_study_results(source)
     runs = study.get("runs", [])
     done = sum(run.get("state") == "done" for run in runs)
     shown_metrics = study.get("table", [])
@@ -270,7 +277,7 @@ def points_table(study: dict[str, Any], metric: str) -> Table:
         value = point["metrics"].get(metric)
         if value is None:
             continue
-        row = [point["label"], format_value(value["mean"]), format_interval(value), "", "", ""]
+        row = [point["label"], format_cell(value["mean"]), format_interval(value), "", "", ""]
         other = against.get(point["label"])
         if other is not None:
             above = {True: "yes", False: "no"}.get(other["above_seed_noise"], "not known")
@@ -283,4 +290,4 @@ def points_table(study: dict[str, Any], metric: str) -> Table:
 def format_interval(value: dict[str, Any]) -> str:
     if value["low"] is None:
         return ""
-    return f"{format_value(value['low'])} to {format_value(value['high'])}"
+    return f"{format_cell(value['low'])} to {format_cell(value['high'])}"

@@ -8,13 +8,12 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from gptlite.planning.rates import pick_rate
-from gptlite.runs.results import number
+from gptlite.runs.results import Row, best_evaluation, evaluations, generalisation_gap, number
 
 NOTICEABLE = 0.02
 """Nats."""
 WIDE_GAP = 0.1
 """Nats between training and validation text, dropout off on both."""
-Row = dict[str, Any]
 
 
 class Verdict(NamedTuple):
@@ -25,14 +24,12 @@ class Verdict(NamedTuple):
 
 def verdict(rows: Sequence[Row], config: dict[str, Any], epochs: float | None) -> Verdict:
     """Of the rows of metrics.jsonl that have a validation loss."""
-    evaluated = [row for row in rows if number(row.get("val/loss")) is not None]
-    if not evaluated:
+    evaluated, best = evaluations(rows), best_evaluation(rows)
+    if best is None:
         return Verdict("Not evaluated", "No validation loss was logged.", [])
     last = evaluated[-1]
-    best = min(evaluated, key=lambda row: float(row["val/loss"]))
     epochs = number(last.get("epoch")) or epochs or 0.0
-    train = number(last.get("train/loss_dropout_off"))
-    gap = None if train is None else last["val/loss"] - train
+    gap = generalisation_gap(last)
     drops = largest_rate(last) > 0
     rise = last["val/loss"] - best["val/loss"]
     if best is not last and rise > NOTICEABLE:

@@ -57,7 +57,7 @@ class Best(Section):
     val_bits_per_byte: float | None
 
 
-class State(Section):
+class RunState(Section):
     """state.json: all that a run is besides tensors."""
 
     format: int = FORMAT
@@ -99,11 +99,11 @@ class State(Section):
         return row
 
 
-class Found(NamedTuple):
+class Checkpoint(NamedTuple):
     """A checkpoint that verified."""
 
     path: Path
-    state: State
+    state: RunState
     problems: list[str]
     """Those passed over on the way, and why."""
 
@@ -121,7 +121,7 @@ def folders(run_dir: Path) -> list[Path]:
 def save(
     run_dir: Path,
     tensors: Mapping[str, Mapping[str, Tensor]],
-    state: State,
+    state: RunState,
     world: World = ALONE,
 ) -> Path:
     """Write a checkpoint; `tensors` maps each of FILES to its tensors. All ranks call it.
@@ -146,13 +146,14 @@ def save(
 
 
 def attempt_write(
-    target: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: State, world: World
+    target: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: RunState, world: World
 ) -> str | None:
     """Write if this is the first rank; why that failed, on all ranks."""
-    files, failure = whole_files(tensors, world), None
+    files = whole_files(tensors, world)
+    failure = None
     if world.first:
         try:
-            write(target, files, size_of(tensors), state)
+            write_folder(target, files, size_of(tensors), state)
         except (OSError, SafetensorError) as error:
             failure = str(getattr(error, "strerror", None) or error)
     for _ in files:  # who does not write still gives the parts that it has
@@ -160,8 +161,8 @@ def attempt_write(
     return world.broadcast(lambda: failure)
 
 
-def write(
-    target: Path, files: Iterator[tuple[str, dict[str, Tensor]]], need: int, state: State
+def write_folder(
+    target: Path, files: Iterator[tuple[str, dict[str, Tensor]]], need: int, state: RunState
 ) -> None:
     """One attempt. A loss of power at any moment leaves the folder whole or absent."""
     if target.is_dir():  # the same weights once more, with an evaluation that had been cut short
@@ -191,7 +192,7 @@ def write(
         storage.discard(work)
 
 
-def dump_state(state: State, files: dict[str, str]) -> dict[str, Any]:
+def dump_state(state: RunState, files: dict[str, str]) -> dict[str, Any]:
     return {**state.model_dump(mode="json"), "files": files}
 
 
@@ -224,7 +225,7 @@ def prune(run_dir: Path, keep_last: int | str, best_step: int | None) -> None:
             storage.discard(doomed)
 
 
-def read_state(path: Path) -> State:
+def read_state(path: Path) -> RunState:
     """state.json of a checkpoint whose files all have their digests; else CheckpointError."""
     if not path.is_dir() or path.is_symlink():
         raise CheckpointError(
@@ -239,7 +240,7 @@ def read_state(path: Path) -> State:
             raise CheckpointError(
                 f"{path}: written by gptlite {saved.get('gptlite')!r:.20} ({needs})"
             )
-        state = State.model_validate(saved)
+        state = RunState.model_validate(saved)
         if FOLDER.match(path.name) and folder_name(state.step) != path.name:
             raise CheckpointError(f"{path}: holds step {state.step}, so it was renamed")
         parts = [[f for f in state.files if is_part(f, name)] for name in FILES]
@@ -268,7 +269,7 @@ def data_digest(run_dir: Path) -> str:
     return ""
 
 
-def recover(run_dir: Path, foreign: Callable[[State], str | None]) -> Found | None:
+def recover(run_dir: Path, foreign: Callable[[RunState], str | None]) -> Checkpoint | None:
     """The newest checkpoint that verifies and belongs to the run; bad ones are set aside.
 
     None if none was ever saved; CheckpointError if there were some and none is good: starting over
@@ -280,7 +281,7 @@ def recover(run_dir: Path, foreign: Callable[[State], str | None]) -> Found | No
             state = read_state(path)
             if why := foreign(state):
                 raise CheckpointError(f"{path}: {why}")
-            return Found(path, state, problems)
+            return Checkpoint(path, state, problems)
         except CheckpointError as error:
             problems += error.problems
             set_aside(path)
@@ -300,7 +301,7 @@ def set_aside(path: Path) -> None:
         storage.disk.rename(path, next(name for name in names if not name.exists()))
 
 
-def choose(run_dir: Path, which: str) -> Found:
+def choose(run_dir: Path, which: str) -> Checkpoint:
     """The checkpoint that `best`, `last` or `step-N` names, verified; nothing is renamed.
 
     If best or last is damaged, the newest good one stands in and `problems` say so.
@@ -315,7 +316,7 @@ def choose(run_dir: Path, which: str) -> Found:
     problems = [] if wanted or not name or match else [f"{run_dir}: {which} is {name}, not there"]
     for path in wanted if match else wanted + others:
         try:
-            return Found(path, read_state(path), problems)
+            return Checkpoint(path, read_state(path), problems)
         except CheckpointError as error:
             problems += error.problems
     names = ", ".join(folder.name for folder in have) or "none"
@@ -323,7 +324,7 @@ def choose(run_dir: Path, which: str) -> Found:
     raise CheckpointError(*(problems or [lacks]))
 
 
-def check_size(path: Path, n_parameters: int) -> None:
+def check_weights_size(path: Path, n_parameters: int) -> None:
     """Refuse by arithmetic a model that its weights cannot fill, before it takes any memory.
 
     One that is not much too large is for `load_weights`, which names what does not fit.
@@ -343,7 +344,7 @@ def load_weights(model: GPT, path: Path) -> None:
     fill(model, read_tensors(path / FILES[0]), path)
 
 
-def restore(trainer: Trainer, found: Found) -> None:
+def restore(trainer: Trainer, found: Checkpoint) -> None:
     """Let a trainer go on from a verified checkpoint, which only the first rank reads.
 
     Raises CheckpointError if it is of another model.

@@ -23,7 +23,7 @@ RUNS = Path("runs")
 PARTS = ("checkpoints", "tokenizer", "samples", "eval")
 
 
-def name_of(configs: list[str]) -> str:
+def run_name(configs: list[str]) -> str:
     stems = "-".join(Path(config).stem for config in configs)
     return re.sub(r"[^A-Za-z0-9._-]", "_", stems)[:64] or "run"
 
@@ -69,7 +69,7 @@ def choose_directory(
 ) -> tuple[Path, bool]:
     """The directory that a run trains in, and whether a run there goes on."""
     if out_dir is None:
-        name = name_of(configs)
+        name = run_name(configs)
         earlier = siblings(name)
         if resume == "auto" and earlier:
             return earlier[-1], True
@@ -105,7 +105,7 @@ def existing_run(given: str | None) -> Path:
     return directory
 
 
-def create(directory: Path) -> None:
+def create_directory(directory: Path) -> None:
     try:
         for part in PARTS:
             storage.make_folders(directory / part)
@@ -116,14 +116,14 @@ def create(directory: Path) -> None:
         raise kind(f"out_dir: {directory}: {error.strerror}") from None
 
 
-def clean(directory: Path) -> None:
+def clean_directory(directory: Path) -> None:
     """Remove what a killed run left half written; only for who holds the directory."""
     for folder in (directory, *(directory / part for part in PARTS if part != "eval")):
         storage.remove_leftovers(folder)  # not eval/: `gptlite eval` may be writing there just now
 
 
 @contextmanager
-def hold(directory: Path) -> Iterator[None]:
+def hold_directory(directory: Path) -> Iterator[None]:
     """Hold the directory: of two runs in one, the second leaves with exit code 6.
 
     The lock ends with the process, however that ends.
@@ -150,7 +150,7 @@ def refuse(directory: Path, holder: str | None) -> None:
         raise RunInUseError(f"{directory}: in use by {holder}; give another --out-dir")
 
 
-def environment() -> dict[str, Any]:
+def describe_environment() -> dict[str, Any]:
     """What a result may depend on besides the config."""
     import numpy
     import torch

@@ -19,7 +19,7 @@ from gptlite.interchange import hf, hf_config, hf_tokenizer
 from gptlite.runs.trained import Trained
 
 
-def export(trained: Trained, out: Path) -> list[str]:
+def export_model(trained: Trained, out: Path) -> list[str]:
     """Write the directory, whole or not at all; returns what Hugging Face has no word for.
 
     Raises ConfigError if the model has no equivalent there, or `out` is not free.

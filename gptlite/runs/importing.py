@@ -24,20 +24,34 @@ from gptlite.data.tokenizers import Tokenizer
 from gptlite.errors import CheckpointError, ConfigError, StorageError
 from gptlite.interchange import foreign_tokenizer, hf, hf_config, nanogpt
 from gptlite.keys import key
-from gptlite.runs import checkpoint, origin
-from gptlite.runs import directory as run_directory
-from gptlite.runs.checkpoint import State
+from gptlite.runs import checkpoint
+from gptlite.runs.checkpoint import RunState
+from gptlite.runs.directory import (
+    RUNS,
+    create_directory,
+    describe_environment,
+    has_run,
+    hold_directory,
+)
+from gptlite.runs.origin import tokenizer_section
 from gptlite.terminal import is_watched, tell
 
 TORCH_FILES = (".pt", ".pth", ".ckpt")
 HUB_NAMES = {
-    name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+    "gpt2": "openai-community/gpt2",
+    "gpt2-medium": "openai-community/gpt2-medium",
+    "gpt2-large": "openai-community/gpt2-large",
+    "gpt2-xl": "openai-community/gpt2-xl",
+    "distilgpt2": "distilbert/distilgpt2",
 }
-HUB_NAMES["distilgpt2"] = "distilbert/distilgpt2"
-HUB_FILES = (
-    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
-    *("special_tokens_map.json", "model*.safetensors*"),
-)
+HUB_FILES = [
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "model*.safetensors*",
+]
 
 
 class Foreign(NamedTuple):
@@ -52,24 +66,24 @@ class Foreign(NamedTuple):
 def import_model(source: str, out: Path | None, meta: Path | None) -> Path:
     """Write the run directory and return it. Raises ConfigError, CheckpointError, StorageError."""
     path = Path(source)
-    directory = out or run_directory.RUNS / re.sub(r"[^A-Za-z0-9._-]", "_", path.name or "imported")
-    if run_directory.has_run(directory):
+    directory = out or RUNS / re.sub(r"[^A-Za-z0-9._-]", "_", path.name or "imported")
+    if has_run(directory):
         raise ConfigError(f"--out {directory}: contains a run; give another directory")
     if path.suffix in TORCH_FILES:
-        foreign = from_nanogpt(path, meta)
+        foreign = convert_nanogpt(path, meta)
     elif path.is_dir():
-        foreign = from_folder(path)
+        foreign = convert_folder(path)
     elif path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
         raise ConfigError(
             f"{source}: expected a Hugging Face directory, a name on its Hub, or nanoGPT's ckpt.pt"
         )
     else:
-        foreign = from_folder(from_hub(HUB_NAMES.get(source, source)))
+        foreign = convert_folder(download_model(HUB_NAMES.get(source, source)))
     write_run(foreign, directory, source)
     return directory
 
 
-def from_folder(folder: Path) -> Foreign:
+def convert_folder(folder: Path) -> Foreign:
     """A directory of Hugging Face's; the Hub's own are links to files named by their content."""
     config = hf_config.read_config(folder)
     sections = hf_config.run_sections(config, str(folder / "config.json"))
@@ -90,7 +104,7 @@ def from_folder(folder: Path) -> Foreign:
     return Foreign(sections, tokenizer, crop_vocabulary(tensors, tokenizer.vocab_size, folder))
 
 
-def from_nanogpt(path: Path, meta: Path | None) -> Foreign:
+def convert_nanogpt(path: Path, meta: Path | None) -> Foreign:
     sections, vocab_size, tokenizer, tensors = nanogpt.read_checkpoint(path, meta)
     model = make_run_config(sections, tokenizer).model
     with name_source(path):
@@ -135,7 +149,7 @@ def crop_vocabulary(tensors: dict[str, Tensor], vocab_size: int, source: Path) -
     return tensors
 
 
-def from_hub(name: str) -> Path:
+def download_model(name: str) -> Path:
     """The folder of a model on Hugging Face's Hub, downloaded once."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils.tqdm import disable_progress_bars
@@ -143,7 +157,7 @@ def from_hub(name: str) -> Path:
     if not is_watched(sys.stderr):
         disable_progress_bars()
     try:
-        return Path(snapshot_download(name, allow_patterns=list(HUB_FILES)))
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
     except Exception as error:  # noqa: BLE001 - theirs are of many kinds, and none is ours
         why = str(error).strip().splitlines()[0][:200] if str(error).strip() else repr(error)
         raise ConfigError(
@@ -156,7 +170,7 @@ def make_run_config(sections: dict[str, Any], tokenizer: Tokenizer) -> RunConfig
     """The config of the run: the model as it came, to be trained on only with data of one's own."""
     values = {
         **sections,
-        "tokenizer": origin.section_of(tokenizer),
+        "tokenizer": tokenizer_section(tokenizer),
         "dtype": "float32",
         "attention": "fused",
     }
@@ -169,7 +183,7 @@ def write_run(foreign: Foreign, directory: Path, source: str) -> None:
     use_threads(run)
     model = GPT(run.model, text.vocab_size)
     fill(model, foreign.tensors, source)
-    state = State(
+    state = RunState(
         step=0,
         run_id=f"{key(dump(run), source):016x}",
         tokens=0,
@@ -184,10 +198,10 @@ def write_run(foreign: Foreign, directory: Path, source: str) -> None:
         config=run.model_dump(mode="json"),
         environment={"imported": source},
     )
-    run_directory.create(directory)
+    create_directory(directory)
     try:
-        with run_directory.hold(directory):
-            storage.write_json(directory / "env.json", run_directory.environment())
+        with hold_directory(directory):
+            storage.write_json(directory / "env.json", describe_environment())
             saved = storage.seal(text.to_json())
             storage.write_text(directory / "tokenizer" / "tokenizer.json", saved)
             checkpoint.save(directory, {FILES[0]: model_tensors(model)}, state)

@@ -12,7 +12,7 @@ SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
 """Ctrl-C; how systems and schedulers ask to end, and warn before they end it; a terminal closed."""
 
 
-class Cut(BaseException):
+class Interrupted(BaseException):
     """What was begun is given up, because a signal came; nothing was changed by it."""
 
 
@@ -25,36 +25,37 @@ class Interrupts:
     def __init__(self, world: World = ALONE) -> None:
         self.world = world
         self.received = 0
-        self.cuttable = False
+        self.immediate = False
 
     def __call__(self, number: int, frame: types.FrameType | None) -> None:
         if self.received:
             raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
         self.received = number
-        if self.cuttable:
-            self.cuttable = False
-            raise Cut
+        if self.immediate:
+            self.immediate = False
+            raise Interrupted
 
     @contextmanager
-    def cutting(self) -> Iterator[None]:
-        """Inside, a signal raises Cut at once: evaluating and sampling change nothing."""
+    def raise_at_once(self) -> Iterator[None]:
+        """Inside, a signal raises Interrupted at once: evaluating and sampling change nothing."""
         if self.received and self.world.size == 1:
-            raise Cut
-        self.cuttable = self.world.size == 1
+            raise Interrupted
+        self.immediate = self.world.size == 1
         try:
             yield
         finally:
-            self.cuttable = False
+            self.immediate = False
 
     def poll(self) -> None:
-        """Raises Cut if a signal has come to any rank."""
+        """Raises Interrupted if a signal has come to any rank."""
         agreed = self.world.largest(self.received)
         if agreed:  # else what is noted stays: a signal may have come while ranks agreed
             self.received = agreed
-            raise Cut
+            raise Interrupted
 
     @contextmanager
-    def notice(self) -> Iterator["Interrupts"]:
+    def catch_signals(self) -> Iterator["Interrupts"]:
+        """Inside, this handles SIGNALS; afterwards, who handled them before."""
         numbers = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
         before = {number: signal.getsignal(number) for number in numbers}
         # What the caller ignores, as nohup does, stays ignored.

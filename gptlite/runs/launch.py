@@ -1,4 +1,7 @@
-"""What `gptlite train` is asked for: which run, in which directory, new or going on. No torch."""
+"""What `gptlite train` is asked for: which run, in which directory, new or going on. No torch.
+
+`start` then trains it. They are two so that what is wrong with a config shows before torch loads.
+"""
 
 import json
 import os
@@ -6,13 +9,14 @@ import re
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from gptlite.config.run import RunConfig
 from gptlite.core.world import World
 from gptlite.data import readers, sources
+from gptlite.distributed.agreement import agree
 from gptlite.errors import ConfigError, DataError
-from gptlite.runs import directory as run_directory
+from gptlite.runs.directory import choose_directory, resolve_resume
 from gptlite.runs.origin import load_run
 
 LOOKED_AT = 1 << 22
@@ -27,33 +31,24 @@ class Launch(NamedTuple):
     """The YAML of a config that was made for a text, with its reasons."""
 
 
-def agree(
+def agree_on_launch(
     decide: Callable[[], Launch], own: Callable[[], RunConfig] | None, world: World
 ) -> Launch:
     """What the first rank decides, for all; `own` reads the config that this one was given.
 
     Raises ConfigError on all ranks if they were given different ones.
     """
-    if world.size == 1:
-        return decide()
-
-    def described() -> tuple[Any, str, bool, str | None]:
-        launch = decide()
-        run = launch.run.model_dump(mode="json")
-        return run, str(launch.directory), launch.resumes, launch.recipe
-
-    run, directory, resumes, recipe = world.broadcast(described)
-    launch = Launch(RunConfig.model_validate(run), Path(directory), resumes, recipe)
-    if own is not None:
-        check_alike(launch.run, own(), world)
+    launch = agree(world, Launch, decide)
+    if own is not None and world.size > 1:
+        check_own_config(launch.run, own(), world)
     return launch
 
 
-def check_alike(first: RunConfig, own: RunConfig, world: World) -> None:
+def check_own_config(first: RunConfig, own: RunConfig, world: World) -> None:
     """Raises ConfigError on all ranks if one of them was given another config."""
-    from gptlite.runs.resume import differences
+    from gptlite.runs.resume import forbidden_changes
 
-    each = world.gather(list(differences(first, own)))
+    each = world.gather(list(forbidden_changes(first, own)))
     problems = [
         f"--config: rank {rank} was given another than rank 0: {change}"
         for rank, changes in enumerate(each)
@@ -77,27 +72,27 @@ def make_launch(
 
     Raises ConfigError, and DataError where a config has to be made for the data.
     """
-    named = None if resume in (None, "auto") else run_directory.resolve_resume(str(resume))
-    values = with_options(overrides, data if configs or named else [], out_dir)
+    named = None if resume in (None, "auto") else resolve_resume(str(resume))
+    values = add_options(overrides, data if configs or named else [], out_dir)
     if named is not None and not configs:
-        configs, values = [str(named / "config.yaml")], as_this_machine_can(values)
+        configs, values = [str(named / "config.yaml")], add_machine_defaults(values)
     if configs:
         run = load_run(configs, values)
         look_at_text(run)
-        where = run_directory.choose_directory(run.out_dir, configs, resume)
+        where = choose_directory(run.out_dir, configs, resume)
         return Launch(run, *((named, True) if named else where))
     if not data:
         raise ConfigError("--config: missing option; give a file, a shipped config, or --data TEXT")
     name = Path(data[0]).name.partition(".")[0] or "text"
-    directory, resumes = run_directory.choose_directory(out_dir, [name], resume)
+    directory, resumes = choose_directory(out_dir, [name], resume)
     if resumes:
         stored = str(directory / "config.yaml")
-        return Launch(load_run([stored], as_this_machine_can(values)), directory, True)
+        return Launch(load_run([stored], add_machine_defaults(values)), directory, True)
     of_data = [value for value in overrides if value.lstrip().startswith("data.")]
-    look_at_text(load_run([], with_options(of_data, data, None), to_train=False))
+    look_at_text(load_run([], add_options(of_data, data, None), to_train=False))
     from gptlite.runs import recipe  # only now: it times models
 
-    run, text = recipe.compose(data, minutes, values, began)
+    run, text = recipe.make_recipe(data, minutes, values, began)
     return Launch(run, directory, False, text)
 
 
@@ -122,24 +117,24 @@ def look_at_text(run: RunConfig) -> None:
         raise DataError(f"data.source: {', '.join(local)}: has no text (0 bytes)")
 
 
-def with_options(overrides: list[str], data: list[str], out_dir: str | None) -> list[str]:
+def add_options(overrides: list[str], data: list[str], out_dir: str | None) -> list[str]:
     """The values of --set, and of the options that are short for one."""
     values = list(overrides)
     if out_dir is not None:
-        values.append(f"out_dir={as_value(out_dir)}")
+        values.append(f"out_dir={quote_value(out_dir)}")
     if data:
-        values.append(f"data.source={as_value(data[0] if len(data) == 1 else data)}")
+        values.append(f"data.source={quote_value(data[0] if len(data) == 1 else data)}")
     return values
 
 
-def as_this_machine_can(values: list[str]) -> list[str]:
+def add_machine_defaults(values: list[str]) -> list[str]:
     """The values of --set over a run's own config, of which nobody has named these keys now."""
     given = {value.partition("=")[0].strip() for value in values}
     asked_anew = ("device", "dtype", "attention", "train.threads")
     return [*(f"{key}=auto" for key in asked_anew if key not in given), *values]
 
 
-def as_value(value: str | list[str]) -> str:
+def quote_value(value: str | list[str]) -> str:
     """A text or a list of them as `--set` reads it; bytes that are no UTF-8 as escapes."""
     text = json.dumps(value, ensure_ascii=False)
     return re.sub("[\ud800-\udfff]", lambda half: f"\\u{ord(half[0]):04x}", text)

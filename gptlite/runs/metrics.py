@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from gptlite import storage
 from gptlite.errors import StorageError, UserError
+from gptlite.runs.results import parse_row
 from gptlite.storage import write_bytes
 from gptlite.terminal import format_duration, format_number, wants_bar
 from gptlite.words import escape_controls
@@ -92,10 +93,10 @@ def null_nonfinite(row: dict[str, Any]) -> dict[str, Any]:
 def is_kept(line: bytes, resumed_step: int) -> bool:
     """Whether a line is the row of a step until there, and not what a crash cut short."""
     try:
-        row = json.loads(line.decode())  # of bytes, json guesses the encoding
-        return isinstance(row, dict) and type(row["step"]) is int and row["step"] <= resumed_step
-    except (ValueError, KeyError, RecursionError):
+        row = parse_row(line.decode())
+    except UnicodeDecodeError:
         return False
+    return row is not None and row["step"] <= resumed_step
 
 
 def append_line(path: Path, line: str) -> None:
@@ -124,7 +125,8 @@ class Console:
             bar_format="{percentage:3.0f}% {bar:20} {n_fmt}/{total_fmt}{postfix} "
             "[{elapsed}, {remaining} left]",
         )
-        self.started, self.start = time.perf_counter(), start
+        self.started = time.perf_counter()
+        self.start = start
         self.said_at = -math.inf
 
     def say(self, line: str) -> None:
@@ -145,7 +147,7 @@ class Console:
             with suppress(StorageError):  # the disk may be why
                 append_line(self.log, escape_controls(text, keep="\n"))
 
-    def progress(self, step: int, row: dict[str, Any], val_loss: float | None) -> None:
+    def show_progress(self, step: int, row: dict[str, Any], val_loss: float | None) -> None:
         """The numbers of now; without a bar a line, at every evaluation and else now and then."""
         loss = row["train/loss"]
         parts = [f"loss {math.nan if loss is None else loss:.3f}"]
@@ -158,8 +160,8 @@ class Console:
         now = time.perf_counter()
         if "val/loss" not in row and now - self.said_at < SECONDS_BETWEEN_LINES:
             return
-        self.said_at, passed = now, now - self.started
-        left = passed / max(1, step - self.start) * (self.total - step)
+        self.said_at = now
+        left = (now - self.started) / max(1, step - self.start) * (self.total - step)
         self.say(f"step {step}/{self.total}  {'  '.join(parts)}  {format_duration(left)} left")
 
     def advance(self) -> None:

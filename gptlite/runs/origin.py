@@ -17,6 +17,7 @@ from gptlite.data import tokenizers
 from gptlite.data.tokenizers import Tokenizer
 from gptlite.errors import ConfigError
 from gptlite.interchange import foreign_tokenizer, hf_config
+from gptlite.runs.directory import has_run
 
 MAY_DIFFER = {("model", "context_length")}
 """What a run may have another value of than the one that it begins from."""
@@ -29,10 +30,10 @@ def load_run(
 
     Raises ConfigError with one line per problem: `run.yaml:4:5: optim.lr: must be ...`.
     """
-    return complete(read_layers(files, overrides), to_train=to_train)
+    return complete_run(read_layers(files, overrides), to_train=to_train)
 
 
-def complete(document: Document, *, to_train: bool = True) -> RunConfig:
+def complete_run(document: Document, *, to_train: bool = True) -> RunConfig:
     """The run that a document describes, with model and tokenizer of what `init_from` names.
 
     Every config is read through here. Raises ConfigError.
@@ -44,9 +45,9 @@ def complete(document: Document, *, to_train: bool = True) -> RunConfig:
 def inherit(document: Document) -> None:
     """Model and tokenizer are those of what `init_from` names; a config may leave them out."""
     source = document.value(("init_from",))
-    if not isinstance(source, str) or "\0" in source or is_complete(document):
+    if not isinstance(source, str) or "\0" in source or has_whole_model(document):
         return
-    for section, values in sections(source).items():
+    for section, values in inherited_sections(source).items():
         asked = document.values.setdefault(section, {})
         if not isinstance(asked, dict):
             continue
@@ -62,28 +63,28 @@ def inherit(document: Document) -> None:
                 document.refused.add(path)
 
 
-def is_complete(document: Document) -> bool:
+def has_whole_model(document: Document) -> bool:
     """Whether every key of the model is given, as in the stored config of a run."""
     given = document.values.get("model")
     return isinstance(given, dict) and set(given) >= set(ModelConfig.model_fields)
 
 
-def run_of(source: str) -> Path | None:
+def find_run(source: str) -> Path | None:
     """The run directory that is meant, itself or by a checkpoint in it."""
     path = Path(source)
     for directory in (path, path.parent.parent):
-        if os.path.isfile(directory / "config.yaml"):
+        if has_run(directory):
             return directory
     return None
 
 
 def is_hugging_face(source: str) -> bool:
-    return run_of(source) is None and os.path.isfile(Path(source) / "config.json")
+    return find_run(source) is None and os.path.isfile(Path(source) / "config.json")
 
 
-def sections(source: str) -> dict[str, dict[str, Any]]:
+def inherited_sections(source: str) -> dict[str, dict[str, Any]]:
     """`model` and `tokenizer` as in YAML, if something is there. Raises ConfigError, DataError."""
-    if directory := run_of(source):
+    if directory := find_run(source):
         stored = strict_yaml.read(directory / "config.yaml").values
         return {name: stored.get(name) or {} for name in ("model", "tokenizer")}
     if not is_hugging_face(source):
@@ -91,17 +92,15 @@ def sections(source: str) -> dict[str, dict[str, Any]]:
     config = hf_config.read_config(Path(source))
     model = hf_config.run_sections(config, f"{source}/config.json")["model"]
     tokenizer = foreign_tokenizer.import_tokenizer(Path(source))
-    return {"model": model, "tokenizer": section_of(tokenizer)}
+    return {"model": model, "tokenizer": tokenizer_section(tokenizer)}
 
 
 def given_tokenizer(run: RunConfig) -> Tokenizer | None:
     """The tokenizer that a run is given by what it begins from. Raises ConfigError, DataError."""
-    return None if run.init_from is None else tokenizer_of(run.init_from)
-
-
-def tokenizer_of(source: str) -> Tokenizer:
-    """Raises ConfigError, DataError."""
-    if directory := run_of(source):
+    source = run.init_from
+    if source is None:
+        return None
+    if directory := find_run(source):
         return tokenizers.read_tokenizer(directory / "tokenizer" / "tokenizer.json")
     if not is_hugging_face(source):
         raise ConfigError(
@@ -111,7 +110,7 @@ def tokenizer_of(source: str) -> Tokenizer:
     return foreign_tokenizer.import_tokenizer(Path(source))
 
 
-def section_of(tokenizer: Tokenizer) -> dict[str, Any]:
+def tokenizer_section(tokenizer: Tokenizer) -> dict[str, Any]:
     """The section of a config that describes a tokenizer."""
     names = {"bpe": "vocab_size", "tiktoken": "name", "char": "unknown"}
     name = names.get(tokenizer.kind)

@@ -34,7 +34,7 @@ from gptlite.planning.budget import (
 )
 from gptlite.planning.rates import pick_rate
 from gptlite.planning.rehearsal import count_evaluated, rehearse
-from gptlite.runs import directory as run_directory
+from gptlite.runs.directory import create_directory
 from gptlite.runs.origin import given_tokenizer, inherit
 from gptlite.terminal import format_number
 
@@ -54,8 +54,14 @@ BPE_FROM = 1 << 11
 """Bytes of text from which a BPE is at least as good as characters: docs/own-text.md."""
 SMALLEST_VOCABULARY, LARGEST_VOCABULARY = 300, 1 << 14
 LADDER = (
-    *((2, 64, 64), (4, 96, 64), (4, 128, 128), (6, 192, 128), (6, 256, 256), (8, 384, 256)),
-    *((8, 512, 512), (12, 768, 1024)),
+    (2, 64, 64),
+    (4, 96, 64),
+    (4, 128, 128),
+    (6, 192, 128),
+    (6, 256, 256),
+    (8, 384, 256),
+    (8, 512, 512),
+    (12, 768, 1024),
 )
 """(n_layer, n_embd, context_length), the smallest model first."""
 TOKENS_PER_UPDATE = 2048
@@ -125,7 +131,7 @@ class Lines:
         )
 
 
-def of_text(found: Survey) -> Iterator[Choice]:
+def text_choices(found: Survey) -> Iterator[Choice]:
     """How a text is cut into tokens."""
     if found.longest_line is not None:
         yield Choice("data.layout", "documents", "lines of a word each: every line by itself")
@@ -143,7 +149,7 @@ def of_text(found: Survey) -> Iterator[Choice]:
     yield Choice("tokenizer.vocab_size", vocabulary, "about the square root of the bytes")
 
 
-def of_model(size: tuple[int, int, int], longest_line: int | None) -> dict[str, Any]:
+def model_section(size: tuple[int, int, int], longest_line: int | None) -> dict[str, Any]:
     """The model of a rung of the ladder; it never needs to see more than a whole line."""
     n_layer, n_embd, context = size
     context = context if longest_line is None else min(context, longest_line + 1)
@@ -160,22 +166,23 @@ def of_model(size: tuple[int, int, int], longest_line: int | None) -> dict[str, 
     }
 
 
-def of_device(run: RunConfig) -> Iterator[Choice]:
-    """What was not timed is not done."""
-    if pick_device(run.device)[0].startswith("cuda"):
-        yield Choice("compile", False, "timed without; compiling takes a minute by itself")
-
-
-def settle(choices: Iterable[Choice], asked: Document) -> RunConfig:
+def make_run(choices: Iterable[Choice], asked: Document) -> RunConfig:
     """The run of these choices; what is asked for wins."""
-    document = Document(nest(choices))
+    values: dict[str, Any] = {}
+    for key, value, _ in choices:
+        section, _, name = key.rpartition(".")
+        inside = values.setdefault(section, {}) if section else values
+        inside[name] = value
+    document = Document(values)
     merge(document, asked)
     return validate(document)
 
 
-def of_size(size: tuple[int, int, int], longest_line: int | None, why: str) -> Iterator[Choice]:
+def size_choices(
+    size: tuple[int, int, int], longest_line: int | None, why: str
+) -> Iterator[Choice]:
     """A model, its batches and its optimizer; `why` says why it is this large."""
-    model = of_model(size, longest_line)
+    model = model_section(size, longest_line)
     for key, value in model.items():
         yield Choice(f"model.{key}", value, why if key == "n_layer" else "")
     batch_size = max(8, TOKENS_PER_UPDATE // model["context_length"])
@@ -202,7 +209,7 @@ def candidates(
     found, refusal = [], ConfigError()
     for size in LADDER:
         try:
-            run = settle([*choices, *of_size(size, longest_line, ""), *UNTRAINED], asked)
+            run = make_run([*choices, *size_choices(size, longest_line, ""), *UNTRAINED], asked)
             found.append((size, run))
         except ConfigError as error:  # such as a width that n_head does not divide
             refusal = error
@@ -219,8 +226,8 @@ def rehearse_training(
     n_val, fitting = count_evaluated(rung.run, files), guess_fit(rung, budget)
     for _ in range(2):
         rate, _ = dropout_rate(fitting.steps, rung)
-        tried = [*choices, *of_training(rung, fitting)]
-        costs = rehearse(settle(tried, asked), files, timing)
+        tried = [*choices, *training_choices(rung, fitting)]
+        costs = rehearse(make_run(tried, asked), files, timing)
         fitting = fit_run(costs, rung, n_val, budget, asked)
         if dropout_rate(fitting.steps, rung)[0] == rate:
             break
@@ -232,7 +239,7 @@ def dropout_rate(steps: int, rung: Rung) -> tuple[float, str]:
     return pick_rate(steps * rung.run.train.batch_size / rung.n_rows)
 
 
-def of_training(rung: Rung, fitting: Fit) -> Iterator[Choice]:
+def training_choices(rung: Rung, fitting: Fit) -> Iterator[Choice]:
     """How a model is trained, and for how long."""
     yield Choice("train.max_steps", fitting.steps, fitting.why)
     looks = f"{LOOKS} looks at the loss, {fitting.evaluating:.1%} of the time"
@@ -247,17 +254,7 @@ def of_training(rung: Rung, fitting: Fit) -> Iterator[Choice]:
     yield Choice("optim.warmup_steps", min(50, fitting.steps // 20), "")
 
 
-def nest(choices: Iterable[Choice]) -> dict[str, Any]:
-    """The choices as a config has them."""
-    values: dict[str, Any] = {}
-    for key, value, _ in choices:
-        section, _, name = key.rpartition(".")
-        inside = values.setdefault(section, {}) if section else values
-        inside[name] = value
-    return values
-
-
-def as_yaml(choices: Iterable[Choice]) -> str:
+def format_recipe(choices: Iterable[Choice]) -> str:
     """The choices with the reasons behind them."""
     sections: dict[str, list[str]] = {}
     for key, value, reason in choices:
@@ -270,20 +267,18 @@ def as_yaml(choices: Iterable[Choice]) -> str:
     return "\n".join(line for lines in sections.values() for line in lines) + "\n"
 
 
-def look_at(source: list[str], asked: Document) -> tuple[list[Choice], int | None]:
+def look_at_source(source: list[str], asked: Document) -> tuple[list[Choice], int | None]:
     """What a text calls for, whatever the time; and its longest line, if it is one of names."""
     given = asked.values.get("data", {})
     named = source[0] if len(source) == 1 else source
     data = {**(given if isinstance(given, dict) else {}), "source": named}
     found = survey(validate(Document({"data": data}), to_train=False).data)
-    choices = [
-        Choice("data.source", named, f"{format_number(found.n_bytes)} bytes"),
-        *of_text(found),
-    ]
+    size = f"{format_number(found.n_bytes)} bytes"
+    choices = [Choice("data.source", named, size), *text_choices(found)]
     return choices, found.longest_line
 
 
-def compose(
+def make_recipe(
     source: list[str], minutes: float, overrides: list[str], began: float | None = None
 ) -> tuple[RunConfig, str]:
     """A run for this text and time, and its YAML. `overrides` as of --set win.
@@ -294,20 +289,24 @@ def compose(
     budget = Budget(minutes, began)
     asked = read_layers([], overrides)
     inherit(asked)
-    choices, longest_line = look_at(source, asked)
+    choices, longest_line = look_at_source(source, asked)
     runs = candidates(choices, asked, longest_line)
     files = prepare(runs[0][1], given_tokenizer(runs[0][1]))
     rung = climb((make_rung(size, run, files) for size, run in runs), files, budget)
     size = f"{format_number(rung.n_parameters)} parameters; "
     size += "the largest there is" if rung.size == LADDER[-1] else "the next sees too little text"
-    choices += [*of_device(rung.run), *of_size(rung.size, longest_line, size)]
-    choices += of_training(rung, rehearse_training(choices, asked, files, rung, budget))
+    if pick_device(rung.run.device)[0].startswith("cuda"):
+        choices.append(
+            Choice("compile", False, "timed without; compiling takes a minute by itself")
+        )
+    choices += size_choices(rung.size, longest_line, size)
+    choices += training_choices(rung, rehearse_training(choices, asked, files, rung, budget))
     head = f"# For {', '.join(source)} in {minutes:g} minutes; keep it, change it, run it again.\n"
     changed = "".join(f"# --set {override}\n" for override in overrides)
-    return settle(choices, asked), head + changed + as_yaml(choices)
+    return make_run(choices, asked), head + changed + format_recipe(choices)
 
 
-def keep(text: str, directory: Path) -> None:
+def write_recipe(text: str, directory: Path) -> None:
     """recipe.yaml in the run directory."""
-    run_directory.create(directory)
+    create_directory(directory)
     storage.write_text(directory / "recipe.yaml", text)

@@ -3,7 +3,7 @@
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ LARGEST = 1 << 26
 DAMAGED = (KeyError, TypeError, ValueError, IndexError, AttributeError, ArithmeticError)
 """What comes of numbers that are not what they should be."""
 
+Row = dict[str, Any]
+"""A line of metrics.jsonl."""
 INTERVAL = {"value", "low", "high"}
 """What a number with its 95 % interval looks like in results."""
 
@@ -31,7 +33,7 @@ class RunFiles:
     config_text: str = ""
     plan: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
-    rows: list[dict[str, Any]] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
     """Of metrics.jsonl, in order."""
     evals: dict[str, dict[str, Any]] = field(default_factory=dict)
     """The newest result of each suite on the validation split."""
@@ -45,18 +47,34 @@ class RunFiles:
         return [site for site in known if isinstance(site, dict) and "site" in site]
 
     @property
-    def evaluated(self) -> list[dict[str, Any]]:
-        return [row for row in self.rows if number(row.get("val/loss")) is not None]
+    def evaluations(self) -> list[Row]:
+        return evaluations(self.rows)
 
     @property
-    def best(self) -> dict[str, Any] | None:
-        return min(self.evaluated, key=lambda row: float(row["val/loss"]), default=None)
+    def best(self) -> Row | None:
+        return best_evaluation(self.rows)
 
     @property
     def epochs_per_step(self) -> float | None:
         last = self.rows[-1] if self.rows else {}
         epoch, step = number(last.get("epoch")), number(last.get("step"))
         return epoch / step if epoch and step else None
+
+
+def evaluations(rows: Iterable[Row]) -> list[Row]:
+    """The rows that have a validation loss."""
+    return [row for row in rows if number(row.get("val/loss")) is not None]
+
+
+def best_evaluation(rows: Iterable[Row]) -> Row | None:
+    """The row with the lowest validation loss."""
+    return min(evaluations(rows), key=lambda row: float(row["val/loss"]), default=None)
+
+
+def generalisation_gap(row: Row) -> float | None:
+    """The loss on validation text minus that on training text, in nats, dropout off on both."""
+    train, val = number(row.get("train/loss_dropout_off")), number(row.get("val/loss"))
+    return None if train is None or val is None else val - train
 
 
 def read_run(directory: Path) -> RunFiles:
@@ -78,7 +96,7 @@ def read_run(directory: Path) -> RunFiles:
     return run
 
 
-def read_study(directory: Path) -> tuple[dict[str, Any], list[str]]:
+def read_study_results(directory: Path) -> tuple[dict[str, Any], list[str]]:
     notes: list[str] = []
     return read_json(directory / "study.json", notes), notes
 
@@ -106,20 +124,22 @@ def read_json(path: Path, notes: list[str]) -> dict[str, Any]:
     return {}
 
 
-def read_rows(path: Path, notes: list[str]) -> list[dict[str, Any]]:
-    """Whole rows; a run that was killed, or is at work, may have left half a line."""
-    rows, damaged = [], 0
-    for line in read_text(path, notes).splitlines():
-        try:
-            row = json.loads(line)
-            if type(row["step"]) is not int:
-                raise ValueError
-            rows.append(row)
-        except (ValueError, KeyError, TypeError, RecursionError):
-            damaged += 1
-    if damaged:
-        notes.append(f"{path.name}: {damaged} damaged lines left out")
+def read_rows(path: Path, notes: list[str]) -> list[Row]:
+    """The whole rows of metrics.jsonl; a run at work, or killed, may have left half a line."""
+    found = [parse_row(line) for line in read_text(path, notes).splitlines()]
+    rows = [row for row in found if row is not None]
+    if len(rows) < len(found):
+        notes.append(f"{path.name}: {len(found) - len(rows)} damaged lines left out")
     return rows
+
+
+def parse_row(line: str) -> Row | None:
+    """A line of metrics.jsonl; None if it is not a whole row."""
+    try:
+        row: Row = json.loads(line)
+        return row if type(row["step"]) is int else None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def read_evals(folder: Path, notes: list[str]) -> dict[str, dict[str, Any]]:
@@ -131,7 +151,7 @@ def read_evals(folder: Path, notes: list[str]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def format_value(value: Any) -> str:
+def format_cell(value: Any) -> str:
     """A value in a table."""
     if isinstance(value, float):
         return f"{value:.4f}" if 0.001 <= abs(value) < 1000 else f"{value:.4g}"

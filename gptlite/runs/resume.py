@@ -16,9 +16,10 @@ from gptlite.core.tensor_files import read_tensors
 from gptlite.core.weights import FILES
 from gptlite.data.token_files import TokenFiles
 from gptlite.errors import ConfigError
+from gptlite.planning.auto import check_warmup
 from gptlite.runs import checkpoint, importing, origin
-from gptlite.runs import directory as run_directory
-from gptlite.runs.checkpoint import Found, State
+from gptlite.runs.checkpoint import Checkpoint, RunState
+from gptlite.runs.directory import clean_directory, has_run
 
 FREE_TO_CHANGE = (
     *("out_dir", "init_from", "log", "sample", "distributed"),
@@ -33,7 +34,7 @@ NOTICEABLE = 0.1
 """A jump of the learning rate or of the dropout rates, in parts of what it was."""
 
 
-def adopt(run: RunConfig, stored: RunConfig) -> RunConfig:
+def keep_auto(run: RunConfig, stored: RunConfig) -> RunConfig:
     """`auto` in a resumed run means what it meant when the run began."""
 
     def as_before(new: BaseModel, old: BaseModel) -> dict[str, Any]:
@@ -48,30 +49,35 @@ def adopt(run: RunConfig, stored: RunConfig) -> RunConfig:
     return run.model_copy(update={**as_before(run, stored), **sections})
 
 
-def start_point(
+def find_start(
     run: RunConfig,
     stored: RunConfig | None,
     directory: Path,
     files: TokenFiles,
     *,
     strict: bool,
-    ranks: int,
-) -> Found | None:
-    """Where a run goes on; None at its beginning.
+    n_ranks: int,
+) -> Checkpoint | None:
+    """Where a run goes on, in a directory that is ours and then clean; None at its beginning.
 
     Raises ConfigError listing every change that would make it another run (`strict`: or that may
     change the last bits), CheckpointError if all that it saved is damaged.
     """
+    if stored is None and has_run(directory):
+        raise ConfigError(f"out_dir: {directory} contains a run; give another --out-dir")
+    if stored is not None and stored.train.epochs != run.train.epochs:
+        check_warmup(run, files.rows("train", run.model.context_length).n_rows)
+    clean_directory(directory)
     if stored is None:
         return None
-    changes = list(differences(stored, run))
+    changes = list(forbidden_changes(stored, run))
     found = checkpoint.recover(directory, lambda state: why_foreign(state, stored))
     if found is not None:
-        checkpoint.check_size(found.path, run.model.n_parameters(files.meta["vocab_size"]))
+        checkpoint.check_weights_size(found.path, run.model.n_parameters(files.meta["vocab_size"]))
     if found is not None and found.state.data_digest != files.digest:
         changes.append("data: the text is not the one this run was trained on")
     if strict and found is not None:
-        changes += changed_surroundings(run, found.state.environment, ranks)
+        changes += changed_surroundings(run, found.state.environment, n_ranks)
     if changes:
         raise ConfigError(
             *(f"--resume: {change}" for change in changes),
@@ -80,16 +86,16 @@ def start_point(
     return found
 
 
-def why_foreign(state: State, stored: RunConfig) -> str | None:
+def why_foreign(state: RunState, stored: RunConfig) -> str | None:
     """Why a checkpoint is not of the run that is stored beside it."""
     try:
-        changes = list(differences(stored, RunConfig.model_validate(state.config)))
+        changes = list(forbidden_changes(stored, RunConfig.model_validate(state.config)))
     except ValidationError as error:
         return f"its config is damaged ({error.error_count()} values)"
     return f"of another run ({', '.join(changes[:3])})" if changes else None
 
 
-def differences(old: RunConfig, new: RunConfig) -> Iterator[str]:
+def forbidden_changes(old: RunConfig, new: RunConfig) -> Iterator[str]:
     """`key: old -> new` for every value that may not change within a run."""
 
     def walk(a: Any, b: Any, at: str) -> Iterator[str]:
@@ -127,7 +133,7 @@ def changed_surroundings(run: RunConfig, before: dict[str, Any], ranks: int) -> 
     return [f"{name}: {before[name]} -> {now[name]}" for name in changed]
 
 
-def jumps(run: RunConfig, state: State, n_rows: int, directory: Path) -> Iterator[str]:
+def jumps(run: RunConfig, state: RunState, n_rows: int, directory: Path) -> Iterator[str]:
     """What changes at once where a run goes on towards another last update: schedules span all."""
     before, step = RunConfig.model_validate(state.config), state.step
     old, new = (one.planned_steps(n_rows) for one in (before, run))
@@ -154,9 +160,9 @@ def initial_weights(run: RunConfig) -> tuple[dict[str, Tensor], int | None]:
     assert run.init_from is not None
     path, reached = Path(run.init_from), None
     if origin.is_hugging_face(run.init_from):
-        tensors = importing.from_folder(path).tensors
+        tensors = importing.convert_folder(path).tensors
     else:
-        if run_directory.has_run(path):
+        if has_run(path):
             path, state, _ = checkpoint.choose(path, "best")
         else:
             state = checkpoint.read_state(path)

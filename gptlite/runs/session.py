@@ -17,14 +17,14 @@ from gptlite.data.token_files import TokenFiles
 from gptlite.data.tokenizers import digest
 from gptlite.errors import DivergedError, Stopped, add_step_to_errors
 from gptlite.keys import key
-from gptlite.planning import plan as planning
+from gptlite.planning.plan import summary_lines
 from gptlite.runs import checkpoint
-from gptlite.runs.checkpoint import Best, Found, State
-from gptlite.runs.interrupts import Cut, Interrupts
+from gptlite.runs.checkpoint import Best, Checkpoint, RunState
+from gptlite.runs.interrupts import Interrupted, Interrupts
 from gptlite.runs.metrics import Meter, null_nonfinite
-from gptlite.runs.records import Records, Unrecorded
+from gptlite.runs.records import NoRecords, Records
 from gptlite.runs.resume import changed_surroundings, fingerprint, jumps
-from gptlite.runs.sinks import Place
+from gptlite.runs.sinks import RunInfo
 from gptlite.terminal import format_duration
 
 Watch = Callable[[int, int, float], None]
@@ -46,14 +46,19 @@ class Session:
         trainer: Trainer,
         files: TokenFiles,
         directory: Path,
-        saved: State | None,
+        saved: RunState | None,
         interrupts: Interrupts,
         watch: Watch = watch_nothing,
     ) -> None:
-        run, self.watch, self.world = trainer.run, watch, trainer.world
-        self.trainer, self.files, self.directory, self.run = trainer, files, directory, run
+        run = trainer.run
+        self.run = run
+        self.trainer = trainer
+        self.world = trainer.world
+        self.files = files
+        self.directory = directory
         self.interrupts = interrupts
-        self.run_id = f"{key(dump(run), self.files.digest):016x}"
+        self.watch = watch
+        self.run_id = f"{key(dump(run), files.digest):016x}"
         self.best: Best | None = None
         self.val_loss: float | None = None
         self.worse = 0
@@ -61,21 +66,26 @@ class Session:
         self.meter = Meter()
         self.saved_step = trainer.step
         if saved is not None:
-            self.run_id, self.best, self.val_loss = saved.run_id, saved.best, saved.val_loss
-            self.worse, self.pending = saved.evaluations_without_gain, saved.pending
-            self.meter.tokens, self.meter.elapsed_seconds = saved.tokens, saved.elapsed_seconds
+            self.run_id = saved.run_id
+            self.best = saved.best
+            self.val_loss = saved.val_loss
+            self.worse = saved.evaluations_without_gain
+            self.pending = saved.pending
+            self.meter.tokens = saved.tokens
+            self.meter.elapsed_seconds = saved.elapsed_seconds
         known = trainer.step
         if self.pending is not None:  # what was cut short there is done again, and saved
-            known, self.saved_step = known - 1, -1
-        self.records = Unrecorded()
+            known -= 1
+            self.saved_step = -1
+        self.records = NoRecords()
         if self.world.first:
-            place = Place(run, directory, self.run_id, known)
-            self.records = Records(place, trainer.max_steps, trainer.step)
-        self.val_rows = self.files.rows("val", run.model.context_length)
-        self.lengths = byte_lengths(self.files.tokenizer, self.files.meta["splits"]["val"])
+            info = RunInfo(run, directory, self.run_id, known)
+            self.records = Records(info, trainer.max_steps, trainer.step)
+        self.val_rows = files.rows("val", run.model.context_length)
+        self.lengths = byte_lengths(files.tokenizer, files.meta["splits"]["val"])
         self.verified = False
 
-    def row(self, update: Update) -> dict[str, Any]:
+    def make_row(self, update: Update) -> dict[str, Any]:
         """What is known of an update before anything is evaluated."""
         return {
             "step": update.step,
@@ -90,16 +100,16 @@ class Session:
             **{f"dropout/{site}": rate for site, rate in update.dropout_rates.items()},
         }
 
-    def introduce(self, plan: dict[str, Any], found: Found | None, resumed: bool) -> None:
+    def introduce(self, plan: dict[str, Any], found: Checkpoint | None, resume: bool) -> None:
         """Say what will happen."""
         trainer, say = self.trainer, self.records.say
-        for line in planning.summary_lines(self.run, plan):
+        for line in summary_lines(self.run, plan):
             say(line)
         if trainer.planned:
             modules = sum(trainer.planned.values())
             say(f"dropout: {len(trainer.planned)} sites live ({modules} modules)")
         if found is None:
-            if resumed:
+            if resume:
                 say("nothing had been saved yet: begun again")
             return
         for problem in found.problems:
@@ -116,7 +126,7 @@ class Session:
         try:
             ended = self.train()
             summary = self.finish(ended)
-        except Cut:
+        except Interrupted:
             if self.saved_step != trainer.step or self.pending is not None:
                 self.save()
             raise Stopped(
@@ -125,7 +135,7 @@ class Session:
                 f"gptlite train --resume {self.directory}",
             ) from None
         except DivergedError as error:
-            raise self.diverged(error) from None
+            raise self.explain_divergence(error) from None
         best, took = self.best, format_duration(summary["elapsed_seconds"])
         if ended == "early_stop":
             say(f"stopped early: no better validation loss in {self.worse} evaluations")
@@ -140,10 +150,10 @@ class Session:
         return summary
 
     def train(self) -> str:
-        """Run to the end or an early stop; says which. Raises Cut after a signal."""
+        """Run to the end or an early stop; says which. Raises Interrupted after a signal."""
         trainer = self.trainer
         if self.pending is not None:
-            self.settle(self.pending)
+            self.follow_up(self.pending)
         if self.stops_early:
             return "early_stop"
         self.meter.resume()
@@ -154,7 +164,7 @@ class Session:
                 self.tell_skipped(update)
             if self.is_due(update.step):
                 self.meter.pause()
-                self.settle(self.row(update))
+                self.follow_up(self.make_row(update))
             self.interrupts.poll()
             if self.stops_early:
                 return "early_stop"
@@ -173,17 +183,17 @@ class Session:
         regular = step % train.log_interval == 0 or step % train.save_interval == 0
         return regular or self.evaluates_at(step) or self.samples_at(step)
 
-    def settle(self, row: dict[str, Any]) -> None:
+    def follow_up(self, row: dict[str, Any]) -> None:
         """What is due after an update: its evaluation, its row, a sample, a checkpoint.
 
-        A signal may cut it short (Cut); then `pending` is saved, and who resumes begins with it.
+        A signal may end it early (Interrupted): then `pending` is saved, and done on resuming.
         """
         train, step = self.run.train, row["step"]
         self.pending = row
         if self.evaluates_at(step) and "val/loss" not in row:
             row |= self.evaluate(step)
         if self.evaluates_at(step) or step % train.log_interval == 0:
-            self.records.row(step, row, self.val_loss)
+            self.records.write_row(step, row, self.val_loss)
         if self.samples_at(step):
             self.sample()
         self.pending = None
@@ -208,7 +218,7 @@ class Session:
         batches = run.train.eval_batches
         limit = None if batches == "all" else batches * run.train.batch_size
         val, subset = self.val_rows.sweep(rows, limit), trainer.rows.sweep(rows, TRAIN_SUBSET_ROWS)
-        with self.interrupts.cutting(), add_step_to_errors(step):
+        with self.interrupts.raise_at_once(), add_step_to_errors(step):
             measured, train = (
                 measure(trainer.model, self.poll_batches(each), run, self.lengths, world=self.world)
                 for each in (val, subset)
@@ -238,7 +248,7 @@ class Session:
         """A checkpoint of now; older ones go. Raises StorageError, DivergedError if not finite."""
         trainer = self.trainer
         self.meter.pause()
-        state = State(
+        state = RunState(
             step=trainer.step,
             run_id=self.run_id,
             tokens=self.meter.tokens,
@@ -258,13 +268,17 @@ class Session:
         self.records.sync()
         checkpoint.save(self.directory, trainer.tensors(), state, self.world)
         self.saved_step = trainer.step
-        self.records.saved(trainer.step, None if self.best is None else self.best.step)
+        self.records.keep_checkpoints(trainer.step, None if self.best is None else self.best.step)
 
     def sample(self) -> str:
         """Continue the configured prompts; the text goes to samples/ and is returned."""
         run, trainer = self.run, self.trainer
         documents = run.data.layout == "documents"
-        with self.interrupts.cutting(), add_step_to_errors(trainer.step), trainer.engine.whole():
+        with (
+            self.interrupts.raise_at_once(),
+            add_step_to_errors(trainer.step),
+            trainer.engine.whole(),
+        ):
             generation = Generation(
                 trainer.model,
                 self.files.tokenizer,
@@ -276,7 +290,7 @@ class Session:
                 context=trainer.trained_length,
             )
             text = "\n".join(result["prompt"] + result["text"] for result in generation.results())
-        self.records.sample(trainer.step, text)
+        self.records.write_sample(trainer.step, text)
         return text
 
     def tell_skipped(self, update: Update) -> None:
@@ -285,7 +299,7 @@ class Session:
             f"({len(self.trainer.skipped)} of at most {MOST_SKIPPED} in {SKIP_WINDOW} updates)"
         )
 
-    def diverged(self, error: DivergedError) -> DivergedError:
+    def explain_divergence(self, error: DivergedError) -> DivergedError:
         """The error with what is left: the weights before it are saved if they are finite."""
         trainer = self.trainer
         if trainer.step > self.saved_step:
@@ -315,6 +329,6 @@ class Session:
             "val_loss": self.val_loss,
             "best": self.best.model_dump() if self.best else None,
         }
-        self.records.summary(summary)
+        self.records.write_summary(summary)
         self.records.say(f"sample at step {trainer.step}:\n{text}")
         return summary

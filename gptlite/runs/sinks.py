@@ -20,7 +20,7 @@ from gptlite.errors import UserError
 from gptlite.words import escape_controls
 
 
-class Place(NamedTuple):
+class RunInfo(NamedTuple):
     """What a sink needs to know of a run."""
 
     run: RunConfig
@@ -43,13 +43,13 @@ class Sink(Protocol):
 class TensorBoard:
     """Event files in tensorboard/ of the run directory."""
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, info: RunInfo) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        log_dir = str(place.directory / "tensorboard")
-        self.writer = SummaryWriter(log_dir, purge_step=place.step + 1 if place.step else None)
-        if not place.step:
-            self.writer.add_text("config", f"```yaml\n{dump(place.run)}```")
+        log_dir = str(info.directory / "tensorboard")
+        self.writer = SummaryWriter(log_dir, purge_step=info.step + 1 if info.step else None)
+        if not info.step:
+            self.writer.add_text("config", f"```yaml\n{dump(info.run)}```")
 
     def write(self, row: Mapping[str, float]) -> None:
         for name, value in row.items():
@@ -61,7 +61,7 @@ class TensorBoard:
 
 
 @contextmanager
-def remarking() -> Iterator[None]:
+def print_remarks() -> Iterator[None]:
     """What a package prints is a remark: on stderr, in plain letters. stdout is for results."""
     with redirect_stdout(io.StringIO()) as said:
         yield
@@ -71,12 +71,12 @@ def remarking() -> Iterator[None]:
 class Board:
     """Weights & Biases, and trackio, which has the same words."""
 
-    def __init__(self, module: Any, place: Place, **more: Any) -> None:
-        with remarking():
+    def __init__(self, module: Any, info: RunInfo, **more: Any) -> None:
+        with print_remarks():
             self.run = module.init(
-                project=place.run.log.project,
-                name=place.directory.name,
-                config=place.config,
+                project=info.run.log.project,
+                name=info.directory.name,
+                config=info.config,
                 **more,
             )
         self.finish = self.run.finish
@@ -85,17 +85,17 @@ class Board:
         self.run.log(dict(row), step=int(row["step"]))
 
     def close(self) -> None:
-        with remarking():
+        with print_remarks():
             self.finish()
 
 
 class Trackio(Board):
     """Has a step of its own and renames a number of that name; knows runs by their names."""
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, info: RunInfo) -> None:
         import trackio
 
-        super().__init__(trackio, place, resume="allow" if place.step else "never")
+        super().__init__(trackio, info, resume="allow" if info.step else "never")
         self.finish = trackio.finish  # the run's own would be called once more at exit
 
     def write(self, row: Mapping[str, float]) -> None:
@@ -103,16 +103,16 @@ class Trackio(Board):
         self.run.log(rest, step=int(row["step"]))
 
 
-def wandb(place: Place) -> Board:
+def make_wandb(info: RunInfo) -> Board:
     """Respects WANDB_MODE and all its other variables; a run that goes on keeps its page."""
     import wandb
 
-    return Board(wandb, place, id=place.run_id, dir=str(place.directory), resume="allow")
+    return Board(wandb, info, id=info.run_id, dir=str(info.directory), resume="allow")
 
 
-SINKS: dict[str, Callable[[Place], Sink]] = {
+SINKS: dict[str, Callable[[RunInfo], Sink]] = {
     "tensorboard": TensorBoard,
-    "wandb": wandb,
+    "wandb": make_wandb,
     "trackio": Trackio,
 }
 
@@ -129,14 +129,14 @@ def check_installed(names: tuple[str, ...]) -> None:
 class Sinks:
     """Those that a run asks for; `say` tells of one that fails."""
 
-    def __init__(self, place: Place, say: Callable[[str], None]) -> None:
+    def __init__(self, info: RunInfo, say: Callable[[str], None]) -> None:
         self.say = say
         self.open: dict[str, Sink] = {}
-        for name in place.run.log.sinks:
-            self.guard(name, self.begin, name, place)
+        for name in info.run.log.sinks:
+            self.guard(name, self.start, name, info)
 
-    def begin(self, name: str, place: Place) -> None:
-        self.open[name] = SINKS[name](place)
+    def start(self, name: str, info: RunInfo) -> None:
+        self.open[name] = SINKS[name](info)
 
     def guard(self, name: str, act: Callable[..., None], *arguments: Any) -> None:
         try:

@@ -11,7 +11,7 @@ from gptlite.data import tokenizers
 from gptlite.data.tokenizers import Tokenizer
 from gptlite.errors import CheckpointError, DataError
 from gptlite.runs import checkpoint
-from gptlite.runs.checkpoint import Found, State
+from gptlite.runs.checkpoint import Checkpoint, RunState
 from gptlite.runs.origin import load_run
 
 READS = 5
@@ -20,7 +20,7 @@ READS = 5
 
 @dataclass(frozen=True)
 class Trained(LanguageModel):
-    state: State
+    state: RunState
     problems: list[str]
     """Checkpoints that were passed over, and why."""
     notes: list[str]
@@ -42,17 +42,17 @@ def load_trained(run_dir: Path, which: str) -> Trained:
     raise AssertionError
 
 
-def load_alike(run_dir: Path, which: str, world: World) -> Trained:
+def load_on_all_ranks(run_dir: Path, which: str, world: World) -> Trained:
     """The same model in all ranks: that of the checkpoint which the first one takes."""
     own = load_trained(run_dir, which) if world.first else None
     step = world.broadcast(lambda: own.state.step if own else None)
     trained = own or load_trained(run_dir, f"step-{step}")
     if ranks := unlike_first(world, trained.state.model_dump(mode="json")):
         raise CheckpointError(f"{run_dir}: rank {ranks} has another step {step} than rank 0")
-    return alike(trained, world)
+    return agree_on_precision(trained, world)
 
 
-def alike(trained: Trained, world: World) -> Trained:
+def agree_on_precision(trained: Trained, world: World) -> Trained:
     """In one precision, that of the run only if all ranks compute in it."""
     own = trained.run.dtype
     if all(dtype == own for dtype in world.gather(own)):
@@ -62,7 +62,7 @@ def alike(trained: Trained, world: World) -> Trained:
     return replace(trained, run=run, notes=trained.notes + [note] * (own != "float32"))
 
 
-def load(run_dir: Path, found: Found) -> Trained:
+def load(run_dir: Path, found: Checkpoint) -> Trained:
     path, state, problems = found
     run, notes = adapt(load_run([str(run_dir / "config.yaml")], to_train=False))
     use_threads(run)
@@ -71,12 +71,20 @@ def load(run_dir: Path, found: Found) -> Trained:
         raise CheckpointError(f"{run_dir}/tokenizer: differs from the one of {path.name}")
     if run.model.model_dump(mode="json") != state.config.get("model"):
         raise CheckpointError(f"{run_dir}/config.yaml: model differs from the one of {path.name}")
-    checkpoint.check_size(path, run.model.n_parameters(text.vocab_size))
+    checkpoint.check_weights_size(path, run.model.n_parameters(text.vocab_size))
     model = GPT.of_run(run, text.vocab_size)
     checkpoint.load_weights(model, path)
     model = model.to(run.device).eval()
-    about = state.step, state.trained_length, state, problems, notes
-    return Trained(run, model, text, *about)
+    return Trained(
+        run,
+        model,
+        text,
+        step=state.step,
+        trained_length=state.trained_length,
+        state=state,
+        problems=problems,
+        notes=notes,
+    )
 
 
 def load_tokenizer(run_dir: Path) -> Tokenizer:

@@ -29,7 +29,7 @@ from gptlite.config.section import Count, Section
 from gptlite.config.strict_yaml import Document, Path_, problem_line
 from gptlite.config.wording import branches, explain, schema_at
 from gptlite.errors import ConfigError
-from gptlite.runs.origin import complete
+from gptlite.runs.origin import complete_run
 from gptlite.words import did_you_mean
 
 POINT = "point"
@@ -168,7 +168,7 @@ class Study:
         for layer in self.layers(point):
             merge(document, layer)
         merge(document, Document({"seed": seed}))
-        return Job(point, seed, complete(document))
+        return Job(point, seed, complete_run(document))
 
     def layers(self, point: Point) -> Iterator[Document]:
         """The study's own values, with the places where they stand."""

@@ -19,7 +19,7 @@ from typing import Any
 from gptlite import locks, storage
 from gptlite.errors import ConfigError, RunInUseError
 from gptlite.keys import key
-from gptlite.runs import directory
+from gptlite.runs.directory import has_run, hold_directory, refuse_if_held
 from gptlite.studies.config import Job, Range, Study, value_label
 from gptlite.studies.database import StudyStorage, optuna
 
@@ -52,7 +52,7 @@ class Queue:
         """The name of a new worker, which counts as living until it leaves or its process ends."""
         name = f"{platform.node()}-{os.getpid()}-{time.time_ns()}"
         storage.make_folders(self.folder / "workers" / name)
-        with directory.hold(self.folder / "workers" / name):
+        with hold_directory(self.folder / "workers" / name):
             yield name
 
     def settle_once(self, name: str, choose: Callable[[], str]) -> str:
@@ -93,7 +93,7 @@ class Queue:
         if not worker or not folder.is_dir():
             return not worker and self.url is None
         try:
-            directory.refuse_if_held(folder)
+            refuse_if_held(folder)
         except RunInUseError:
             return False
         return True
@@ -107,7 +107,7 @@ class Queue:
         """The first run that nobody has done or does; what was begun on this disk
         before the others, as elsewhere it would be trained from its beginning."""
         runs = self.folder / "runs"
-        jobs = sorted(self.study.jobs, key=lambda job: not directory.has_run(runs / job.name))
+        jobs = sorted(self.study.jobs, key=lambda job: not has_run(runs / job.name))
         names = [job.name for job in jobs]
         while left := [name for name in names if name not in self.first_trials()]:
             trial = self.begin(worker, left[0])

@@ -6,7 +6,6 @@ Workers take one run after the other from the queue in `queue.py`. A run that wa
 where it stopped; a finished one is at most measured again. study.json is made anew after each.
 """
 
-import json
 import multiprocessing
 import os
 import platform
@@ -23,9 +22,15 @@ import typer
 from gptlite import machine, storage
 from gptlite.config.run import RunConfig
 from gptlite.errors import DivergedError, RunInUseError, Stopped, UserError
-from gptlite.runs import directory as run_directory
+from gptlite.runs.directory import has_run
 from gptlite.runs.origin import given_tokenizer, load_run
-from gptlite.runs.results import scalars
+from gptlite.runs.results import (
+    best_evaluation,
+    evaluations,
+    generalisation_gap,
+    read_rows,
+    scalars,
+)
 from gptlite.studies.comparison import mark_above_noise, mean_over_seeds, paired_difference
 from gptlite.studies.config import Job, Study, load_study
 from gptlite.studies.queue import Queue
@@ -146,7 +151,7 @@ def run_job(queue: Queue, job: Job, threads: int, watch: "Watch") -> Record:
     except (DivergedError, Pruned) as error:
         state, why = "failed" if isinstance(error, DivergedError) else "pruned", str(error)
     dtype = None  # the precision that the run was trained in, as it last was
-    if run_directory.has_run(directory):
+    if has_run(directory):
         dtype = load_run([str(directory / "config.yaml")]).dtype
     return {
         "name": job.name,
@@ -183,7 +188,7 @@ def train_job(queue: Queue, run: RunConfig, directory: Path, threads: int, watch
         settled = run.model_copy(update={"dtype": queue.settle_once("dtype", fastest)})
         run = run.model_copy(update={"dtype": device.adapt(settled)[0].dtype})
     try:
-        start.train(run, directory, resume=run_directory.has_run(directory), watch=watch)
+        start.train(run, directory, resume=has_run(directory), watch=watch)
     except Stopped as stopped:
         told = f"{directory}: stopped, saved; go on with: the same command"
         raise Stopped(stopped.exit_code - 128, told) from None
@@ -215,22 +220,22 @@ def measure_run(study: Study, directory: Path) -> dict[str, Any]:
 
 def trained_metrics(directory: Path) -> dict[str, float]:
     """What training itself wrote down."""
-    path = directory / "metrics.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    evaluated = [row for row in rows if row.get("val/loss") is not None]
-    if not evaluated:
+    rows = read_rows(directory / "metrics.jsonl", [])
+    best = best_evaluation(rows)
+    if best is None:
         return {}
-    last, best = evaluated[-1], min(evaluated, key=lambda row: float(row["val/loss"]))
-    return {
+    last = evaluations(rows)[-1]
+    metrics = {
         "best_val_loss": best["val/loss"],
         "best_step": best["step"],
         "best_epoch": best["epoch"],
         "val_loss": last["val/loss"],
-        "train_loss": last["train/loss_dropout_off"],
-        "generalisation_gap": last["val/loss"] - last["train/loss_dropout_off"],
+        "train_loss": last.get("train/loss_dropout_off"),
+        "generalisation_gap": generalisation_gap(last),
         "epochs": last["epoch"],
         "seconds": last["elapsed_seconds"],
     }
+    return {name: value for name, value in metrics.items() if value is not None}
 
 
 def numbers(results: dict[str, Any]) -> Iterator[tuple[str, float]]:

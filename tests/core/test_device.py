@@ -195,7 +195,9 @@ def test_a_plan_and_its_audit(workshop: Workshop, lacking: None) -> None:
 def test_a_config_made_for_a_text(workshop: Workshop, lacking: None) -> None:
     """It times models, most of them with Muon."""
     with NoHalves() as watch:
-        run, _ = recipe.compose([str(workshop.text)], 0.1, [f"data.cache_dir={workshop.folder}"])
+        run, _ = recipe.make_recipe(
+            [str(workshop.text)], 0.1, [f"data.cache_dir={workshop.folder}"]
+        )
     assert watch.n_operations > 1000
     assert run.dtype == "auto"
 
@@ -405,11 +407,11 @@ def test_ranks_take_what_all_of_them_have(
 def test_ranks_measure_in_what_all_of_them_have(workshop: Workshop) -> None:
     run = workshop.run(dtype="bfloat16")
     one = Trained(run, *([None] * 5), problems=[], notes=[])  # type: ignore[call-arg]
-    assert trained.alike(one, Unlike("bfloat16")) is one
-    unlike = trained.alike(one, Unlike("float32"))
+    assert trained.agree_on_precision(one, Unlike("bfloat16")) is one
+    unlike = trained.agree_on_precision(one, Unlike("float32"))
     assert unlike.run.dtype == "float32"
     assert unlike.notes == ["dtype: bfloat16 -> float32: another rank has no bfloat16 products"]
-    adapted = trained.alike(unlike, Unlike("bfloat16"))
+    adapted = trained.agree_on_precision(unlike, Unlike("bfloat16"))
     assert (adapted.run.dtype, adapted.notes) == ("float32", unlike.notes)
 
 
@@ -418,7 +420,7 @@ def on_unlike_machines(run: Any, directory: Path, resuming: bool, world: World) 
     devices.cpu_has_bfloat16 = lambda: world.first  # type: ignore[assignment]  # in a process
     config, took = str(directory / "config.yaml"), []
     if resuming:
-        took.append(trained.load_alike(directory, "last", world).run.dtype)
+        took.append(trained.load_on_all_ranks(directory, "last", world).run.dtype)
     with nullcontext() if world.first else NoHalves():
         start.train(run, directory, resume=resuming, world=world)
     return [*took, load_run([config]).dtype]

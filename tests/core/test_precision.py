@@ -29,7 +29,7 @@ from gptlite.planning import auto, memory
 from gptlite.planning.audit import audit
 from gptlite.planning.plan import plan_run
 from gptlite.runs import checkpoint
-from gptlite.runs.start import resolve_alike, train
+from gptlite.runs.start import resolve_on_all_ranks, train
 
 CPU = torch.device("cpu")
 KEYED = EVERYWHERE.model_dump(mode="json")
@@ -316,7 +316,7 @@ def updated(run: RunConfig, workshop: Workshop, scale: float, world: World) -> A
     """Losses of 24 updates from this scale, the scale and number of overflows after them, and the
     weights."""
     scaling.FIRST_SCALE = scale
-    resolved, _ = resolve_alike(run, workshop.files(), World(world.size), {"float32"})
+    resolved, _ = resolve_on_all_ranks(run, workshop.files(), World(world.size), {"float32"})
     one = trainer_on(resolved, workshop.files(), world)
     losses = [update.loss for update in one.updates(24)]
     raw = b"".join(p.detach().numpy().tobytes() for p in one.parameters)

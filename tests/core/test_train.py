@@ -79,7 +79,7 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(
     path = checkpoint.save(tmp_path, first.tensors(), state_at(3))
     torch.manual_seed(99)  # whatever state the generator is in
     second = trainer(run)
-    checkpoint.restore(second, checkpoint.Found(path, checkpoint.read_state(path), []))
+    checkpoint.restore(second, checkpoint.Checkpoint(path, checkpoint.read_state(path), []))
     again += [(u.loss, u.grad_norm, u.lr) for u in second.updates(6)]
     assert again == losses
     assert equal(second, straight)
@@ -276,6 +276,6 @@ def test_a_schedule_repeats_itself_after_a_resume(workshop: Workshop, tmp_path: 
     again = [u.loss for u in first.updates(5)]
     (tmp_path / "checkpoints").mkdir()
     path = checkpoint.save(tmp_path, first.tensors(), state_at(5))
-    checkpoint.restore(second, checkpoint.Found(path, checkpoint.read_state(path), []))
+    checkpoint.restore(second, checkpoint.Checkpoint(path, checkpoint.read_state(path), []))
     assert again + [u.loss for u in second.updates(8)] == losses
     assert equal(second, straight)

@@ -26,7 +26,7 @@ from gptlite.core.world import World
 from gptlite.errors import ConfigError, StorageError
 from gptlite.planning.plan import plan_run, summary_lines
 from gptlite.runs import checkpoint
-from gptlite.runs.start import resolve_alike, train
+from gptlite.runs.start import resolve_on_all_ranks, train
 
 STEPS = 50
 SHAPE = {"batch_size": 8, "max_steps": STEPS, "eval_interval": 25, "log_interval": 1}
@@ -86,7 +86,7 @@ def test_any_number_of_ranks_comes_to_the_losses_of_one(
 
 def dropped(run: RunConfig, workshop: Workshop, world: World) -> list[list[str]]:
     """Of two updates, for each row of the batch that this rank has, what was in it and fell."""
-    resolved, _ = resolve_alike(run, workshop.files(), World(world.size), {"float32"})
+    resolved, _ = resolve_on_all_ranks(run, workshop.files(), World(world.size), {"float32"})
     trainer = trainer_on(resolved, workshop.files(), world)
     seen: list[list[bytes]] = []
 

@@ -20,7 +20,7 @@ from gptlite.core.world import ALONE, World
 from gptlite.data.prepare import open_split
 from gptlite.measure import suites
 from gptlite.runs.start import train
-from gptlite.runs.trained import load_alike
+from gptlite.runs.trained import load_on_all_ranks
 
 
 def measured(run: RunConfig, workshop: Workshop, world: World) -> Any:
@@ -54,7 +54,7 @@ def trained(workshop: Workshop) -> Path:
 
 def evaluated(directories: list[Path], split: str, active: bool, world: World) -> Any:
     """As the command does; each rank sees a directory and perhaps a text of its own."""
-    of = load_alike(directories[world.rank % len(directories)], "best", world)
+    of = load_on_all_ranks(directories[world.rank % len(directories)], "best", world)
     own = split.replace("RANK", str(world.rank))
     files = partial(world.in_turn, partial(open_split, of.run, of.tokenizer, own))
     found = suites.run_suites(of, own, ["loss"], files, dropout_active=active, world=world)

@@ -28,7 +28,7 @@ from gptlite.data import tokenizers
 from gptlite.errors import CheckpointError, DataError
 from gptlite.report import charts
 from gptlite.runs import checkpoint
-from gptlite.runs.checkpoint import State
+from gptlite.runs.checkpoint import RunState
 
 CASES = {case.name: case for case in hostile.cases()}
 
@@ -127,7 +127,7 @@ WILD: list[Any] = [
     "\x1b[2J",
 ]
 WILD_STATES = [
-    *({name: value} for name in State.model_fields for value in WILD),
+    *({name: value} for name in RunState.model_fields for value in WILD),
     *({"pending": {"step": 2, name: value}} for name in ("train/loss", "a") for value in WILD),
     *({"best": {"step": value, "val_loss": 1.0, "val_bits_per_byte": None}} for value in WILD),
     *({"files": {name: "0" * 64}} for name in ("../config.yaml", "/nowhere", "a\0b", "state.json")),

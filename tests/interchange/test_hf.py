@@ -29,8 +29,8 @@ from gptlite.data.tokenizers import (
 from gptlite.errors import CheckpointError, ConfigError, DataError, UserError
 from gptlite.interchange import foreign_tokenizer, hf_tokenizer
 from gptlite.runs import checkpoint
-from gptlite.runs import directory as run_directory
-from gptlite.runs.export import export
+from gptlite.runs.directory import create_directory
+from gptlite.runs.export import export_model
 from gptlite.runs.importing import import_model
 from gptlite.runs.trained import Trained, load_trained
 
@@ -58,7 +58,7 @@ def make_run(workshop: Workshop, name: str = "run", **sections: Any) -> Path:
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
     directory = workshop.folder / name
-    run_directory.create(directory)
+    create_directory(directory)
     text = files.tokenizer
     state = state_at(
         *(3,), tokenizer_sha256=tokenizers.digest(text), config=run.model_dump(mode="json")
@@ -73,7 +73,7 @@ def make_run(workshop: Workshop, name: str = "run", **sections: Any) -> Path:
 
 def exported(workshop: Workshop, **sections: Any) -> tuple[Trained, Path]:
     trained = load_trained(make_run(workshop, **sections), "best")
-    export(trained, workshop.folder / "hf")
+    export_model(trained, workshop.folder / "hf")
     return trained, workshop.folder / "hf"
 
 
@@ -126,7 +126,7 @@ def test_out_in_and_out_again_loses_nothing(workshop: Workshop, shape: str) -> N
     ours, again = model_tensors(trained.model), model_tensors(back.model)
     assert ours.keys() == again.keys()
     assert all(torch.equal(ours[name], again[name]) for name in ours)
-    export(back, workshop.folder / "hf2")
+    export_model(back, workshop.folder / "hf2")
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"):
         assert (workshop.folder / "hf2" / name).read_bytes() == (folder / name).read_bytes(), name
 
@@ -135,7 +135,7 @@ def test_rates_are_carried_and_what_has_no_word_is_told(workshop: Workshop) -> N
     dropout = {"preset": "none", "sites": {"embedding": 0.1, "attention_weights": 0.2}}
     dropout["sites"] |= {"attention_output": 0.3, "mlp_output": 0.4, "head": 0.05}  # type: ignore[operator]
     trained = load_trained(make_run(workshop, dropout=dropout), "best")
-    told = export(trained, workshop.folder / "hf")
+    told = export_model(trained, workshop.folder / "hf")
     config = json.loads((workshop.folder / "hf" / "config.json").read_text())
     rates = {name: config[name] for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop")}
     assert rates == {"embd_pdrop": 0.1, "attn_pdrop": 0.2, "resid_pdrop": 0.3}
@@ -177,7 +177,7 @@ def test_what_has_no_equivalent_is_refused_by_name(
 ) -> None:
     trained = load_trained(make_run(workshop, model=model), "best")
     with pytest.raises(ConfigError) as refused:
-        export(trained, workshop.folder / "hf")
+        export_model(trained, workshop.folder / "hf")
     assert [problem.partition(":")[0] for problem in refused.value.problems] == fields
     assert not (workshop.folder / "hf").exists()
 
@@ -508,7 +508,7 @@ def test_documents_begin_there_and_back_as_here(workshop: Workshop, kind: str) -
     back = load_trained(import_model(str(folder), workshop.folder / "back", None), "best")
     assert back.run.data.layout == "documents"
     assert texts(back) == ours
-    export(back, workshop.folder / "hf2")
+    export_model(back, workshop.folder / "hf2")
     for file in (
         "config.json",
         "generation_config.json",

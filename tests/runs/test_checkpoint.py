@@ -16,7 +16,7 @@ from gptlite.core.model import GPT
 from gptlite.core.weights import FILES, model_tensors
 from gptlite.errors import CheckpointError, ConfigError, DivergedError, StorageError
 from gptlite.runs import checkpoint
-from gptlite.runs.checkpoint import Found
+from gptlite.runs.checkpoint import Checkpoint
 
 SMALL = ModelConfig(n_layer=1, n_head=2, n_embd=16, context_length=8)
 
@@ -36,7 +36,7 @@ def save(run_dir: Path, step: int, **state: Any) -> Path:
     return checkpoint.save(run_dir, tensors(step), state_at(step, **state))
 
 
-def recover(run_dir: Path) -> Found | None:
+def recover(run_dir: Path) -> Checkpoint | None:
     return checkpoint.recover(run_dir, lambda state: None)
 
 

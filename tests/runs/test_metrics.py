@@ -77,8 +77,8 @@ def test_lines_go_to_the_log_and_to_stderr(
 ) -> None:
     console = Console(tmp_path / "train.log", "lines", total=10, start=0)
     row = {"train/loss": 1.5, "tokens_per_second": 12_345.0, "val/loss": 2.0}
-    console.progress(5, row, 2.0)
-    console.progress(6, {k: row[k] for k in ("train/loss", "tokens_per_second")}, 2.0)
+    console.show_progress(5, row, 2.0)
+    console.show_progress(6, {k: row[k] for k in ("train/loss", "tokens_per_second")}, 2.0)
     console.close()
     out, err = capsys.readouterr()
     assert out == ""

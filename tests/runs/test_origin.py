@@ -21,7 +21,7 @@ from gptlite.data.prepare import prepare
 from gptlite.data.token_files import TokenFiles
 from gptlite.errors import ConfigError, DataError
 from gptlite.runs import origin, recipe
-from gptlite.runs.export import export
+from gptlite.runs.export import export_model
 from gptlite.runs.importing import import_model
 from gptlite.runs.origin import load_run
 from gptlite.runs.start import train
@@ -68,7 +68,7 @@ def prepare_with_origin(run: RunConfig) -> TokenFiles:
 def sources(first: Path) -> dict[str, Path]:
     """Everything that `init_from` can name, of one model."""
     hugging_face = first.parent / "hf"
-    export(load_trained(first, "best"), hugging_face)
+    export_model(load_trained(first, "best"), hugging_face)
     imported = import_model(str(hugging_face), first.parent / "imported", None)
     checkpoint = first / "checkpoints" / "step-00000008"
     return {"run": first, "checkpoint": checkpoint, "hf": hugging_face, "imported": imported}
@@ -178,7 +178,7 @@ def test_what_is_no_origin_is_refused(first: Path, desk: Desk) -> None:
         path = desk.config(source, model={"n_layer": 1}, tokenizer={"kind": "byte"})
         with pytest.raises(ConfigError, match="init_from"):
             train(load_run([str(path)]), desk.folder / "out")
-    assert origin.sections(str(desk.folder)) == {}
+    assert origin.inherited_sections(str(desk.folder)) == {}
     assert not (desk.folder / "out").exists()
 
 
@@ -228,7 +228,7 @@ def test_a_config_made_for_a_text_keeps_the_model_that_it_begins_from(
     first: Path, desk: Desk
 ) -> None:
     values = [f"init_from={first}", f"data.cache_dir={desk.folder / 'cache'}", "device=cpu"]
-    run, _ = recipe.compose(
+    run, _ = recipe.make_recipe(
         [str(desk.text)], 0.1, [*values, "train.max_steps=3", "optim.warmup_steps=0"]
     )
     before = load_trained(first, "last")

@@ -52,7 +52,7 @@ def composed(
     workshop: Workshop, minutes: float = 0.5, *overrides: str, began: float | None = None
 ) -> tuple[RunConfig, str]:
     cache = f"data.cache_dir={workshop.folder / 'cache'}"
-    return recipe.compose([str(workshop.text)], minutes, [cache, *overrides], began)
+    return recipe.make_recipe([str(workshop.text)], minutes, [cache, *overrides], began)
 
 
 def look(workshop: Workshop, text: str) -> recipe.Survey:
@@ -61,7 +61,7 @@ def look(workshop: Workshop, text: str) -> recipe.Survey:
 
 
 def chosen(found: recipe.Survey) -> dict[str, Any]:
-    return {choice.key: choice.value for choice in recipe.of_text(found)}
+    return {choice.key: choice.value for choice in recipe.text_choices(found)}
 
 
 def test_the_yaml_is_the_run(workshop: Workshop) -> None:
@@ -215,7 +215,7 @@ def test_a_command_counts_from_its_beginning(
         began.append(at)
         raise DataError("enough")
 
-    monkeypatch.setattr(recipe, "compose", compose)
+    monkeypatch.setattr(recipe, "make_recipe", compose)
     before = time.perf_counter()
     CliRunner().invoke(app, ["train", "--data", str(workshop.text), "--minutes", "1"])
     assert before < began[0] < time.perf_counter()

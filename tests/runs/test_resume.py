@@ -28,8 +28,8 @@ from gptlite.errors import (
     Terminated,
 )
 from gptlite.runs import checkpoint, resume
-from gptlite.runs import directory as run_directory
-from gptlite.runs.interrupts import Cut, Interrupts
+from gptlite.runs.directory import hold_directory, refuse_if_held
+from gptlite.runs.interrupts import Interrupted, Interrupts
 from gptlite.runs.origin import load_run
 from gptlite.runs.session import Session
 from gptlite.runs.start import train
@@ -161,7 +161,7 @@ def _listening() -> Iterator[None]:
 
 @pytest.fixture
 def interrupts() -> Iterator[Interrupts]:
-    with Interrupts().notice() as listening:
+    with Interrupts().catch_signals() as listening:
         yield listening
 
 
@@ -175,9 +175,9 @@ def test_a_first_signal_is_noted_and_a_second_leaves(interrupts: Interrupts, nam
 
 
 def test_a_signal_cuts_what_changes_nothing(interrupts: Interrupts) -> None:
-    with pytest.raises(Cut), interrupts.cutting():
+    with pytest.raises(Interrupted), interrupts.raise_at_once():
         signal.raise_signal(signal.SIGTERM)
-    with pytest.raises(Cut), interrupts.cutting():
+    with pytest.raises(Interrupted), interrupts.raise_at_once():
         pytest.fail("begun although a signal had come")
 
 
@@ -187,10 +187,10 @@ def test_a_signal_that_comes_while_ranks_agree_is_not_lost() -> None:
             signal.raise_signal(signal.SIGTERM)
             return number
 
-    with Interrupts(Agreeing(2)).notice() as listening:
+    with Interrupts(Agreeing(2)).catch_signals() as listening:
         listening.poll()
         listening.world = World(2)
-        with pytest.raises(Cut):
+        with pytest.raises(Interrupted):
             listening.poll()
     assert listening.received == signal.SIGTERM
 
@@ -198,7 +198,7 @@ def test_a_signal_that_comes_while_ranks_agree_is_not_lost() -> None:
 def test_what_the_caller_ignores_stays_ignored() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with Interrupts().notice() as listening:
+        with Interrupts().catch_signals() as listening:
             signal.raise_signal(signal.SIGHUP)
             assert not listening.received
     finally:
@@ -376,28 +376,28 @@ def test_a_lock_that_cannot_be_had_is_a_warning(
         raise OSError(95, "Operation not supported")
 
     monkeypatch.setattr("fcntl.flock", none)
-    with run_directory.hold(tmp_path):
+    with hold_directory(tmp_path):
         pass
     assert "cannot be locked (Operation not supported)" in capsys.readouterr().err
 
 
 def test_who_looks_for_a_run_is_told_who_holds_it(tmp_path: Path) -> None:
-    run_directory.refuse_if_held(tmp_path)
-    with run_directory.hold(tmp_path):
+    refuse_if_held(tmp_path)
+    with hold_directory(tmp_path):
         with pytest.raises(RunInUseError, match=f"in use by pid {os.getpid()} on"):
-            run_directory.refuse_if_held(tmp_path)
+            refuse_if_held(tmp_path)
         with (
             pytest.raises(RunInUseError, match="give another --out-dir"),
-            run_directory.hold(tmp_path),
+            hold_directory(tmp_path),
         ):
             pass
-    run_directory.refuse_if_held(tmp_path)
-    with run_directory.hold(tmp_path):
+    refuse_if_held(tmp_path)
+    with hold_directory(tmp_path):
         pass
 
 
 def test_a_run_at_work_is_named_where_another_would_begin(trained: Path) -> None:
-    with run_directory.hold(trained):
+    with hold_directory(trained):
         arguments = ["train", "-c", str(trained / "config.yaml"), "--out-dir", str(trained)]
         result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 6
@@ -405,7 +405,7 @@ def test_a_run_at_work_is_named_where_another_would_begin(trained: Path) -> None
 
 
 def test_a_lock_file_holds_no_name_when_nobody_does(tmp_path: Path) -> None:
-    with run_directory.hold(tmp_path):
+    with hold_directory(tmp_path):
         assert (tmp_path / ".lock").read_text()
     assert (tmp_path / ".lock").read_text() == ""
     with locks.open_lock(tmp_path) as ours, locks.open_lock(tmp_path) as theirs:

@@ -135,7 +135,7 @@ def test_tensorboard_forgets_what_a_resumed_run_does_again(workshop: Workshop) -
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     for begin, end, value in ((0, 5, 1.0), (3, 4, 2.0)):
-        board = sinks.TensorBoard(sinks.Place(workshop.run(), workshop.folder, "id", begin))
+        board = sinks.TensorBoard(sinks.RunInfo(workshop.run(), workshop.folder, "id", begin))
         for step in range(begin + 1, end + 1):
             board.write({"step": step, "loss": value})
         board.close()

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from gptlite.cli.main import app
 from gptlite.errors import ConfigError, StorageError, UserError
-from gptlite.runs import directory
+from gptlite.runs.directory import describe_environment
 from gptlite.studies import study
 from gptlite.studies.config import load_study
 from gptlite.studies.database import StudyStorage
@@ -182,4 +182,4 @@ def test_who_is_still_at_work_elsewhere_is_told(
 
 def test_the_run_does_not_write_the_password_down(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["gptlite", "study", "--storage", "p://me:secret@h/db"])
-    assert "secret" not in json.dumps(directory.environment())
+    assert "secret" not in json.dumps(describe_environment())

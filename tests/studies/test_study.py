@@ -25,8 +25,8 @@ from gptlite.data.prepare import prepare
 from gptlite.errors import ConfigError, DivergedError
 from gptlite.measure import suites
 from gptlite.planning import auto
-from gptlite.runs import directory as run_directory
 from gptlite.runs import start
+from gptlite.runs.directory import hold_directory
 from gptlite.runs.session import watch_nothing
 from gptlite.studies import study
 from gptlite.studies.config import StudyConfig, load_study
@@ -304,7 +304,7 @@ def test_a_point_that_is_being_tried_is_waited_for(
     directory = bench.out / "runs" / job.name
     directory.mkdir(parents=True)
     other = ExitStack()
-    other.enter_context(run_directory.hold(directory))
+    other.enter_context(hold_directory(directory))
     waited = []
 
     def sleep(seconds: float) -> None:
