@@ -197,14 +197,12 @@ class Session:
         if self.samples_at(step):
             self.sample()
         self.pending = None
+        is_best = self.best is not None and self.best.step == step
         # After the row is written: a run killed in a save must find it when it resumes.
-        if self.is_best(step) or step % train.save_interval == 0:
+        if is_best or step % train.save_interval == 0:
             self.save()
         if self.evaluates_at(step):
             self.watch(step, self.trainer.max_steps, row["val/loss"])
-
-    def is_best(self, step: int) -> bool:
-        return self.best is not None and self.best.step == step
 
     @property
     def stops_early(self) -> bool:

@@ -35,7 +35,7 @@ def load_trained(run_dir: Path, which: str) -> Trained:
     for attempt in range(1, READS + 1):
         listing = checkpoint.folders(run_dir)
         try:
-            return load(run_dir, checkpoint.choose(run_dir, which))
+            return load_checkpoint(run_dir, checkpoint.choose(run_dir, which))
         except CheckpointError:
             if attempt == READS or checkpoint.folders(run_dir) == listing:
                 raise
@@ -62,7 +62,7 @@ def agree_on_precision(trained: Trained, world: World) -> Trained:
     return replace(trained, run=run, notes=trained.notes + [note] * (own != "float32"))
 
 
-def load(run_dir: Path, found: Checkpoint) -> Trained:
+def load_checkpoint(run_dir: Path, found: Checkpoint) -> Trained:
     path, state, problems = found
     run, notes = adapt(load_run([str(run_dir / "config.yaml")], to_train=False))
     use_threads(run)

@@ -161,9 +161,9 @@ def test_runs_without_a_directory_get_numbered_ones(
 
 
 def test_two_runs_in_one_directory_are_one_too_many(trained: Path) -> None:
-    from gptlite.runs.directory import hold
+    from gptlite.runs.directory import hold_directory
 
-    with hold(trained):
+    with hold_directory(trained):
         result = call("train", "--resume", str(trained), code=6)
     assert f"in use by pid {os.getpid()}" in result.stderr
 

@@ -172,7 +172,7 @@ TRACKED = """
 import sys
 from pathlib import Path
 from conftest import Workshop
-from gptlite.runs.session import train
+from gptlite.runs.start import train
 
 workshop, log = Workshop(Path(sys.argv[1])), {"sinks": ["trackio"], "project": "mine"}
 train(workshop.run(log=log), workshop.folder / "run")
