@@ -65,10 +65,9 @@ def train(
     check_installed(run.log.sinks)
     if not resume:
         auto.check_warmup(run, files.rows("train", run.model.context_length).n_rows)
-    weights: dict[str, Tensor] = {}
-    reached = None
+    initial: tuple[dict[str, Tensor], int | None] = ({}, None)
     if world.first and run.init_from is not None and not resume:
-        weights, reached = initial_weights(run)
+        initial = initial_weights(run)
     own = device.shared_precisions(run, world)
     asked = run if stored is None else keep_auto(run, device.adapt(stored, own)[0])
     resolved, reasons = resolve_on_all_ranks(asked, files, world, own)
@@ -81,13 +80,7 @@ def train(
             find_start, resolved, stored, directory, files, strict=strict, n_ranks=world.size
         )
         found = agree(world, Checkpoint | None, find)
-        rows = files.rows("train", resolved.model.context_length)
-        trainer = Trainer(resolved, rows, files.meta["vocab_size"], world)
-        if found is not None:
-            checkpoint.restore(trainer, found)
-        elif run.init_from is not None:
-            fill(trainer.model, weights, f"init_from: {run.init_from}", world)
-            trainer.know_positions(world.broadcast(lambda: reached))
+        trainer = make_trainer(resolved, files, found, initial, world)
         plan = make_plan(resolved, trainer.model, files, trainer.rows, reasons, world.size)
         if world.first:
             write_description(trainer.run, files.tokenizer, directory, plan)
@@ -130,6 +123,25 @@ def resolve_on_all_ranks(
     resolved, reasons = agree(world, tuple[RunConfig, dict[str, str]], resolve)
     device.use_threads(resolved)
     return resolved, reasons
+
+
+def make_trainer(
+    run: RunConfig,
+    files: TokenFiles,
+    found: Checkpoint | None,
+    initial: tuple[dict[str, Tensor], int | None],
+    world: World,
+) -> Trainer:
+    """At a checkpoint, or at the initial weights that the first rank has, or at the beginning."""
+    rows = files.rows("train", run.model.context_length)
+    trainer = Trainer(run, rows, files.meta["vocab_size"], world)
+    if found is not None:
+        checkpoint.restore(trainer, found)
+    elif run.init_from is not None:
+        weights, reached = initial
+        fill(trainer.model, weights, f"init_from: {run.init_from}", world)
+        trainer.know_positions(world.broadcast(lambda: reached))
+    return trainer
 
 
 def write_description(
