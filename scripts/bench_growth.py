@@ -1,5 +1,4 @@
-#!/usr/bin/env python
-"""Memory and growth of an update, each measured in a process of its own, for bench.py."""
+"""Memory and growth of an update, each measured in a process of its own; a part of bench.py."""
 
 import argparse
 import json

@@ -1,5 +1,7 @@
-"""What depends on the machine more than on the model, for bench.py: dropout's cost, other programs
-beside, what a compiler brings, and the quickstart."""
+"""What depends on the machine more than on the model: dropout's cost, other programs, a compiler.
+
+A part of bench.py, with the quickstart.
+"""
 
 import argparse
 import multiprocessing

@@ -1,4 +1,4 @@
-"""Whether `gptlite train --data FILE --minutes M` takes M minutes, for bench.py."""
+"""Whether `gptlite train --data FILE --minutes M` takes M minutes; a part of bench.py."""
 
 import argparse
 import json

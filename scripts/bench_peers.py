@@ -1,4 +1,7 @@
-"""What the benchmarks share: the peer, its update and gptlite's, each in a process of its own."""
+"""What bench.py, its parts and bench_dropout.py share: the peer, its update and gptlite's.
+
+Each update is timed in a process of its own.
+"""
 
 import multiprocessing
 import os

@@ -1,5 +1,6 @@
 """Write docs/config.md and docs/cli.md from the code; `--check` only says if they are current."""
 
+import argparse
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -63,15 +64,18 @@ REFERENCES = {"config.md": config_reference, "cli.md": cli_reference}
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="exit code 1 if one is not current")
+    only_check = parser.parse_args().check
     stale = []
     for name, make in REFERENCES.items():
         text = "\n".join(make()) + "\n"
         path = DOCS / name
         if not path.exists() or path.read_text() != text:
             stale.append(name)
-            if "--check" not in sys.argv:
+            if not only_check:
                 path.write_text(text)
-    if stale and "--check" in sys.argv:
+    if stale and only_check:
         sys.exit(f"not current: {', '.join(stale)}; run scripts/make_reference.py")
 
 

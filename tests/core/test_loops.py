@@ -47,7 +47,7 @@ def write_compiler(folder: Path, text: str) -> str:
 @has_gcc
 def test_every_processor_gives_the_same_numbers() -> None:
     """SSE, AVX2, AVX-512 and ARM, by each compiler that is here; see what the script prints."""
-    script = [sys.executable, str(ROOT / "scripts" / "check_loops.py")]
+    script = [sys.executable, str(ROOT / "tests" / "core" / "check_loops.py")]
     done = subprocess.run(script, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 

@@ -7,20 +7,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import gpu_check
 import numpy as np
 import pytest
 import torch
+from gpu_check import Check, Result
+from gpu_peer import plain_update
+from gpu_runs import Failed, Place, Skipped
 
-ROOT = Path(__file__).resolve().parents[1]
-SCRIPT = ROOT / "scripts" / "gpu_check.py"
-
-
-@pytest.fixture
-def gpu_check(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))
-    import gpu_check
-
-    return gpu_check
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = Path(__file__).with_name("gpu_check.py")
 
 
 def start(*words: str) -> subprocess.CompletedProcess[str]:
@@ -48,11 +44,11 @@ def test_a_check_runs_in_a_reduced_size_and_is_written_down(tmp_path: Path) -> N
     assert text.count("Not measured.") == skeleton.count("Not measured.") - 2
 
 
-def test_every_check_has_its_place_on_the_page(gpu_check: Any, tmp_path: Path) -> None:
+def test_every_check_has_its_place_on_the_page(tmp_path: Path) -> None:
     page = tmp_path / "gpu.md"
     shutil.copy(ROOT / "docs" / "gpu.md", page)
     results = [
-        gpu_check.Result(name, "kept", f"found {name}", [("a", "b"), ("1", "2")], 1.0)
+        Result(name, "kept", f"found {name}", [("a", "b"), ("1", "2")], 1.0)
         for name in gpu_check.CHECKS
     ]
     for _ in range(2):  # what was written once is replaced
@@ -72,7 +68,7 @@ def test_every_check_has_its_place_on_the_page(gpu_check: Any, tmp_path: Path) -
     ],
 )
 def test_a_check_that_hangs_or_dies_is_reported_with_what_it_had_found(
-    gpu_check: Any, tmp_path: Path, ends: str, why: str
+    tmp_path: Path, ends: str, why: str
 ) -> None:
     line = r'{"row": ["a", "b"]}'
     code = f"import sys; open(sys.argv[1], 'w').write('{line}\\n'); {ends}"
@@ -83,19 +79,17 @@ def test_a_check_that_hangs_or_dies_is_reported_with_what_it_had_found(
 
 
 @pytest.mark.parametrize(
-    ("kind", "verdict"), [("Failed", "FAILED"), ("Skipped", "skipped"), ("RuntimeError", "FAILED")]
+    ("kind", "verdict"), [(Failed, "FAILED"), (Skipped, "skipped"), (RuntimeError, "FAILED")]
 )
 def test_what_a_check_raises_is_its_verdict(
-    gpu_check: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, verdict: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Exception], verdict: str
 ) -> None:
-    error = getattr(gpu_check, kind, RuntimeError)
-
     def ends_so(place: Any) -> Any:
         yield ("what",)
-        raise error("an illegal\nmemory access")
+        raise kind("an illegal\nmemory access")
 
-    place = gpu_check.Place("masks", "cpu", True, None, tmp_path, 0.0)
-    monkeypatch.setitem(gpu_check.CHECKS, "masks", gpu_check.Check(ends_so, 1))
+    place = Place("masks", "cpu", True, None, tmp_path, 0.0)
+    monkeypatch.setitem(gpu_check.CHECKS, "masks", Check(ends_so, 1))
     gpu_check.run_alone("masks", place, tmp_path / "findings")
     first, last = map(json.loads, (tmp_path / "findings").read_text().splitlines())
     assert first == {"row": ["what"]}
@@ -103,11 +97,8 @@ def test_what_a_check_raises_is_its_verdict(
     assert "an illegal" in last["why"]
 
 
-def test_the_plain_loop_learns(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_plain_loop_learns() -> None:
     """A peer that did not train would be no measure of speed."""
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))
-    from gpu_peer import plain_update
-
     sizes = {"n_layer": 1, "n_head": 2, "n_embd": 32, "context_length": 16}
     update = plain_update(
         sizes,

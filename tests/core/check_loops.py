@@ -1,7 +1,6 @@
-#!/usr/bin/env python
 """Whether loops.c gives the same numbers on every processor: masks and sums, bit for bit.
 
-    .venv/bin/python scripts/check_loops.py
+    .venv/bin/python tests/core/check_loops.py
 
 Builds it with each compiler at hand for x86-64-v2 (SSE), v3 (AVX2) and v4 (AVX-512), and for
 aarch64 where a cross compiler and qemu-user are installed (Debian: gcc-aarch64-linux-gnu,
@@ -12,6 +11,7 @@ added either may be the fused one): there the largest difference is printed. Exi
 anything differs that must not.
 """
 
+import argparse
 import platform
 import shutil
 import subprocess
@@ -120,6 +120,9 @@ def compare(target: Target, found: Outputs, first: Outputs, *, exactly: bool) ->
 
 
 def main() -> None:
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    ).parse_args()
     first: dict[str, Outputs] = {}
     right = True
     fused_first = sorted(

@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """What has to be shown on a GPU, in eight minutes on one card, without a network.
 
     scripts/gpu_check [CHECK ...] [--text tinyshakespeare.txt]
@@ -43,7 +42,7 @@ from gpu_speed import (
 
 from gptlite.machine import let_waiting_threads_sleep
 
-DOCS = Path(__file__).resolve().parents[1] / "docs" / "gpu.md"
+DOCS = Path(__file__).resolve().parents[2] / "docs" / "gpu.md"
 MINUTES = 8.0
 SECONDS_TO_END = 3
 """What a check that watches its time leaves of it, to say what it has found."""
