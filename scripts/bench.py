@@ -37,15 +37,15 @@ from bench_peers import (
     LESSER,
     SHAPES,
     Away,
+    describe_machine,
     gptlite_update,
     hugging_face,
     hugging_face_update,
-    in_turn,
-    interleaved,
-    machine,
     matmul,
     ratio,
     row,
+    time_in_turn,
+    time_interleaved,
 )
 
 from gptlite.config.reader import validate
@@ -90,7 +90,7 @@ def bench_train(options: argparse.Namespace) -> Iterator[str]:
             more = {"dropout": {**DROPOUT, **masks}, **top}
             todo[f"gptlite, {way}"] = away(gptlite_update, shape, **more)
         todo |= {f"{d} matmul": away(matmul, best[d]) for d in dtypes}
-        times = in_turn(todo, options.repeats)
+        times = time_in_turn(todo, options.repeats)
         made = {d: times.pop(f"{d} matmul") for d in dtypes}
         fastest = min(made, key=lambda d: statistics.median(made[d]))
         products = [8 * 2 * 1024**3 / s for s in made[fastest]]
@@ -113,7 +113,7 @@ def command(*args: str, **sets: Any) -> list[str]:
     return [sys.executable, "-m", "gptlite", *args, *given]
 
 
-def timed_lines(args: list[str]) -> Iterator[tuple[float, str]]:
+def time_lines(args: list[str]) -> Iterator[tuple[float, str]]:
     """Lines of a command's stderr with the seconds since its start; an empty one at its end."""
     began, environment = time.perf_counter(), {**os.environ, "CI": "true"}
     pipe, null = subprocess.PIPE, subprocess.DEVNULL
@@ -127,10 +127,11 @@ def timed_lines(args: list[str]) -> Iterator[tuple[float, str]]:
     yield time.perf_counter() - began, ""
 
 
-def until(loss: float, args: list[str]) -> tuple[float, float, float]:
+def time_until(loss: float, args: list[str]) -> tuple[float, float, float]:
     """(last validation loss, seconds of the whole command, seconds until `loss` was known)."""
-    last, reached, seconds = float("nan"), float("inf"), 0.0
-    for seconds, line in timed_lines(args):  # noqa: B007
+    last, reached = float("nan"), float("inf")
+    seconds = 0.0
+    for seconds, line in time_lines(args):  # noqa: B007
         if match := re.search(r"\bval ([\d.]+)", line):
             last = float(match[1])
             reached = min(reached, seconds) if last <= loss else reached
@@ -153,7 +154,7 @@ def bench_quality(options: argparse.Namespace) -> Iterator[str]:
                 places = {"data.source": options.text, "data.cache_dir": f"{folder}/cache"}
                 out = ("--out-dir", f"{folder}/run")
                 args = command("train", "--config", config, *out, seed=seed, **places, **sets)
-                found[name].append(until(1.88, args))
+                found[name].append(time_until(1.88, args))
     yield row(("run", "validation loss at the end", "whole command, s", "1.88 known after, s"))
     yield "|---|---|---|---|"
     for name, results in found.items():
@@ -200,7 +201,7 @@ def bench_generate(options: argparse.Namespace) -> Iterator[str]:
                 args = (model, ids.tolist(), list(range(streams)), settings)
                 todo[f"gptlite, {dtype}"] = partial(lambda *a: list(continuations(*a)), *args)
             todo["read"] = memory.sum
-            times = interleaved(todo, options.repeats)
+            times = time_interleaved(todo, options.repeats)
             reads = [4 * memory.numel() / s for s in times.pop("read")]
             for who, seconds in times.items():
                 size = n * config.n_parameters(vocab_size) * (2 if "bfloat16" in who else 4)
@@ -233,7 +234,7 @@ def bench_prepare(options: argparse.Namespace) -> Iterator[str]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
 
-        def ours(megabytes: int) -> float:
+        def measure_peak(megabytes: int) -> float:
             source, place = folder / f"{megabytes}.txt", {"data.cache_dir": folder / "cache"}
             with source.open("w") as file:
                 for _ in range(megabytes * 10**6 // len(text)):
@@ -243,22 +244,24 @@ def bench_prepare(options: argparse.Namespace) -> Iterator[str]:
             done = subprocess.run([sys.executable, "-c", PEAK, *args], capture_output=True)
             return int(done.stdout.splitlines()[-1]) / 1024
 
-        peaks = {megabytes: ours(megabytes) for megabytes in (100, options.large_mb)}
+        peaks = {megabytes: measure_peak(megabytes) for megabytes in (100, options.large_mb)}
         source = {"source": str(folder / "100.txt"), "cache_dir": f"{folder}/again"}
 
-        def whole() -> None:
+        def prepare_anew() -> None:
             run = {"data": source, "tokenizer": {"kind": "tiktoken"}, "train": {"epochs": 1}}
             prepare(validate(Document({**run, "optim": {"warmup_steps": 0}})))
             for file in sorted((folder / "again").rglob("*"), reverse=True):
                 file.unlink() if file.is_file() else file.rmdir()
 
-        def one_thread() -> None:
+        def encode_alone() -> None:
             for _ in range(10**8 // len(text)):
                 for piece in pieces:
                     encoding.encode_ordinary(piece)
 
-        times = interleaved({"tiktoken": one_thread, "prepare": whole}, options.repeats)
-        learn = interleaved({"bpe": lambda: train_bpe([text[: 10**6]], 4096)}, options.repeats)
+        times = time_interleaved(
+            {"tiktoken": encode_alone, "prepare": prepare_anew}, options.repeats
+        )
+        learn = time_interleaved({"bpe": lambda: train_bpe([text[: 10**6]], 4096)}, options.repeats)
     rates = {who: 100 / statistics.median(seconds) for who, seconds in times.items()}
     yield row(("what", "measured"))
     yield "|---|---:|"
@@ -302,11 +305,11 @@ def bench_start(options: argparse.Namespace) -> Iterator[str]:
     """Whole processes, from their start to their end, or to the line of their first update."""
     times: dict[str, list[float]] = {}
 
-    def until_first_update(folder: str, name: str) -> float:
+    def time_first_update(folder: str, name: str) -> float:
         sets = {"data.cache_dir": f"{folder}/cache", "train.log_interval": 1}
         out = ("--out-dir", f"{folder}/{name}")
         args = command("train", "--config", "debug", "--config", "quickstart", *out, **sets)
-        return next(s for s, line in timed_lines(args) if line.startswith("step "))
+        return next(s for s, line in time_lines(args) if line.startswith("step "))
 
     bad = command("config", "check", "--config", "quickstart", **{"optim.lr": -1})
     for _ in range(options.repeats):
@@ -316,7 +319,7 @@ def bench_start(options: argparse.Namespace) -> Iterator[str]:
             times.setdefault(name, []).append(time.perf_counter() - began)
         with tempfile.TemporaryDirectory() as folder:
             for name in ("quickstart's first update, nothing cached", "again, text tokenized"):
-                times.setdefault(name, []).append(until_first_update(folder, name[:5]))
+                times.setdefault(name, []).append(time_first_update(folder, name[:5]))
     yield row(("what", "seconds"))
     yield "|---|---:|"
     for name, seconds in times.items():
@@ -341,7 +344,7 @@ SECTIONS: dict[str, Callable[[argparse.Namespace], Iterator[str]]] = {
 }
 
 
-def write(name: str, lines: list[str]) -> None:
+def write_section(name: str, lines: list[str]) -> None:
     """Replace what stands between the marks of a section."""
     text = DOCS.read_text()
     marks = f"<!-- {name} -->", f"<!-- end of {name} -->"
@@ -371,14 +374,14 @@ def main() -> None:
         asked = (
             f"`scripts/bench.py {name}{lesser} --repeats {options.repeats} --seeds {options.seeds}`"
         )
-        stamp = f"{asked}, {datetime.date.today()}, {machine()}"
+        stamp = f"{asked}, {datetime.date.today()}, {describe_machine()}"
         print(f"\n{stamp}\n", flush=True)
         lines = [stamp, ""]
         for line in SECTIONS[name](options):
             print(line, flush=True)
             lines.append(line)
         if options.write:
-            write(name + "-avx2" * options.lesser, lines)
+            write_section(name + "-avx2" * options.lesser, lines)
 
 
 if __name__ == "__main__":

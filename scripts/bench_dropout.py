@@ -20,13 +20,13 @@ import torch.nn.functional as F
 from bench_peers import (
     SHAPES,
     Away,
+    describe_machine,
     gptlite_update,
-    in_turn,
-    interleaved,
-    machine,
     milliseconds,
     ratio,
     row,
+    time_in_turn,
+    time_interleaved,
 )
 from torch import Tensor
 
@@ -41,7 +41,7 @@ SIX = (
 )
 
 
-def instead(run: Callable[[], Any], **replaced: Callable[..., Any]) -> Callable[[], None]:
+def replace(run: Callable[[], Any], **replaced: Callable[..., Any]) -> Callable[[], None]:
     """The same with other functions in masks.py."""
 
     def changed() -> None:
@@ -58,7 +58,7 @@ def instead(run: Callable[[], Any], **replaced: Callable[..., Any]) -> Callable[
 
 
 def without_compiler(run: Callable[[], Any]) -> Callable[[], None]:
-    return instead(run, has_loop=lambda x, dtype: False)
+    return replace(run, has_loop=lambda x, dtype: False)
 
 
 def keep_freed_memory() -> bool:
@@ -69,7 +69,7 @@ def keep_freed_memory() -> bool:
         return False
 
 
-def there_and_back(drop: Callable[[Tensor], Tensor], x: Tensor, gradient: Tensor) -> None:
+def run_both_ways(drop: Callable[[Tensor], Tensor], x: Tensor, gradient: Tensor) -> None:
     torch.autograd.grad(drop(x), x, gradient)
 
 
@@ -80,7 +80,7 @@ def bench_site(repeats: int, memory: str) -> Iterator[str]:
     keyed = partial(masks.drop, mask=mask)
     for dtype in (torch.float32, torch.bfloat16):
         x = torch.randn(SITE).to(dtype).requires_grad_()
-        run = partial(there_and_back, x=x, gradient=torch.randn(SITE).to(dtype))
+        run = partial(run_both_ways, x=x, gradient=torch.randn(SITE).to(dtype))
         todo: dict[str, Callable[[], Any]] = {
             "F.dropout": partial(run, partial(F.dropout, p=0.1)),
             "keyed, no compiler": without_compiler(partial(run, keyed)),
@@ -94,7 +94,7 @@ def bench_site(repeats: int, memory: str) -> Iterator[str]:
             )
             todo["keyed, torch.compile"]()
             time.sleep(3)  # until the compiler's helpers have gone
-        times = interleaved(todo, repeats)
+        times = time_interleaved(todo, repeats)
         for way, seconds in times.items():
             faster = f"{ratio(times, 'F.dropout', way):.1f}x"
             cells = (memory, str(dtype).removeprefix("torch."), way, milliseconds(seconds), faster)
@@ -119,7 +119,7 @@ def bench_update(repeats: int) -> Iterator[str]:
                 name: Away(gptlite_update, sections, calls=calls, dtype=dtype, **top)
                 for name, top in runs.items()
             }
-            times = in_turn(todo, repeats)
+            times = time_in_turn(todo, repeats)
             base = min(list(runs)[:2], key=lambda name: statistics.median(times[name]))
             for name, seconds in times.items():
                 against = "rate 0, no compiler" if name == "six sites, no compiler" else base
@@ -176,7 +176,7 @@ def bench_generators(repeats: int) -> Iterator[str]:
             make()
 
     todo = {name: partial(all_tiles, make) for name, (make, _) in generators.items()}
-    for name, seconds in interleaved(todo, repeats).items():
+    for name, seconds in time_interleaved(todo, repeats).items():
         rate = f"{draws / statistics.median(seconds) / 1e9:.2f}"
         yield row((name, rate, generators[name][1]))
 
@@ -187,7 +187,8 @@ def main() -> None:
     repeats = parser.parse_args().repeats
     torch.set_num_threads(2)
     torch.manual_seed(0)
-    print(f"`scripts/bench_dropout.py --repeats {repeats}`, {datetime.date.today()}, {machine()}\n")
+    asked = f"`scripts/bench_dropout.py --repeats {repeats}`"
+    print(f"{asked}, {datetime.date.today()}, {describe_machine()}\n")
     head = (
         "memory",
         "values",

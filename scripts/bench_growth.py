@@ -22,7 +22,7 @@ from gptlite.planning.memory import keep_freed, training_bytes
 from gptlite.planning.plan import flops_per_token
 
 
-def measured(**what: Any) -> dict[str, float]:
+def measure_away(**what: Any) -> dict[str, float]:
     """Peak memory and seconds of an update, in a process of its own."""
     args = [sys.executable, __file__, json.dumps(what)]
     done = subprocess.run(args, capture_output=True, text=True, check=True)
@@ -30,8 +30,9 @@ def measured(**what: Any) -> dict[str, float]:
 
 
 def measure(what: dict[str, Any]) -> dict[str, float]:
-    """The other side of `measured`."""
-    vocab_size, batch, n = what.pop("vocab_size", 65), what.pop("batch_size"), what.pop("n", 2)
+    """The other side of `measure_away`."""
+    vocab_size, n = what.pop("vocab_size", 65), what.pop("n", 2)
+    batch = what.pop("batch_size")
     peer, top = what.pop("peer", None), what.pop("top", {})
     shape = {
         "model": {**what, "bias": False},
@@ -84,7 +85,7 @@ def bench_memory(options: argparse.Namespace) -> Iterator[str]:
     yield row(("shape", "who", "peak, GiB", "estimate of `plan`, GiB", "seconds an update"))
     yield "|---|---|---:|---:|---:|"
     for who, (name, what) in cases.items():
-        got = measured(**what)
+        got = measure_away(**what)
         estimate = f"{got['estimate']:.2f}" if got["estimate"] else ""
         yield row((name, who, f"{got['peak']:.2f}", estimate, f"{got['seconds']:.2f}"))
 
@@ -122,7 +123,7 @@ def bench_growth(options: argparse.Namespace) -> Iterator[str]:
         before: dict[str, float] = {}
         for value in values:
             what = {**base, name: value, "n": options.repeats}
-            got = measured(**what, top={"dtype": "bfloat16"})
+            got = measure_away(**what, top={"dtype": "bfloat16"})
             vocabulary = what["vocab_size"]
             model = ModelConfig.model_validate(
                 {k: what[k] for k in ("n_layer", "n_head", "n_embd", "context_length")}

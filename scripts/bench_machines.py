@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bench_dropout import SIX
-from bench_peers import DROPOUT, SHAPES, Away, gptlite_update, in_turn, ratio, row
+from bench_peers import DROPOUT, SHAPES, Away, gptlite_update, ratio, row, time_in_turn
 
 from gptlite import machine
 from gptlite.config.reader import shipped_configs
@@ -63,7 +63,7 @@ def bench_sites(options: argparse.Namespace) -> Iterator[str]:
         todo = {
             name: Away(gptlite_update, sections, calls=calls, **top) for name, top in runs.items()
         }
-        times = in_turn(todo, options.repeats)
+        times = time_in_turn(todo, options.repeats)
         for name, seconds in times.items():
             more = f"{100 * (ratio(times, name, 'rate 0') - 1):+.1f} %"
             yield row(
@@ -100,9 +100,9 @@ def bench_busy(options: argparse.Namespace) -> Iterator[str]:
             threads = 1 if setting.get("OMP_NUM_THREADS") else cores
             more = {"dropout": DROPOUT, "dtype": "float32", "threads": threads}
             todo[name] = Away(gptlite_update, shape, calls=10, **more)
-    quiet = in_turn(todo, options.repeats, stop=False)
+    quiet = time_in_turn(todo, options.repeats, stop=False)
     with other_programs(cores):
-        busy = in_turn(todo, options.repeats)
+        busy = time_in_turn(todo, options.repeats)
     yield row(("threads wait", "alone, tokens/s", "beside busy programs", "slowest turn", "share"))
     yield "|---|---:|---:|---:|---:|"
     for name in todo:

@@ -57,7 +57,7 @@ def row(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def interleaved(todo: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+def time_interleaved(todo: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
     """Seconds of every repeat, each after one that does not count."""
     times: dict[str, list[float]] = {name: [] for name in todo}
     for repeat in range(repeats + 1):
@@ -73,7 +73,7 @@ def ratio(times: dict[str, list[float]], above: str, below: str) -> float:
     return statistics.median(a / b for a, b in zip(times[above], times[below], strict=True))
 
 
-def machine() -> str:
+def describe_machine() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         cpu = next(line.partition(":")[2].strip() for line in lines if "model name" in line)
@@ -211,7 +211,9 @@ def serve(
         pipe.send((time.perf_counter() - began) / calls)
 
 
-def in_turn(todo: Mapping[str, Away], repeats: int, *, stop: bool = True) -> dict[str, list[float]]:
+def time_in_turn(
+    todo: Mapping[str, Away], repeats: int, *, stop: bool = True
+) -> dict[str, list[float]]:
     """Seconds of every repeat, interleaved, after two that do not count."""
     times: dict[str, list[float]] = {name: [] for name in todo}
     for repeat in range(repeats + 2):

@@ -51,7 +51,7 @@ def mean(study: Study, label: str, metric: str) -> str:
     return f"{over['mean']:.3f}{half}"
 
 
-def against(study: Study, label: str, other: str, metric: str, other_metric: str = "") -> Any:
+def difference(study: Study, label: str, other: str, metric: str, other_metric: str = "") -> Any:
     """The paired difference to another point, perhaps by another metric."""
     mine, theirs = runs_of(study, label), runs_of(study, other)
     name = other_metric or metric
@@ -63,7 +63,7 @@ def against(study: Study, label: str, other: str, metric: str, other_metric: str
     )
 
 
-def said(found: Any) -> str:
+def show(found: Any) -> str:
     """A difference; bold where p < 0.02 by itself."""
     if found is None or found["p"] is None:
         return "–"
@@ -98,8 +98,8 @@ def sweep(study: Study, name: str) -> Iterator[str]:
         yield f"{title} validation loss, nats:\n\n{table(head, rows)}"
     rows, series = [], []
     for rate in rates[1:]:
-        found = [against(study, label(s, rate), label(s, 0), "best_val_loss") for s in sizes]
-        rows.append([f"{rate:g}", *map(said, found), crossover(epochs, found)])
+        found = [difference(study, label(s, rate), label(s, 0), "best_val_loss") for s in sizes]
+        rows.append([f"{rate:g}", *map(show, found), crossover(epochs, found)])
         known = [(n, f) for n, f in zip(epochs, found, strict=True) if f is not None]
         low, high = ([f[key] for _, f in known] for key in ("low", "high"))
         y = [f["difference"] for _, f in known]
@@ -179,7 +179,7 @@ def controls(study: Study) -> Iterator[str]:
             for ablation in ("zero", "mean"):
                 for kind in KINDS:
                     metric = area(kind, ablation)
-                    row.append(said(against(study, dropout, other, metric, prefix + metric)))
+                    row.append(show(difference(study, dropout, other, metric, prefix + metric)))
             rows.append(row)
         head = [f"{kind}, {ablation}" for ablation in ("zero", "mean") for kind in KINDS]
         yield f"Retained area of {dropout} (best step) minus that of:\n\n" + table(
@@ -211,8 +211,8 @@ def placement(study: Study) -> Iterator[str]:
         [
             label,
             mean(study, label, "best_val_loss"),
-            said(against(study, label, "none", "best_val_loss")),
-            said(against(study, label, "none", "val_loss")),
+            show(difference(study, label, "none", "best_val_loss")),
+            show(difference(study, label, "none", "val_loss")),
             mean(study, label, "loss.dropout_penalty"),
         ]
         for label in labels
@@ -220,7 +220,7 @@ def placement(study: Study) -> Iterator[str]:
     yield table(["site at 0.2", "best loss", "minus none", "last loss minus none", "penalty"], rows)
     for ablation in ("zero", "mean"):
         rows = [
-            [label, *(said(against(study, label, "none", area(k, ablation))) for k in KINDS)]
+            [label, *(show(difference(study, label, "none", area(k, ablation))) for k in KINDS)]
             for label in labels[1:]
         ]
         yield f"Retained area minus that of none, removal to {ablation}:\n\n" + table(
@@ -233,14 +233,14 @@ def weights_or_context(study: Study) -> Iterator[str]:
         [
             point["label"],
             *(mean(study, point["label"], m) for m in ("best_val_loss", "val_loss")),
-            said(against(study, point["label"], "none", "best_val_loss")),
+            show(difference(study, point["label"], "none", "best_val_loss")),
             mean(study, point["label"], "loss.dropout_penalty"),
         ]
         for point in study["points"]
     ]
     yield table(["", "best loss", "last loss", "best minus none", "penalty"], rows)
     rows = [
-        [f"{r:g}", said(against(study, f"weights {r:g}", f"context {r:g}", "best_val_loss"))]
+        [f"{r:g}", show(difference(study, f"weights {r:g}", f"context {r:g}", "best_val_loss"))]
         for r in (0.1, 0.2, 0.3, 0.5)
     ]
     yield "Weights minus context at one rate, best loss:\n\n" + table(["rate", "difference"], rows)
@@ -263,7 +263,7 @@ WRITERS = {
 }
 
 
-def write(folder: Path) -> None:
+def write_tables(folder: Path) -> None:
     """The tables of every study that has results."""
     DOCS.mkdir(exist_ok=True)
     page = ROOT / "docs" / "dropout-study.md"
@@ -277,12 +277,12 @@ def write(folder: Path) -> None:
         begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
         before, _, rest = text.partition(begin)
         text = f"{before}{begin}\n\n{lines}\n\n{end}{rest.partition(end)[2]}"
-        rows = [json.dumps(short(run)) for run in study["runs"]]
+        rows = [json.dumps(shorten(run)) for run in study["runs"]]
         (DOCS / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
     page.write_text(text)
 
 
-def short(run: dict[str, Any]) -> dict[str, Any]:
+def shorten(run: dict[str, Any]) -> dict[str, Any]:
     """A run without what is of this machine alone, to six digits."""
     metrics = {name: float(f"{value:.6g}") for name, value in run.get("metrics", {}).items()}
     return {**{key: run[key] for key in ("label", "seed", "state")}, "metrics": metrics}
@@ -300,7 +300,7 @@ def main() -> None:
             command = [sys.executable, "-m", "gptlite", "study", str(file)]
             place = ["--out-dir", str(options.folder / name), "--workers", str(options.workers)]
             subprocess.run([*command, *place], check=True)
-    write(options.folder)
+    write_tables(options.folder)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def gptlite(*arguments: str) -> str:
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
-def trained(one: Published, name: str, *more: str) -> Path:
+def train_config(one: Published, name: str, *more: str) -> Path:
     """The directory of the finished run; one that was interrupted goes on."""
     directory = RUNS / name
     settings = [word for setting in (*one.settings, *more) for word in ("--set", setting)]
@@ -54,22 +54,22 @@ def trained(one: Published, name: str, *more: str) -> Path:
 
 def best_loss(one: Published, name: str) -> float:
     """Validation loss of the best step, over the whole split."""
-    summary = json.loads((trained(one, name) / "summary.json").read_text())
+    summary = json.loads((train_config(one, name) / "summary.json").read_text())
     return float(summary["best"]["val_loss"])
 
 
 def last_loss(one: Published, name: str) -> float:
-    summary = json.loads((trained(one, name) / "summary.json").read_text())
+    summary = json.loads((train_config(one, name) / "summary.json").read_text())
     return float(summary["val_loss"])
 
 
-def sorted_right(one: Published, name: str) -> float:
+def percent_sorted(one: Published, name: str) -> float:
     """Per cent of all 729 inputs that are sorted exactly, those never trained on among them."""
     inputs = ["".join(digits) for digits in itertools.product("012", repeat=6)]
     text = Path("data/cache/sort.txt")
     text.parent.mkdir(parents=True, exist_ok=True)
     text.write_text("".join(f"{digits}{''.join(sorted(digits))}\n" for digits in inputs))
-    directory = str(trained(one, name))
+    directory = str(train_config(one, name))
     prompts = [word for digits in inputs for word in ("--prompt", digits)]
     asked = ["--temperature", "0", "--max-new-tokens", "6", "--checkpoint", "last", "--json"]
     found = json.loads(gptlite("generate", "--run", directory, *prompts, *asked))["results"]
@@ -100,7 +100,7 @@ PUBLISHED = {
     ),
     "names": Published("nats per letter", 1.92, 0.05, MAKEMORE, best_loss, "names"),
     "sort": Published(
-        "% sorted exactly", 100.0, 0.0, MINGPT, sorted_right, "sort", higher_is_better=True
+        "% sorted exactly", 100.0, 0.0, MINGPT, percent_sorted, "sort", higher_is_better=True
     ),
     "the_verdict_best": Published(
         "nats per token, best step", 6.123, 0.1, BOOK, best_loss, "the_verdict"
@@ -123,7 +123,7 @@ PUBLISHED = {
 }
 
 
-def listed() -> str:
+def list_published() -> str:
     lines = []
     for name, one in PUBLISHED.items():
         marked = "  needs a GPU, or hours" if one.gpu else ""
@@ -149,7 +149,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="NAME")
     names = parser.parse_args().names
     if not names:
-        print(listed())
+        print(list_published())
         return
     if unknown := [name for name in names if name not in PUBLISHED]:
         parser.error(f"no {', '.join(unknown)}; there are: {', '.join(PUBLISHED)}")

@@ -94,7 +94,8 @@ def as_numbers(values: NDArray[Any]) -> NDArray[np.float32]:
 
 def compare(target: Target, found: Outputs, first: Outputs, *, exactly: bool) -> tuple[str, bool]:
     """What to say of a target beside another one, and whether it is right."""
-    unequal, largest, wrong = set(), 0.0, set()
+    unequal, wrong = set(), set()
+    largest = 0.0
     for (name, mine), (same, theirs) in zip(found, first, strict=True):
         assert name == same
         if mine.tobytes() == theirs.tobytes():

@@ -136,7 +136,7 @@ def attempt(name: str, command: list[str], folder: Path, seconds: float) -> Resu
     return Result(name, verdict, why, rows, time.monotonic() - began)
 
 
-def as_table(rows: list[Row]) -> list[str]:
+def format_table(rows: list[Row]) -> list[str]:
     """Markdown; the first row names the columns."""
     if not rows:
         return []
@@ -162,11 +162,11 @@ def write_page(page: Path, stamp: str, results: list[Result]) -> None:
     """What was found, between the marks of docs/gpu.md; sections of checks left out stay."""
     text = DOCS.read_text() if not page.is_file() else page.read_text()
     for one in results:
-        lines = [f"{stamp}: **{one.verdict}**: {one.why}", "", *as_table(one.rows)]
+        lines = [f"{stamp}: **{one.verdict}**: {one.why}", "", *format_table(one.rows)]
         text = replace_section(text, one.name, lines)
     rows: list[Row] = [("check", "verdict", "seconds", "found")]
     rows += [(one.name, one.verdict, f"{one.seconds:.0f}", one.why) for one in results]
-    page.write_text(replace_section(text, "summary", [f"{stamp}:", "", *as_table(rows)]))
+    page.write_text(replace_section(text, "summary", [f"{stamp}:", "", *format_table(rows)]))
 
 
 def run_all(options: argparse.Namespace, place: Place) -> list[Result]:
@@ -185,11 +185,11 @@ def run_all(options: argparse.Namespace, place: Place) -> list[Result]:
         result = attempt(name, [*asked, name, "--alone"], place.folder, seconds)
         results.append(result)
         print(f"\n{name}: {result.verdict}: {result.why} ({result.seconds:.0f} s)", flush=True)
-        print("\n".join(as_table(result.rows)), flush=True)
+        print("\n".join(format_table(result.rows)), flush=True)
     return results
 
 
-def parse() -> argparse.Namespace:
+def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("check", nargs="*", choices=[*CHECKS, []])
     parser.add_argument("--device", default="cuda", help="cuda, cuda:N; cpu to try the script")
@@ -208,7 +208,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> int:
-    options = parse()
+    options = parse_options()
     let_waiting_threads_sleep()  # for the checks; this process computes nothing
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         print("gpu_check: no CUDA GPU that torch can use; --device cpu --small tries the script")

@@ -17,7 +17,7 @@ from gpu_runs import (
     describe_run,
     forget_graphs,
     make_trainer,
-    relative,
+    relative_difference,
     resolve_run,
 )
 from torch import Tensor
@@ -61,7 +61,7 @@ def sample_of(site: str, dtype: torch.dtype, device: str, *, small: bool, padded
     return Sample(x.to(dtype).to(device).requires_grad_(), keys)
 
 
-def drop_at(module: Dropout, sample: Sample) -> list[Tensor]:
+def run_site(module: Dropout, sample: Sample) -> list[Tensor]:
     """What comes out, and what goes back, on the CPU."""
     y = module(*sample)
     y.backward(torch.ones_like(y))
@@ -97,8 +97,8 @@ def check_masks(place: Place) -> Steps:
             for dtype in DTYPES:
                 for padded in (False, True):
                     sizes = {"small": place.small, "padded": padded}
-                    cpu = drop_at(modules[0], sample_of(site, dtype, "cpu", **sizes))
-                    own = drop_at(modules[1], sample_of(site, dtype, place.device, **sizes))
+                    cpu = run_site(modules[0], sample_of(site, dtype, "cpu", **sizes))
+                    own = run_site(modules[1], sample_of(site, dtype, place.device, **sizes))
                     here = count_different(cpu, own)
                     n, differ = n + here[0], differ + here[1]
         yield (site, f"{n:,}", f"{differ:,}")
@@ -118,7 +118,7 @@ def compare_compiled(place: Place) -> tuple[int, int]:
     modules = {site: Dropout(site, SitePlan(0.3), n_head=3).train() for site in SITES}
     sizes = {"small": place.small, "padded": False}
     ours = {site: sample_of(site, torch.float32, "cpu", **sizes) for site in SITES}
-    cpu = [x for site in SITES for x in drop_at(modules[site], ours[site])]
+    cpu = [x for site in SITES for x in run_site(modules[site], ours[site])]
     theirs = {site: sample_of(site, torch.float32, place.device, **sizes) for site in SITES}
     for module in modules.values():
         module.to(place.device)
@@ -152,7 +152,7 @@ def check_precision(place: Place) -> Steps:
     yield ("what", "updates", "loss", "relative difference")
     cpu = learn_losses(place._replace(device="cpu"), n, few, dtype="float32")
     single = learn_losses(place, n, n, dtype="float32")
-    apart = max(relative(a, b) for a, b in zip(cpu, single[:few], strict=True))
+    apart = max(relative_difference(a, b) for a, b in zip(cpu, single[:few], strict=True))
     yield ("float32, against the CPU", f"{few}", f"{single[few - 1]:.5f}", f"{apart:.1e}")
     if apart > 1e-3:
         raise Failed(f"float32 is {apart:.1e} away from the CPU after {few} updates")
@@ -163,8 +163,8 @@ def check_precision(place: Place) -> Steps:
             yield (dtype, "", "", "skipped: no hardware for it")
             continue
         loss = statistics.mean(learn_losses(place, n, n, dtype=dtype)[-10:])
-        yield (dtype, f"{n}", f"{loss:.4f}", f"{relative(loss, base):.1e}")
-        wrong += [dtype] if relative(loss, base) > 0.02 else []
+        yield (dtype, f"{n}", f"{loss:.4f}", f"{relative_difference(loss, base):.1e}")
+        wrong += [dtype] if relative_difference(loss, base) > 0.02 else []
     if wrong:
         raise Failed(f"{', '.join(wrong)}: more than 2 % away from float32")
     return "float32 follows the CPU, 16 bits train as float32 does, to 2 % of the loss"
@@ -218,7 +218,9 @@ def check_resume(place: Place) -> Steps:
         straight, *others = learn_thrice(run, place.folder / f"{place.name}-{number}")
         same = [straight == other for other in others]
         both = [loss for other in others for loss in other.losses]
-        apart = max(relative(a, b) for a, b in zip(straight.losses * 2, both, strict=True))
+        apart = max(
+            relative_difference(a, b) for a, b in zip(straight.losses * 2, both, strict=True)
+        )
         words = ["exact" if each else "differs" for each in same]
         yield (kind, run.attention, run.dtype, *words, f"{apart:.1e}")
         exact += [kind] if all(same) else []

@@ -21,7 +21,7 @@ from gpu_runs import (
     describe_run,
     forget_graphs,
     make_trainer,
-    relative,
+    relative_difference,
     tokens_per_second,
 )
 
@@ -69,7 +69,7 @@ def with_large_vocabulary(place: Place) -> dict[str, Any]:
     return {"data": data, "tokenizer": {"kind": "char"}}
 
 
-def at_four_places(rate: float, masks: str = "auto", **sites: float) -> dict[str, Any]:
+def four_sites(rate: float, masks: str = "auto", **sites: float) -> dict[str, Any]:
     rates = {**dict.fromkeys(NANOGPT_SITES, rate), **sites} if rate else {}
     return {"preset": "none", "sites": rates, "masks": masks}
 
@@ -79,8 +79,9 @@ def check_compile(place: Place) -> Steps:
     if lacks := place.lacks_compiler():
         raise Skipped(f"compiling needs {lacks}; `compile: auto` is false here")
     yield ("compile", "graphs", "breaks", "first update, s", "tokens/s", "last loss")
-    dropout = {**at_four_places(0.1, "keyed"), "schedule": {"shape": "linear", "until": 0.01}}
-    n, losses, found = 5 if place.small else 30, [], (0, 0)
+    dropout = {**four_sites(0.1, "keyed"), "schedule": {"shape": "linear", "until": 0.01}}
+    n = 5 if place.small else 30
+    losses, found = list[float](), (0, 0)
     for compiled in (False, True):
         forget_graphs()
         made = make_trainer(
@@ -88,7 +89,8 @@ def check_compile(place: Place) -> Steps:
         )
         updates, began = made.updates(made.max_steps), time.perf_counter()
         next(updates)
-        first, began, tokens = time.perf_counter() - began, time.perf_counter(), 0
+        first = time.perf_counter() - began
+        began, tokens = time.perf_counter(), 0
         for _ in range(n):
             last = next(updates)
             tokens += last.targets
@@ -100,7 +102,7 @@ def check_compile(place: Place) -> Steps:
         yield (str(compiled).lower(), *cells)
     if found != (1, 0):
         raise Failed(f"{found[0]} graphs and {found[1]} breaks instead of one graph")
-    if (apart := relative(*losses)) > 1e-3:
+    if (apart := relative_difference(*losses)) > 1e-3:
         raise Failed(f"a compiled loss is {apart:.1e} away")
     return f"one graph for all rates; the losses are {apart:.1e} apart"
 
@@ -114,10 +116,10 @@ def peak_bytes(place: Place) -> float:
 def check_memory(place: Place) -> Steps:
     """The estimate that micro-batches are chosen by, against the peak of three updates."""
     yield ("run", "sequences", "dtype", "compile", "estimate, GiB", "peak, GiB", "ratio")
-    gpt2 = {**with_large_vocabulary(place), "dropout": at_four_places(0)}
+    gpt2 = {**with_large_vocabulary(place), "dropout": four_sites(0)}
     cases: list[tuple[str, dict[str, Any], int, bool, dict[str, Any]]] = [
-        ("10.65 M, dropout", RECIPE, 64, False, {"dropout": at_four_places(0.2)}),
-        ("10.65 M, keyed", RECIPE, 64, False, {"dropout": at_four_places(0.2, "keyed")}),
+        ("10.65 M, dropout", RECIPE, 64, False, {"dropout": four_sites(0.2)}),
+        ("10.65 M, keyed", RECIPE, 64, False, {"dropout": four_sites(0.2, "keyed")}),
         ("124 M", GPT2, GPT2_ROWS, False, gpt2),
     ]
     if place.on_gpu and place.lacks_compiler() is None:
@@ -131,7 +133,8 @@ def check_memory(place: Place) -> Steps:
         if place.on_gpu:
             torch.cuda.reset_peak_memory_stats(place.device)
         list(made.updates(3))
-        run, peak, vocabulary = made.run, peak_bytes(place), prepare(made.run).meta["vocab_size"]
+        run, peak = made.run, peak_bytes(place)
+        vocabulary = prepare(run).meta["vocab_size"]
         need = training_bytes(run, vocabulary, int(size["micro_batch_size"]), recompute=False)
         # On a GPU Python and the compiler are not in the way.
         need -= PROCESS_BYTES + COMPILER_BYTES * compiled if place.on_gpu else 0
@@ -151,7 +154,7 @@ def check_evaluation(place: Place) -> Steps:
     vocabularies: tuple[dict[str, Any], ...] = ({}, with_large_vocabulary(place))
     for sections in vocabularies:
         forget_graphs()
-        sections = {"dropout": at_four_places(0), "compile": False, **sections}
+        sections = {"dropout": four_sites(0), "compile": False, **sections}
         made = make_trainer(describe_sized(place, RECIPE, 64, **sections))
         vocabulary = prepare(made.run).meta["vocab_size"]
         lengths = byte_lengths(prepare(made.run).tokenizer)
@@ -169,7 +172,7 @@ def check_evaluation(place: Place) -> Steps:
             losses.append(loss)
             seconds.append(min(times[1:]))
             yield (f"{vocabulary:,}", f"{rows}", f"{seconds[-1]:.2f}", f"{loss:.6f}")
-        worst = max(worst, relative(*losses))
+        worst = max(worst, relative_difference(*losses))
         faster.append(seconds[0] / seconds[1])
     if worst > 1e-4:
         raise Failed(f"losses are {worst:.1e} apart")
@@ -178,10 +181,10 @@ def check_evaluation(place: Place) -> Steps:
 
 
 DROPOUTS = {
-    "none": at_four_places(0),
-    "0.1, auto": at_four_places(0.1),
-    "0.1, keyed": at_four_places(0.1, "keyed"),
-    "0.1, keyed, context vectors instead of weights": at_four_places(
+    "none": four_sites(0),
+    "0.1, auto": four_sites(0.1),
+    "0.1, keyed": four_sites(0.1, "keyed"),
+    "0.1, keyed, context vectors instead of weights": four_sites(
         0.1, "keyed", attention_weights=0.0, attention_context=0.1
     ),
 }
@@ -190,7 +193,8 @@ DROPOUTS = {
 def check_dropout(place: Place) -> Steps:
     """Tokens per second of nanoGPT's shape at rates 0 and 0.1, then the same compiled."""
     yield ("dropout at four places", "attention", "compile", "tokens/s", "of rate 0")
-    n, base, found = 3 if place.small else 40, 0.0, list[str]()
+    n, base = 3 if place.small else 40, 0.0
+    found = list[str]()
     ways = [(name, False) for name in DROPOUTS]
     if place.lacks_compiler() is None and not place.small:
         ways += [(name, True) for name in DROPOUTS if "auto" not in name]
@@ -231,13 +235,14 @@ def check_gpt2(place: Place) -> Steps:
     large, rows = with_large_vocabulary(place), 4 * GPT2_ROWS
     train = {"micro_batch_size": 2 if place.small else GPT2_ROWS}
     yield ("who", "dropout", "compile", "tokens/s", "TFLOP/s", "MFU", "of a measured product")
-    peak, product, best = peak_tflops(place), 0.0, 0.0
+    peak = peak_tflops(place)
+    product = best = 0.0
     compiler = place.lacks_compiler() is None and not place.small
     for rate, compiled in ((0.0, False), (0.1, False), (0.0, True)):
         if compiled and (not compiler or place.seconds_left() < SECONDS_TO_COMPILE):
             continue
         forget_graphs()
-        dropout = at_four_places(rate)
+        dropout = four_sites(rate)
         made = make_trainer(
             describe_sized(
                 place, GPT2, rows, dropout=dropout, compile=compiled, train=train, **large

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -51,15 +51,15 @@ def main() -> None:
     with ExitStack() as stack:
         work = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         os.chmod(work, 0o755)  # the server is another user
-        wires = stack.enter_context(namespaces())
-        server = stack.enter_context(postgres(work, wires))
+        wires = stack.enter_context(make_namespaces())
+        server = stack.enter_context(start_postgres(work, wires))
         print(f"hosts: {'two network namespaces' if wires else 'two processes'}")
         print(f"queue: {'PostgreSQL' if server else 'the journal in a shared folder'}")
         hosts = [Host(name, work, server, wires) for name in NETS]
-        both_do_one_study(hosts, work)
+        do_one_study(hosts, work)
         if server:
-            the_server_goes_and_comes_back(hosts[0], server)
-            no_password_is_anywhere(hosts)
+            interrupt_server(hosts[0], server)
+            check_passwords(hosts)
     print("all is well")
 
 
@@ -72,7 +72,7 @@ class Host:
         self.out = self.folder / "studies" / "tiny" if server else work / "shared"
         write_study(self.folder, "tiny", STUDY)
         self.processes: list[subprocess.Popen[str]] = []
-        self.told = ""
+        self.output = ""
 
     def start(self, study: str = "tiny", out: Path | None = None) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "gptlite", "study", f"{study}.yaml"]
@@ -81,61 +81,66 @@ class Host:
             command += ["--storage", self.server.url(self.name if self.wired else None)]
         if self.wired:
             named = f'hostname {self.name}; exec "$@"'
-            command = [*inside(self.name), "unshare", "--uts", "sh", "-c", named, "sh", *command]
-        self.processes.append(
-            subprocess.Popen(
-                command,
-                cwd=self.folder,
-                env={**os.environ, "HOME": str(self.folder / "home")},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
+            namespace = ["ip", "netns", "exec", f"gptlite-{self.name}", "unshare", "--uts"]
+            command = [*namespace, "sh", "-c", named, "sh", *command]
+        process = subprocess.Popen(
+            command,
+            cwd=self.folder,
+            env={**os.environ, "HOME": str(self.folder / "home")},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
-        return self.processes[-1]
+        self.processes.append(process)
+        return process
 
-    def end(self) -> tuple[int, str, str]:
+    def finish(self) -> tuple[int, str, str]:
         out, err = self.processes[-1].communicate(timeout=600)
-        self.told += out + err
+        self.output += out + err
         return self.processes[-1].returncode, out, err
 
-    def runs(self, out: Path | None = None) -> dict[str, int]:
+    def finished_runs(self, out: Path | None = None) -> dict[str, int]:
         """When each finished run was."""
         found = (out or self.out).glob("runs/*/summary.json")
         return {path.parent.name: path.stat().st_mtime_ns for path in found}
 
-    def begun(self, out: Path | None = None) -> set[str]:
+    def unfinished_runs(self, out: Path | None = None) -> set[str]:
         found = {path.parent.name for path in (out or self.out).glob("runs/*/metrics.jsonl")}
-        return found - set(self.runs(out))
+        return found - set(self.finished_runs(out))
 
 
-def both_do_one_study(hosts: list[Host], work: Path) -> None:
+def do_one_study(hosts: list[Host], work: Path) -> None:
     a, b = hosts
     for host in hosts:  # at once: both find a database without tables
         host.start()
-    wait(lambda: b.runs() and b.begun(), b.processes[0], "host b is at its second run")
+    wait_until(
+        lambda: b.finished_runs() and b.unfinished_runs(),
+        b.processes[0],
+        "host b is at its second run",
+    )
     b.processes[0].send_signal(signal.SIGKILL)
-    b.end()
-    before = b.runs()
+    b.finish()
+    before = b.finished_runs()
     b.start()
     for host in hosts:
-        code, _, err = host.end()
+        code, _, err = host.finish()
         assert code == 0, err
     tables = []
     for host in hosts:  # whoever was done first has not seen all
         host.start()
-        code, out, err = host.end()
+        code, out, err = host.finish()
         assert code == 0, err
         tables.append(out)
     assert tables[0] == tables[1], tables
     assert f"{N_RUNS} of {N_RUNS} runs done" in tables[0], tables[0]
     print(tables[0])
-    assert before.items() <= b.runs().items(), "a finished run was trained again"
-    each_once(hosts)
-    as_one_process_does(a, work)
+    assert before.items() <= b.finished_runs().items(), "a finished run was trained again"
+    check_shares(hosts)
+    check_numbers(a, work)
 
 
-def each_once(hosts: list[Host]) -> None:
+def check_shares(hosts: list[Host]) -> None:
+    """Each run was done once, and each host did some."""
     a, b = hosts
     store = StudyStorage(a.out / "journal.log", a.server.url(None) if a.server else None)
     trials = [t for t in store.open_study("tiny").get_trials() if t.user_attrs.get("runs")]
@@ -146,15 +151,16 @@ def each_once(hosts: list[Host]) -> None:
     assert min(shares) > 0, shares
     assert sum(shares) == N_RUNS, shares
     if a.server:
-        assert not set(a.runs()) & set(b.runs()), "both hosts trained a run"
-        assert sorted([*a.runs(), *b.runs()]) == sorted(names)
+        assert not set(a.finished_runs()) & set(b.finished_runs()), "both hosts trained a run"
+        assert sorted([*a.finished_runs(), *b.finished_runs()]) == sorted(names)
     logs = {log for host in hosts for log in host.out.glob("runs/*/train.log")}
     ends = [log.read_text().count("done: ") for log in logs]
     assert max(ends) == 1, "a run was trained to its end twice"
     print(f"each of {N_RUNS} runs was done once: {shares[0]} by host a, {shares[1]} by host b")
 
 
-def as_one_process_does(host: Host, work: Path) -> None:
+def check_numbers(host: Host, work: Path) -> None:
+    """Against those of one process alone."""
     alone = work / "alone"
     alone.mkdir()
     write_study(alone, "tiny", STUDY)
@@ -174,33 +180,38 @@ def without_clock(run: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in run["metrics"].items() if name != "seconds"}
 
 
-def the_server_goes_and_comes_back(host: Host, server: "Server") -> None:
+def interrupt_server(host: Host, server: "Server") -> None:
     write_study(host.folder, "again", {**STUDY, "set": {"optim.weight_decay": 0.2}, "seeds": [1]})
     out = host.folder / "studies" / "again"
     process = host.start("again", out)
-    wait(lambda: host.runs(out) and host.begun(out), process, "the second run has begun")
+    wait_until(
+        lambda: host.finished_runs(out) and host.unfinished_runs(out),
+        process,
+        "the second run has begun",
+    )
     server.stop()
-    code, _, err = host.end()
+    code, _, err = host.finish()
     lines = [line for line in err.splitlines() if "best validation loss" not in line]
     assert (code, len(lines)) == (5, 1), (code, err)
     print(f"without its server it says: {lines[0]}")
-    before = host.runs(out)
+    before = host.finished_runs(out)
     host.start("again", out)
-    code, _, err = host.end()
+    code, _, err = host.finish()
     assert (code, err.count("\n")) == (5, 1), (code, err)
     server.start()
     host.start("again", out)
-    code, told, err = host.end()
+    code, told, err = host.finish()
     assert code == 0, err
     assert "4 of 4 runs done" in told
-    assert before.items() <= host.runs(out).items(), "a finished run was trained again"
+    assert before.items() <= host.finished_runs(out).items(), "a finished run was trained again"
     print(f"with its server again it goes on; {len(before)} finished runs stayed")
 
 
-def no_password_is_anywhere(hosts: list[Host]) -> None:
+def check_passwords(hosts: list[Host]) -> None:
+    """That of the database is nowhere."""
     for host in hosts:
         words = (SECRET, SECRET.replace("&", "%26"))
-        assert not any(word in host.told for word in words), "the password was printed"
+        assert not any(word in host.output for word in words), "the password was printed"
         for path in host.folder.rglob("*"):
             raw = path.read_bytes() if path.is_file() else b""
             assert not any(word.encode() in raw for word in words), f"the password is in {path}"
@@ -247,7 +258,7 @@ class Server:
 
 
 @contextmanager
-def postgres(work: Path, wired: bool) -> Iterator[Server | None]:
+def start_postgres(work: Path, wired: bool) -> Iterator[Server | None]:
     found = [
         Path(shutil.which("initdb") or "none"),
         *Path("/usr/lib/postgresql").glob("*/bin/initdb"),
@@ -267,14 +278,10 @@ def postgres(work: Path, wired: bool) -> Iterator[Server | None]:
         server.stop()
 
 
-def inside(host: str) -> list[str]:
-    return ["ip", "netns", "exec", f"gptlite-{host}"]
-
-
 @contextmanager
-def namespaces() -> Iterator[bool]:
+def make_namespaces() -> Iterator[bool]:
     """Two, each with a wire to us; False where they cannot be made."""
-    tried = can_be_wired()
+    tried = can_wire()
     try:
         yield tried and all(wire(host, net) for host, net in NETS.items())
     finally:
@@ -283,7 +290,7 @@ def namespaces() -> Iterator[bool]:
             call("ip", "link", "del", f"gptlite-{host}0")
 
 
-def can_be_wired() -> bool:
+def can_wire() -> bool:
     """Not where the addresses are in use: this machine would lose its own network."""
     if not shutil.which("ip") or os.geteuid() != 0:
         return False
@@ -293,7 +300,8 @@ def can_be_wired() -> bool:
 
 
 def wire(host: str, net: str) -> bool:
-    space, here, there = f"gptlite-{host}", f"gptlite-{host}0", f"gptlite-{host}1"
+    space = f"gptlite-{host}"
+    here, there = f"{space}0", f"{space}1"
     return all(
         call(*line.split())
         for line in (
@@ -319,9 +327,9 @@ def write_study(folder: Path, name: str, study: dict[str, Any]) -> None:
     (folder / f"{name}.yaml").write_text(yaml.safe_dump(study))
 
 
-def wait(until: Any, process: subprocess.Popen[str], what: str) -> None:
+def wait_until(condition: Callable[[], object], process: subprocess.Popen[str], what: str) -> None:
     end = time.monotonic() + 300
-    while not until():
+    while not condition():
         if process.poll() is not None:
             raise SystemExit(f"ended before {what}: {process.communicate()[1]}")
         assert time.monotonic() < end, f"never: {what}"

@@ -1,8 +1,9 @@
 """Disks that fail, and what a loss of power can leave of the operations of a run.
 
-`Recording` notes every operation of storage.Disk below a folder. `states` replays each beginning of
-them into what may be on the disk after the power is gone: content that was not synced is lost,
-zeroed or torn, names that were not synced are there or not, in any order (POSIX promises no more).
+`RecordingDisk` notes every operation of storage.Disk below a folder. `crash_states` replays each
+beginning of them into what may be on the disk after the power is gone: content that was not synced
+is lost, zeroed or torn, names that were not synced are there or not, in any order (POSIX promises
+no more).
 """
 
 import errno
@@ -25,59 +26,64 @@ CONTENTS = ("kept", "lost", "zeroed", *BLOCKS)
 """What becomes of bytes that were not synced; a number: torn at that many."""
 
 
-@contextmanager
-def using(disk: Disk) -> Iterator[Disk]:
+def set_disk(disk: Disk) -> None:
     """All of gptlite's storage on this disk."""
-    before, storage.disk = storage.disk, disk
+    storage.disk = disk
+
+
+@contextmanager
+def use_disk(disk: Disk) -> Iterator[None]:
+    before = storage.disk
+    set_disk(disk)
     try:
-        yield disk
+        yield
     finally:
-        storage.disk = before
+        set_disk(before)
 
 
-class Watched(Disk):
-    """Calls `before(operation, path)` ahead of every operation that changes something."""
+class WatchedDisk(Disk):
+    """Calls `interfere(operation, path)` ahead of every operation that changes something."""
 
     def __init__(self) -> None:
         self.n_operations = 0
 
-    def before(self, operation: str, path: Path) -> None:
+    def interfere(self, operation: str, path: Path) -> None:
         """May raise, or never return."""
 
-    def noted(self, operation: str, path: Path) -> None:
+    def announce(self, operation: str, path: Path) -> None:
         self.n_operations += 1
-        self.before(operation, path)
+        self.interfere(operation, path)
 
     def fill(self, path: Path, write: Callable[[Path], object]) -> None:
-        self.noted("fill", path)
+        self.announce("fill", path)
         super().fill(path, write)
 
     def append(self, path: Path, data: bytes) -> None:
-        self.noted("append", path)
+        self.announce("append", path)
         super().append(path, data)
 
     def sync(self, path: Path) -> None:
-        self.noted("sync", path)
+        self.announce("sync", path)
         super().sync(path)
 
     def make_folder(self, path: Path) -> None:
-        self.noted("make_folder", path)
+        self.announce("make_folder", path)
         super().make_folder(path)
 
     def rename(self, old: Path, new: Path) -> None:
-        self.noted("rename", old)
+        self.announce("rename", old)
         super().rename(old, new)
 
     def delete(self, path: Path) -> None:
-        self.noted("delete", path)
+        self.announce("delete", path)
         super().delete(path)
 
     def delete_folder(self, path: Path) -> None:
-        self.noted("delete_folder", path)
+        self.announce("delete_folder", path)
         super().delete_folder(path)
 
 
-class Failing(Watched):
+class FailingDisk(WatchedDisk):
     """From operation `first` on, `times` operations fail with this errno, after half their work."""
 
     def __init__(self, first: int, number: int, times: int = 10**9) -> None:
@@ -85,7 +91,7 @@ class Failing(Watched):
         self.first, self.number, self.times = first, number, times
         self.n_failed = 0
 
-    def before(self, operation: str, path: Path) -> None:
+    def interfere(self, operation: str, path: Path) -> None:
         removes = operation.startswith("delete") and self.number in (errno.ENOSPC, errno.EDQUOT)
         if self.n_operations >= self.first and self.n_failed < self.times and not removes:
             self.n_failed += 1
@@ -96,7 +102,7 @@ class Failing(Watched):
             super().fill(path, write)
         except OSError:
             if not path.exists() and self.n_failed:
-                half_filled(path, write)
+                fill_half(path, write)
             raise
 
     def append(self, path: Path, data: bytes) -> None:
@@ -108,36 +114,39 @@ class Failing(Watched):
             raise
 
 
-def half_filled(path: Path, write: Callable[[Path], object]) -> None:
+def fill_half(path: Path, write: Callable[[Path], object]) -> None:
     Disk().fill(path, write)
     os.truncate(path, path.stat().st_size // 2)
 
 
-class Dying(Watched):
-    """Kills its process at operation `at`, with half of that operation done."""
+class DyingDisk(WatchedDisk):
+    """Kills its process at operation `at`, with half of that operation done.
 
-    def __init__(self, at: int) -> None:
+    With `inside`, only operations below a folder of that name are counted.
+    """
+
+    def __init__(self, at: int, inside: str = "") -> None:
         super().__init__()
-        self.at = at
+        self.at, self.inside = at, inside
 
-    def counts(self, path: Path) -> bool:
-        return True
+    def is_counted(self, path: Path) -> bool:
+        return not self.inside or self.inside in path.parts
 
-    def noted(self, operation: str, path: Path) -> None:
-        if self.counts(path):
-            super().noted(operation, path)
+    def announce(self, operation: str, path: Path) -> None:
+        if self.is_counted(path):
+            super().announce(operation, path)
 
     def fill(self, path: Path, write: Callable[[Path], object]) -> None:
-        if self.counts(path) and self.n_operations + 1 == self.at:
-            half_filled(path, write)
+        if self.is_counted(path) and self.n_operations + 1 == self.at:
+            fill_half(path, write)
         super().fill(path, write)
 
     def append(self, path: Path, data: bytes) -> None:
-        if self.counts(path) and self.n_operations + 1 == self.at:
+        if self.is_counted(path) and self.n_operations + 1 == self.at:
             Disk.append(self, path, data[: len(data) // 2])
         super().append(path, data)
 
-    def before(self, operation: str, path: Path) -> None:
+    def interfere(self, operation: str, path: Path) -> None:
         if self.n_operations == self.at:
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -156,7 +165,7 @@ class Operation:
     """Of `note`: what the run has told its user until here."""
 
 
-class Recording(Disk):
+class RecordingDisk(Disk):
     """Does everything and remembers it."""
 
     def __init__(self, root: Path) -> None:
@@ -206,8 +215,8 @@ class File:
     content: bytes = b""
     synced: bytes = b""
 
-    def after(self, what: str | int) -> bytes:
-        """Its content after the power was gone."""
+    def content_left(self, what: str | int) -> bytes:
+        """After the power was gone."""
         if what == "kept" or self.content == self.synced:
             return self.content
         new = self.content[len(self.synced) :]
@@ -234,7 +243,8 @@ class Folder:
             else:
                 self.now[name] = node
 
-    def after(self, done: list[bool]) -> dict[str, "File | Folder"]:
+    def entries_left(self, done: list[bool]) -> dict[str, "File | Folder"]:
+        """After the power was gone, with these of the pending changes done."""
         entries = dict(self.synced)
         for names, is_done in zip(self.pending, done, strict=True):
             for name, node in names.items() if is_done else ():
@@ -261,7 +271,7 @@ class Volume:
 
     def apply(self, operation: Operation) -> None:
         path, name = operation.path, operation.path.name
-        parent = self.folder(path.parent) if name else self.root
+        parent = self.folder(path.parent)
         if operation.kind == "fill":
             parent.change(**{name: File(operation.data)})
         elif operation.kind == "append":
@@ -297,7 +307,7 @@ class Volume:
                 todo += [new for names in node.pending for new in names.values() if new]
 
 
-def chances(folders: list[Folder], rng: random.Random) -> Iterator[dict[Folder, list[bool]]]:
+def choose_changes(folders: list[Folder], rng: random.Random) -> Iterator[dict[Folder, list[bool]]]:
     """Which changes of names are on the disk: all, none, all but one, one alone, and some."""
     places = [(folder, at) for folder in folders for at in range(len(folder.pending))]
     chosen: list[set[int]] = [set(range(len(places))), set()]
@@ -311,37 +321,38 @@ def chances(folders: list[Folder], rng: random.Random) -> Iterator[dict[Folder, 
         yield done
 
 
-def written(
+def files_left(
     entries: dict[str, File | Folder], done: dict[Folder, list[bool]], what: str | int
 ) -> Iterator[tuple[Path, bytes | None]]:
     """(path, content) of every file and (path, None) of every folder that is left."""
     for name, node in sorted(entries.items()):
         if isinstance(node, File):
-            yield Path(name), node.after(what)
+            yield Path(name), node.content_left(what)
             continue
         yield Path(name), None
-        for path, content in written(node.after(done.get(node, [])), done, what):
+        for path, content in files_left(node.entries_left(done.get(node, [])), done, what):
             yield Path(name) / path, content
 
 
-def states(
+def crash_states(
     operations: list[Operation], seed: int, *, without: str = ""
 ) -> Iterator[tuple[list[tuple[Path, bytes | None]], Any]]:
     """Every distinct content of the disk after a loss of power, with the last note before it.
 
     `without` names the site of syncs that do nothing.
     """
-    rng, volume, seen = random.Random(seed), Volume(), set()
-    note = None
+    rng, volume = random.Random(seed), Volume()
+    seen, note = set(), None
     for operation in operations:
         if operation.kind == "note":
             note = operation.note
         elif not (operation.kind == "sync" and operation.site == without):
             volume.apply(operation)
         folders = list(volume.folders())
-        for done in chances([f for f in folders if f.pending], rng):
+        for done in choose_changes([f for f in folders if f.pending], rng):
+            entries = volume.root.entries_left(done.get(volume.root, []))
             for what in CONTENTS:
-                tree = list(written(volume.root.after(done.get(volume.root, [])), done, what))
+                tree = list(files_left(entries, done, what))
                 name = hashlib.blake2b(repr((tree, note)).encode()).digest()
                 if name not in seen:
                     seen.add(name)
@@ -355,7 +366,3 @@ def lay_out(tree: list[tuple[Path, bytes | None]], target: Path) -> None:
             (target / path).mkdir()
         else:
             (target / path).write_bytes(content)
-
-
-def sync_sites(operations: list[Operation]) -> list[str]:
-    return sorted({operation.site for operation in operations if operation.kind == "sync"})

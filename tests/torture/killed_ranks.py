@@ -8,7 +8,6 @@ same weights, moments and metrics, byte for byte.
 """
 
 import argparse
-import json
 import os
 import random
 import shutil
@@ -17,8 +16,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+from torture_runs import without_clocks
 
 CONFIG = """
 data: {source: text.txt}
@@ -32,7 +34,6 @@ optim: {warmup_steps: 5}
 sample: {max_new_tokens: 10}
 """
 MOST_SECONDS = 15
-CLOCKED = ("elapsed_seconds", "tokens_per_second")
 
 
 def launch(folder: Path, out: str) -> subprocess.Popen[bytes]:
@@ -44,7 +45,7 @@ def launch(folder: Path, out: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, cwd=folder, stderr=log, stdout=log, env=environment)
 
 
-def ranks_of(agent: int) -> dict[int, int]:
+def find_ranks(agent: int) -> dict[int, int]:
     """Rank → process of torchrun's workers."""
     found = {}
     for path in Path("/proc").glob("[0-9]*"):
@@ -60,75 +61,72 @@ def ranks_of(agent: int) -> dict[int, int]:
     return found
 
 
-def alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
 
 
-def waited(until: Callable[[], object], seconds: float) -> bool:
+def wait_until(condition: Callable[[], object], seconds: float) -> bool:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        if until():
+        if condition():
             return True
         time.sleep(0.005)
     return False
 
 
-def at_start(run: Path, chance: random.Random) -> None:
-    time.sleep(chance.uniform(0, 4))
+def reach_start(run: Path, rng: random.Random) -> None:
+    time.sleep(rng.uniform(0, 4))
 
 
-def at_work(run: Path, chance: random.Random) -> None:
+def reach_work(run: Path, rng: random.Random) -> None:
     """In a forward or backward pass, adding up gradients, evaluating: whatever it is doing."""
-    waited(lambda: any(run.glob("checkpoints/step-*")), 60)
-    time.sleep(chance.uniform(0, 1.5))
+    wait_until(lambda: any(run.glob("checkpoints/step-*")), 60)
+    time.sleep(rng.uniform(0, 1.5))
 
 
-def at_save(run: Path, chance: random.Random) -> None:
-    waited(lambda: any(run.glob("checkpoints/step-*")), 60)
-    waited(lambda: any(run.glob("checkpoints/.*")), 5)
+def reach_save(run: Path, rng: random.Random) -> None:
+    wait_until(lambda: any(run.glob("checkpoints/step-*")), 60)
+    wait_until(lambda: any(run.glob("checkpoints/.*")), 5)
 
 
-def at_evaluation(run: Path, chance: random.Random) -> None:
+def reach_evaluation(run: Path, rng: random.Random) -> None:
     """Row 15 is written when its evaluation is done."""
     metrics = run / "metrics.jsonl"
-    waited(lambda: metrics.exists() and metrics.read_bytes().count(b"\n") >= 14, 60)
-    time.sleep(chance.uniform(0, 0.05))
+    wait_until(lambda: metrics.exists() and metrics.read_bytes().count(b"\n") >= 14, 60)
+    time.sleep(rng.uniform(0, 0.05))
 
 
-MOMENTS = {"start": at_start, "work": at_work, "save": at_save, "evaluation": at_evaluation}
+MOMENTS = {
+    "start": reach_start,
+    "work": reach_work,
+    "save": reach_save,
+    "evaluation": reach_evaluation,
+}
+"""Each waits until then."""
 
 
-def remains(run: Path) -> Iterator[tuple[str, object]]:
-    """What a run leaves that no clock decides."""
-    last = run / "checkpoints" / (run / "checkpoints" / "last").read_text().strip()
-    for name in ("model.safetensors", "optimizer.safetensors"):
-        yield name, (last / name).read_bytes()
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    yield "metrics", [{k: v for k, v in row.items() if k not in CLOCKED} for row in rows]
-
-
-def trial(folder: Path, number: int, want: dict[str, object]) -> str:
+def kill_rank(folder: Path, number: int, want: dict[str, Any]) -> str:
     """What was done and how it went; raises AssertionError if anything is lost."""
-    chance = random.Random(number)
-    moment, killed = list(MOMENTS)[number % 4], chance.randrange(2)
-    run, out = folder / f"run-{number}", f"run-{number}"
-    agent = launch(folder, out)
-    assert waited(lambda: len(ranks_of(agent.pid)) == 2, 60), "no ranks"
-    MOMENTS[moment](run, chance)
-    before = ranks_of(agent.pid)
+    rng = random.Random(number)
+    moment, killed = list(MOMENTS)[number % 4], rng.randrange(2)
+    run = folder / f"run-{number}"
+    agent = launch(folder, run.name)
+    assert wait_until(lambda: len(find_ranks(agent.pid)) == 2, 60), "no ranks"
+    MOMENTS[moment](run, rng)
+    before = find_ranks(agent.pid)
     if killed not in before:
         agent.wait(60)
         return f"{moment}: over before it could be disturbed"
     os.kill(before[killed], signal.SIGKILL)
     began = time.monotonic()
-    gone = waited(lambda: not any(map(alive, before.values())), MOST_SECONDS)
+    gone = wait_until(lambda: not any(map(is_alive, before.values())), MOST_SECONDS)
     seconds = time.monotonic() - began
     assert gone, f"{moment}: rank {killed} killed, others alive after {MOST_SECONDS} s"
     assert agent.wait(180) == 0, f"{moment}: torchrun ended with {agent.returncode}"
-    found = dict(remains(run))
+    found = without_clocks(run)
     for name, value in want.items():
         assert found[name] == value, f"{moment}: {name} is not as in the undisturbed run"
     shutil.rmtree(run)
@@ -144,14 +142,13 @@ def main() -> None:
         words = random.Random(0).choices(["so", "it", "was", "and", "then", "over\n"], k=20_000)
         (folder / "text.txt").write_text(" ".join(words))
         (folder / "config.yaml").write_text(CONFIG)
-        assert launch(folder, "undisturbed").wait(180) == 0, (
-            folder / "undisturbed.log"
-        ).read_text()
-        want = dict(remains(folder / "undisturbed"))
+        undisturbed = launch(folder, "undisturbed").wait(180)
+        assert undisturbed == 0, (folder / "undisturbed.log").read_text()
+        want = without_clocks(folder / "undisturbed")
         failed = 0
         for number in range(trials):
             try:
-                print(f"{number + 1}/{trials} {trial(folder, number, want)}", flush=True)
+                print(f"{number + 1}/{trials} {kill_rank(folder, number, want)}", flush=True)
             except AssertionError as error:
                 failed += 1
                 print(f"{number + 1}/{trials} FAILED {error}", flush=True)

@@ -7,11 +7,13 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torture_runs import Outcome, Workplace, child, digest, wait
+from faults import set_disk
+from torture_runs import Outcome, Workplace, run_digest, start_child, wait_for_exit
 
 from gptlite import storage
 from gptlite.runs import checkpoint
@@ -28,21 +30,22 @@ BUSY = {
 """Mostly evaluating and sampling, so that most signals come in their midst."""
 
 
-def signals(place: Workplace, rng: random.Random, n: int) -> Iterator[Outcome]:
+def send_signals(place: Workplace, rng: random.Random, n: int) -> Iterator[Outcome]:
     """One run, told n times to stop: each time it saves where it is and leaves."""
     steps = 30 * n
-    config = place.config("busy", **{**BUSY, "train": {**BUSY["train"], "max_steps": steps}})
-    assert place.run(config, "straight", prepared=leave_when_terminated) == 0
-    slowest, saved, early = 0.0, 0, 0
+    config = place.write_config("busy", **{**BUSY, "train": {**BUSY["train"], "max_steps": steps}})
+    assert place.run(config, "straight", prepare=leave_when_terminated) == 0
+    slowest = 0.0
+    saved = early = 0
     while saved + early < n:
         number = rng.choice(SIGNALS)
-        pid = place.start(config, "told", "--resume", "auto", prepared=leave_when_terminated)
+        pid = place.start(config, "told", "--resume", "auto", prepare=leave_when_terminated)
         time.sleep(rng.uniform(0.1, 0.4))
         began = time.monotonic()
         os.kill(pid, number)
-        code = wait(pid)
+        code = wait_for_exit(pid)
         slowest = max(slowest, time.monotonic() - began)
-        said = place.said("told")
+        said = place.stderr_lines("told")
         assert not any("Traceback" in line for line in said), said[-3:]
         stopped = re.match(r"stopped at step (\d+), saved", said[-1] if said else "")
         if stopped:
@@ -54,38 +57,38 @@ def signals(place: Workplace, rng: random.Random, n: int) -> Iterator[Outcome]:
             assert code in (128 + number, -number), (code, said[-2:])
             early += 1
     assert place.run(config, "told", "--resume", "auto") == 0
-    same = digest(place.folder / "told", steps) == digest(place.folder / "straight", steps)
+    same = run_digest(place.folder / "told", steps) == run_digest(place.folder / "straight", steps)
     result = f"{saved} saved, {early} before training began; slowest {slowest:.1f} s; equal: {same}"
     yield Outcome("SIGTERM, SIGINT, SIGUSR1", n, result, same and slowest <= 5)
-    yield from second_signal(place, rng, max(1, n // 10))
+    yield from send_second_signal(place, rng, max(1, n // 10))
 
 
-def second_signal(place: Workplace, rng: random.Random, n: int) -> Iterator[Outcome]:
+def send_second_signal(place: Workplace, rng: random.Random, n: int) -> Iterator[Outcome]:
     """A second Ctrl-C leaves at once, and what was saved before is whole."""
-    config = place.config("twice", **BUSY)
+    config = place.write_config("twice", **BUSY)
     for number in range(n):
-        pid = place.start(config, f"twice-{number}", prepared=leave_when_terminated)
+        pid = place.start(config, f"twice-{number}", prepare=leave_when_terminated)
         time.sleep(rng.uniform(0.25, 0.5))
         for _ in range(2):
             os.kill(pid, signal.SIGINT)
             time.sleep(rng.uniform(0, 0.003))
-        code = wait(pid)
-        assert code in (130, -signal.SIGINT), (code, place.said(f"twice-{number}")[-3:])
+        code = wait_for_exit(pid)
+        assert code in (130, -signal.SIGINT), (code, place.stderr_lines(f"twice-{number}")[-3:])
         for folder in checkpoint.folders(place.folder / f"twice-{number}"):
             checkpoint.read_state(folder)
     yield Outcome("Ctrl-C twice", n, "left at once, exit 130", True)
 
 
-def two_runs(place: Workplace, rng: random.Random, n: int) -> Iterator[Outcome]:
+def start_two_runs(place: Workplace, rng: random.Random, n: int) -> Iterator[Outcome]:
     """Two runs begun together in one directory: one goes on, the other says who."""
-    config = place.config("two", train={"max_steps": 40})
+    config = place.write_config("two", train={"max_steps": 40})
     for number in range(n):
         name = f"both-{number}"
         arguments = ["train", "-c", str(config), "--out-dir", str(place.folder / name)]
         more = rng.choice(([], ["--resume", "auto"]))
         ends = [place.folder / f"{name}-{which}.err" for which in "ab"]
-        pids = [child([*arguments, *more], end) for end in ends]
-        codes = [wait(pid) for pid in pids]
+        pids = [start_child([*arguments, *more], end) for end in ends]
+        codes = [wait_for_exit(pid) for pid in pids]
         assert sorted(codes) == [0, 6], (codes, [end.read_text() for end in ends])
         (line,) = ends[codes.index(6)].read_text().splitlines()
         assert f"in use by pid {pids[codes.index(0)]} on " in line, line
@@ -95,10 +98,10 @@ def two_runs(place: Workplace, rng: random.Random, n: int) -> Iterator[Outcome]:
     )
 
 
-def readers(place: Workplace, rng: random.Random, n: int) -> Iterator[Outcome]:
+def read_while_saving(place: Workplace, rng: random.Random, n: int) -> Iterator[Outcome]:
     """Loading for `generate` and `eval` while a run saves and prunes at every update."""
     train = {"max_steps": 100_000, "save_interval": 1, "eval_interval": 2, "keep_last": 2}
-    config = place.config("read", train=train, sample={"interval": 0})
+    config = place.write_config("read", train=train, sample={"interval": 0})
     pid = place.start(config, "read")
     run_dir = place.folder / "read"
     while checkpoint.read_pointer(run_dir, "best") is None:
@@ -109,25 +112,25 @@ def readers(place: Workplace, rng: random.Random, n: int) -> Iterator[Outcome]:
             steps.add(load_trained(run_dir, ("best", "last")[number % 2]).state.step)
     finally:
         os.kill(pid, signal.SIGKILL)
-        wait(pid)
+        wait_for_exit(pid)
     result = f"{n} read well, {len(steps)} different checkpoints"
     yield Outcome("reading while saving and pruning", n, result, len(steps) > 1)
 
 
-def soak(place: Workplace, rng: random.Random, n: int) -> Iterator[Outcome]:
+def train_long(place: Workplace, rng: random.Random, n: int) -> Iterator[Outcome]:
     """n updates with evaluations, samples and saves: memory, handles, files and disk stay."""
     train = {"max_steps": n, "eval_interval": 100, "save_interval": 100, "log_interval": 100}
-    config = place.config("soak", train=train, sample={"interval": 500, "max_new_tokens": 8})
+    config = place.write_config("soak", train=train, sample={"interval": 500, "max_new_tokens": 8})
     pid = place.start(config, "soak")
     run_dir, seen = place.folder / "soak", []
     while not os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
         time.sleep(0.25)
-        if about := look(pid, run_dir):
-            seen.append(about)
-    assert wait(pid) == 0, place.said("soak")[-2:]
-    settled = np.array([about for about in seen if about[0] > n / 10], dtype=float)
+        if usage := read_usage(pid, run_dir):
+            seen.append(usage)
+    assert wait_for_exit(pid) == 0, place.stderr_lines("soak")[-2:]
+    settled = np.array([usage for usage in seen if usage[0] > n / 10], dtype=float)
     slope = np.polyfit(settled[:, 0], settled[:, 1], 1)[0] * 10_000
-    handles, parts, folders = (int(settled[:, column].max()) for column in (2, 3, 4))
+    handles, parts, folders = settled[:, 2:].max(0).astype(int)
     fewest = int(settled[:, 2].min())
     kept = bool(slope <= 1.0) and handles - fewest <= 2 and parts <= 1 and folders <= 4
     result = (
@@ -137,7 +140,7 @@ def soak(place: Workplace, rng: random.Random, n: int) -> Iterator[Outcome]:
     yield Outcome("long run", n, result, kept)
 
 
-def look(pid: int, run_dir: Path) -> tuple[float, ...] | None:
+def read_usage(pid: int, run_dir: Path) -> tuple[float, ...] | None:
     """(step, MB of anonymous memory, handles, temporary names, checkpoints); None before a save."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
@@ -154,7 +157,7 @@ def look(pid: int, run_dir: Path) -> tuple[float, ...] | None:
     return int(last[-8:]), int(anonymous[1]) / 1000, handles, parts, folders
 
 
-class Timed(Disk):
+class TimedDisk(Disk):
     """Adds up the seconds of syncing."""
 
     seconds = 0.0
@@ -162,10 +165,10 @@ class Timed(Disk):
     def sync(self, path: Path) -> None:
         began = time.perf_counter()
         super().sync(path)
-        Timed.seconds += time.perf_counter() - began
+        TimedDisk.seconds += time.perf_counter() - began
 
 
-def cost(place: Workplace, rng: random.Random, n: int) -> Iterator[Outcome]:
+def measure_cost(place: Workplace, rng: random.Random, n: int) -> Iterator[Outcome]:
     """Shares of a quickstart run of n updates that saves every 100."""
     out = place.folder / "cost.txt"
     arguments = ["train", "-c", "quickstart", "--out-dir", str(place.folder / "cost")]
@@ -173,8 +176,8 @@ def cost(place: Workplace, rng: random.Random, n: int) -> Iterator[Outcome]:
         arguments += ["--set", value]
     arguments += ["--set", f"data.cache_dir={place.folder / 'cache'}"]
     arguments += ["--set", "train.threads=2"]
-    code = wait(child(arguments, place.folder / "cost.err", prepared=lambda: timing(out)), 600)
-    assert code == 0, (place.folder / "cost.err").read_text()[-300:]
+    pid = start_child(arguments, place.folder / "cost.err", prepare=partial(time_saving, out))
+    assert wait_for_exit(pid, 600) == 0, place.stderr_lines("cost")[-3:]
     hashing, syncing, saving, saves, whole = map(float, out.read_text().split())
     share = (hashing + syncing) / whole
     result = (
@@ -184,15 +187,16 @@ def cost(place: Workplace, rng: random.Random, n: int) -> Iterator[Outcome]:
     yield Outcome("cost of saving every 100 updates", int(saves), result, share <= 0.03)
 
 
-def timing(out: Path) -> None:
-    """For `prepared`: seconds of hashing, syncing, saving and training, written to a file."""
+def time_saving(out: Path) -> None:
+    """In a child: seconds of hashing, syncing, saving and training, written to a file."""
     spent = {"hash": 0.0, "save": 0.0, "saves": 0.0}
-    digest_of, save, work = storage.file_digest, Session.save, Session.work
+    file_digest = storage.file_digest
+    save, work = Session.save, Session.work
 
     def timed_digest(path: Path, **more: Any) -> str:
         began = time.perf_counter()
         try:
-            return digest_of(path, **more)
+            return file_digest(path, **more)
         finally:
             spent["hash"] += time.perf_counter() - began
 
@@ -203,15 +207,15 @@ def timing(out: Path) -> None:
         spent["saves"] += 1
 
     def timed_work(self: Session) -> dict[str, Any]:
-        Timed.seconds = spent["hash"] = 0.0
+        TimedDisk.seconds = spent["hash"] = 0.0
         began = time.perf_counter()
         summary = work(self)
         whole = time.perf_counter() - began
-        numbers = (spent["hash"], Timed.seconds, spent["save"], spent["saves"], whole)
+        numbers = (spent["hash"], TimedDisk.seconds, spent["save"], spent["saves"], whole)
         out.write_text(" ".join(map(str, numbers)))
         return summary
 
-    storage.disk = Timed()
+    set_disk(TimedDisk())
     storage.file_digest = timed_digest
     setattr(Session, "save", timed_save)  # noqa: B010
     setattr(Session, "work", timed_work)  # noqa: B010

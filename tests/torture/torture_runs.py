@@ -22,10 +22,12 @@ import yaml
 from gptlite import storage
 from gptlite.cli.main import app
 from gptlite.core import loops
+from gptlite.core.weights import FILES
 from gptlite.report import charts
-from gptlite.runs import session
+from gptlite.runs import checkpoint, session
 from gptlite.runs.metrics import Meter
 
+CLOCKS = ("elapsed_seconds", "tokens_per_second")
 WORDS = "the of and to a in is it you that he was for on are with as his they be at one have this"
 TINY: dict[str, Any] = {
     **{"device": "cpu", "dtype": "float32", "compile": False, "attention": "math"},
@@ -42,20 +44,21 @@ TINY: dict[str, Any] = {
 }
 
 
-def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     out = dict(base)
     for key, value in over.items():
         inside = isinstance(value, dict) and isinstance(out.get(key), dict)
-        out[key] = merged(out[key], value) if inside else value
+        out[key] = merge(out[key], value) if inside else value
     return out
 
 
 def get_ready() -> None:
-    """Before the first child: one thread, and the compiled loops in memory."""
+    """Before the first child: one thread, the compiled loops in memory, no pauses."""
     torch.set_num_threads(1)
     loops.library()
     torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])  # imports a second's worth of torch
     setattr(session, "Meter", lambda: Meter(clock=lambda: 0.0))  # noqa: B010
+    checkpoint.SECONDS_BETWEEN_ATTEMPTS = 0
     setattr(charts, "available", lambda: False)  # noqa: B010 - half of what a tiny run takes
 
 
@@ -78,30 +81,30 @@ class Workplace:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "text.txt").write_text("\n".join(lines))
 
-    def config(self, name: str, **sections: Any) -> Path:
+    def write_config(self, name: str, **sections: Any) -> Path:
         data = {"source": str(self.folder / "text.txt"), "cache_dir": str(self.folder / "cache")}
         path = self.folder / f"{name}.yaml"
-        path.write_text(yaml.safe_dump(merged(merged(TINY, {"data": data}), sections)))
+        path.write_text(yaml.safe_dump(merge(merge(TINY, {"data": data}), sections)))
         return path
 
     def run(self, config: Path, name: str, *more: str, **options: Any) -> int:
         """Train to the end, in a child; its exit code."""
-        return wait(self.start(config, name, *more, **options), 900)
+        return wait_for_exit(self.start(config, name, *more, **options), 900)
 
     def start(self, config: Path, name: str, *more: str, **options: Any) -> int:
         """The child that trains a run, or goes on with it."""
         arguments = ["train", "-c", str(config), "--out-dir", str(self.folder / name), *more]
-        return child(arguments, self.folder / f"{name}.err", **options)
+        return start_child(arguments, self.folder / f"{name}.err", **options)
 
-    def said(self, name: str) -> list[str]:
-        """Lines that the last stay of a run wrote to stderr."""
+    def stderr_lines(self, name: str) -> list[str]:
+        """Of the last process of a run."""
         return (self.folder / f"{name}.err").read_text(errors="replace").splitlines()
 
 
-def child(
-    arguments: list[str], stderr: Path, *, prepared: Callable[[], object] = lambda: None
+def start_child(
+    arguments: list[str], stderr: Path, *, prepare: Callable[[], object] = lambda: None
 ) -> int:
-    """Start a command in a fork of this process; `prepared` is called in there. Its pid."""
+    """Start a command in a fork of this process; `prepare` is called in there. Its pid."""
     sys.stdout.flush()
     pid = os.fork()
     if pid:
@@ -114,7 +117,7 @@ def child(
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
         sys.stdout = os.fdopen(1, "w", closefd=False)
-        prepared()
+        prepare()
         app(arguments)
     except SystemExit as left:
         sys.stderr.flush()
@@ -125,16 +128,7 @@ def child(
     os._exit(99)
 
 
-def on_disk(disk: storage.Disk) -> Callable[[], None]:
-    """For `prepared`: all storage of the child on this disk."""
-
-    def put() -> None:
-        storage.disk = disk
-
-    return put
-
-
-def wait(pid: int, seconds: float = 60.0) -> int:
+def wait_for_exit(pid: int, seconds: float = 60.0) -> int:
     """The exit code of a child; minus the signal that ended it. AssertionError if it hangs."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
@@ -147,7 +141,7 @@ def wait(pid: int, seconds: float = 60.0) -> int:
     raise AssertionError(f"process {pid} hangs")
 
 
-def digest(run_dir: Path, step: int) -> str:
+def run_digest(run_dir: Path, step: int) -> str:
     """Names all that a run has made but its name: a checkpoint with its state, and the metrics."""
     folder = run_dir / "checkpoints" / f"step-{step:08d}"
     state = storage.unseal((folder / "state.json").read_text())
@@ -155,3 +149,12 @@ def digest(run_dir: Path, step: int) -> str:
     parts = [(folder / name).read_bytes() for name in state["files"]]
     parts += [json.dumps(state).encode(), (run_dir / "metrics.jsonl").read_bytes()]
     return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
+
+
+def without_clocks(run_dir: Path) -> dict[str, Any]:
+    """What a finished run leaves that no clock decides: its weights, its moments, its metrics."""
+    folder = run_dir / "checkpoints"
+    last = folder / (folder / "last").read_text().strip()
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    rows = [{k: v for k, v in json.loads(line).items() if k not in CLOCKS} for line in lines]
+    return {"metrics": rows, **{name: (last / name).read_bytes() for name in FILES}}

@@ -8,12 +8,13 @@ import random
 import shutil
 import signal
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from faults import Dying, Watched
-from torture_runs import Outcome, Workplace, digest, on_disk
+from faults import DyingDisk, WatchedDisk, set_disk
+from torture_runs import Outcome, Workplace, run_digest
 
 from gptlite import storage
 from gptlite.core import tensor_files
@@ -44,19 +45,19 @@ GRID: dict[str, tuple[Any, ...]] = {
 }
 
 
-class Terminating(Watched):
+class SignallingDisk(WatchedDisk):
     """Sends its own process a signal at an operation."""
 
     def __init__(self, at: int, number: int) -> None:
         super().__init__()
         self.at, self.number = at, number
 
-    def before(self, operation: str, path: Path) -> None:
+    def interfere(self, operation: str, path: Path) -> None:
         if self.n_operations == self.at:
             os.kill(os.getpid(), self.number)
 
 
-def configs() -> Iterator[dict[str, Any]]:
+def grid_configs() -> Iterator[dict[str, Any]]:
     """Every combination of the grid, with a cadence of its own."""
     for number, values in enumerate(itertools.product(*GRID.values())):
         chosen = dict(zip(GRID, values, strict=True))
@@ -74,35 +75,37 @@ def configs() -> Iterator[dict[str, Any]]:
         }
 
 
-def exact(place: Workplace, rng: random.Random, n: int) -> Iterator[Outcome]:
+def resume_exactly(place: Workplace, rng: random.Random, n: int) -> Iterator[Outcome]:
     """Killed or stopped twice and resumed: state and metrics as if nothing had happened."""
-    chosen = list(configs())
+    chosen = list(grid_configs())
     if n < len(chosen):
         chosen = rng.sample(chosen, n)
-    different = []
+    n_equal = 0
     for number, sections in enumerate(chosen):
-        config, names = place.config(f"exact-{number}", **sections), (f"a-{number}", f"b-{number}")
-        assert place.run(config, names[0]) == 0, place.said(names[0])
-        ends = (Dying(rng.randint(40, 80)), Terminating(rng.randint(25, 50), signal.SIGTERM))
-        for end in ends:
-            place.run(config, names[1], "--resume", "auto", prepared=on_disk(end))
-        assert place.run(config, names[1], "--resume", "auto") == 0, place.said(names[1])
-        digests = {digest(place.folder / name, STEPS) for name in names}
-        different += [number] if len(digests) > 1 else []
-        for name in names:
+        config = place.write_config(f"exact-{number}", **sections)
+        whole, pieces = f"a-{number}", f"b-{number}"
+        assert place.run(config, whole) == 0, place.stderr_lines(whole)
+        dying = DyingDisk(rng.randint(40, 80))
+        stopped = SignallingDisk(rng.randint(25, 50), signal.SIGTERM)
+        for disk in (dying, stopped):
+            place.run(config, pieces, "--resume", "auto", prepare=partial(set_disk, disk))
+        assert place.run(config, pieces, "--resume", "auto") == 0, place.stderr_lines(pieces)
+        digests = [run_digest(place.folder / name, STEPS) for name in (whole, pieces)]
+        n_equal += digests[0] == digests[1]
+        for name in (whole, pieces):
             shutil.rmtree(place.folder / name)
-    result = f"{len(chosen) - len(different)} equal bit for bit"
-    yield Outcome("resume = uninterrupted", len(chosen), result, not different)
+    result = f"{n_equal} equal bit for bit"
+    yield Outcome("resume = uninterrupted", len(chosen), result, n_equal == len(chosen))
 
 
-def cadence(place: Workplace, rng: random.Random, n: int) -> Iterator[Outcome]:
+def change_pace(place: Workplace, rng: random.Random, n: int) -> Iterator[Outcome]:
     """Evaluating, saving, logging and sampling at any pace leave weights and losses alone."""
     losses, weights = set(), set()
     paces = list(itertools.product((1, 7), (1, 5), (1, 4), (0, 1)))[:n]
     for number, (evaluate, save, log, sample) in enumerate(paces):
         train = {"eval_interval": evaluate, "save_interval": save, "log_interval": log}
         more = {"train": {"max_steps": STEPS, **train}, "sample": {"interval": sample}}
-        assert place.run(place.config("pace", **more), f"pace-{number}") == 0
+        assert place.run(place.write_config("pace", **more), f"pace-{number}") == 0
         run_dir = place.folder / f"pace-{number}"
         folder = run_dir / "checkpoints" / checkpoint.folder_name(STEPS)
         rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
@@ -113,17 +116,20 @@ def cadence(place: Workplace, rng: random.Random, n: int) -> Iterator[Outcome]:
     yield Outcome("pace of evaluation, saving, logging, sampling", len(paces), result, same)
 
 
-def damaged(whole: bytes, rng: random.Random, truncate: bool) -> bytes:
+def damage(whole: bytes, rng: random.Random, cut: bool) -> bytes:
+    """With one byte changed, or cut at one."""
     at = rng.randrange(len(whole))
-    if truncate:
+    if cut:
         return whole[:at]
     byte = (whole[at] + rng.randint(1, 255)) % 256
     return whole[:at] + bytes([byte]) + whole[at + 1 :]
 
 
-def corruption(place: Workplace, rng: random.Random, n: int) -> Iterator[Outcome]:
+def corrupt_files(place: Workplace, rng: random.Random, n: int) -> Iterator[Outcome]:
     """n bytes changed and n/10 files cut: each is found, and the run goes on from before."""
-    config = place.config("corrupt", train={"max_steps": 12, "save_interval": 4, "keep_last": 3})
+    config = place.write_config(
+        "corrupt", train={"max_steps": 12, "save_interval": 4, "keep_last": 3}
+    )
     assert place.run(config, "corrupt") == 0
     run_dir = place.folder / "corrupt"
     newest = checkpoint.folders(run_dir)[-1]
@@ -133,10 +139,10 @@ def corruption(place: Workplace, rng: random.Random, n: int) -> Iterator[Outcome
     files = [(file, check) for folder, check in checks.items() for file in folder.iterdir()]
     unnoticed = []
     trials = [False] * n + [True] * (n // 10)
-    for truncate in trials:
+    for cut in trials:
         file, check = rng.choice(files)
         whole = file.read_bytes()
-        file.write_bytes(damaged(whole, rng, truncate))
+        file.write_bytes(damage(whole, rng, cut))
         try:
             check()
             unnoticed.append(file)
@@ -145,12 +151,14 @@ def corruption(place: Workplace, rng: random.Random, n: int) -> Iterator[Outcome
         file.write_bytes(whole)
     result = f"{len(trials) - len(unnoticed)} found"
     yield Outcome("bytes changed, files cut", len(trials), result, not unnoticed)
-    yield from passed_over(place, config, rng, max(2, n // 150))
+    yield from pass_over_damaged(place, config, rng, max(2, n // 150))
 
 
-def passed_over(place: Workplace, config: Path, rng: random.Random, n: int) -> Iterator[Outcome]:
+def pass_over_damaged(
+    place: Workplace, config: Path, rng: random.Random, n: int
+) -> Iterator[Outcome]:
     """A run whose newest checkpoint is damaged goes on from the one before, and says so."""
-    want = digest(place.folder / "corrupt", 12)
+    want = run_digest(place.folder / "corrupt", 12)
     for number in range(n):
         run_dir = place.folder / f"damaged-{number}"
         shutil.copytree(place.folder / "corrupt", run_dir)
@@ -158,9 +166,9 @@ def passed_over(place: Workplace, config: Path, rng: random.Random, n: int) -> I
         hurt = folders[-1 - number % 2 :] if number % 5 else folders
         for folder in hurt:
             file = rng.choice(list(folder.iterdir()))
-            file.write_bytes(damaged(file.read_bytes(), rng, rng.random() < 0.2))
+            file.write_bytes(damage(file.read_bytes(), rng, rng.random() < 0.2))
         code = place.run(config, run_dir.name, "--resume", "auto")
-        said = "\n".join(place.said(run_dir.name))
+        said = "\n".join(place.stderr_lines(run_dir.name))
         assert all(str(folder) in said for folder in hurt), said
         if hurt == folders:
             assert code == 3
@@ -169,47 +177,43 @@ def passed_over(place: Workplace, config: Path, rng: random.Random, n: int) -> I
             assert code == 0, said
             left = checkpoint.read_state(folders[-1 - len(hurt)]).step
             assert f"resumed at step {left} of 12" in said
-            assert digest(run_dir, 12) == want
+            assert run_digest(run_dir, 12) == want
         shutil.rmtree(run_dir)
     yield Outcome("damaged checkpoint passed over and named", n, "none restarted from zero", True)
 
 
-def poisoned(kind: str, first: int, times: int) -> Callable[[], None]:
-    """For `prepared`: losses or gradients of some updates are not finite."""
+def poison_updates(kind: str, first: int, times: int) -> None:
+    """In a child: losses or gradients of some updates are not finite."""
+    accumulate = Trainer.accumulate
 
-    def put() -> None:
-        accumulate = Trainer.accumulate
-
-        def poison(self: Trainer, batch: Any) -> torch.Tensor:
-            loss = accumulate(self, batch)
-            if not first <= self.step + 1 < first + times:
-                return loss
-            if kind == "loss":
-                return loss * math.nan
-            gradient = self.parameters[-1].grad
-            assert gradient is not None
-            gradient.view(-1)[0] = math.inf if kind == "gradient" else math.nan
+    def poison(self: Trainer, batch: Any) -> torch.Tensor:
+        loss = accumulate(self, batch)
+        if not first <= self.step + 1 < first + times:
             return loss
+        if kind == "loss":
+            return loss * math.nan
+        gradient = self.parameters[-1].grad
+        assert gradient is not None
+        gradient.view(-1)[0] = math.inf if kind == "gradient" else math.nan
+        return loss
 
-        setattr(Trainer, "accumulate", poison)  # noqa: B010
-
-    return put
+    setattr(Trainer, "accumulate", poison)  # noqa: B010
 
 
-def divergence(place: Workplace, rng: random.Random, n: int) -> Iterator[Outcome]:
+def diverge(place: Workplace, rng: random.Random, n: int) -> Iterator[Outcome]:
     """Losses and gradients that are not finite: what is left is finite, and what is said helps."""
-    config = place.config(
-        "healthy", train={"max_steps": 40, "save_interval": 1, "keep_last": "all"}
-    )
+    train = {"max_steps": 40, "save_interval": 1, "keep_last": "all"}
+    config = place.write_config("healthy", train=train)
     assert place.run(config, "healthy") == 0
     cases = list(itertools.product(("loss", "gradient", "nan"), (1, 3, 50), ("stop", "skip")))
     cases = cases if n >= len(cases) else rng.sample(cases, n)
     for number, (kind, times, policy) in enumerate(cases):
         first, name = rng.randint(2, 20), f"poisoned-{number}"
         train = {"max_steps": 40, "save_interval": 7, "on_nonfinite": policy}
-        config = place.config(name, train=train)
-        code = place.run(config, name, prepared=poisoned(kind, first, times))
-        run_dir, said = place.folder / name, place.said(name)
+        config = place.write_config(name, train=train)
+        poison = partial(poison_updates, kind, first, times)
+        code = place.run(config, name, prepare=poison)
+        run_dir, said = place.folder / name, place.stderr_lines(name)
         last = checkpoint.choose(run_dir, "last")
         tensors = [tensor_files.read_tensors(last.path / file) for file in FILES]
         assert all(t.isfinite().all() for part in tensors for t in part.values())
@@ -223,35 +227,32 @@ def divergence(place: Workplace, rng: random.Random, n: int) -> Iterator[Outcome
                 assert healthy.read_bytes() == (last.path / file).read_bytes()
         else:
             assert code == (4 if times > 10 else 0), said[-2:]
-            again(place, config, name, poisoned(kind, first, times), code, rng)
+            disk = DyingDisk(rng.randint(40, 90))
+            assert resume_poisoned(place, config, name, poison, disk) == code
     yield Outcome("not finite: stop and skip", len(cases), "nothing of it kept; exit 4", True)
-    yield from poisoned_data(place)
+    yield from poison_tokens(place)
 
 
-def again(
-    place: Workplace,
-    config: Path,
-    name: str,
-    put: Callable[[], None],
-    code: int,
-    rng: random.Random,
-) -> None:
-    """A run that skips updates is as exact when it is killed and resumed."""
+def resume_poisoned(
+    place: Workplace, config: Path, name: str, poison: Callable[[], None], disk: DyingDisk
+) -> int:
+    """A run that skips updates is as exact when it is killed and resumed; its exit code."""
     twin = f"{name}-twin"
 
-    def dying() -> None:
-        put()
-        on_disk(Dying(rng.randint(40, 90)))()
+    def prepare() -> None:
+        poison()
+        set_disk(disk)
 
-    place.run(config, twin, prepared=dying)
-    assert place.run(config, twin, "--resume", "auto", prepared=put) == code
+    place.run(config, twin, prepare=prepare)
+    code = place.run(config, twin, "--resume", "auto", prepare=poison)
     step = checkpoint.choose(place.folder / name, "last").state.step
-    assert digest(place.folder / name, step) == digest(place.folder / twin, step)
+    assert run_digest(place.folder / name, step) == run_digest(place.folder / twin, step)
+    return code
 
 
-def poisoned_data(place: Workplace) -> Iterator[Outcome]:
+def poison_tokens(place: Workplace) -> Iterator[Outcome]:
     """Token files that name a token beyond the vocabulary, with digests that fit."""
-    config = place.config("ids", train={"max_steps": 5})
+    config = place.write_config("ids", train={"max_steps": 5})
     assert place.run(config, "ids") == 0
     (tokens,) = (place.folder / "cache" / "tokens").iterdir()
     whole = (tokens / "train.bin").read_bytes()
@@ -260,7 +261,7 @@ def poisoned_data(place: Workplace) -> Iterator[Outcome]:
     meta["splits"]["train"]["sha256"] = storage.file_digest(tokens / "train.bin")
     (tokens / "meta.json").write_text(storage.seal(meta))
     assert place.run(config, "ids-2") == 2
-    (line,) = place.said("ids-2")
+    (line,) = place.stderr_lines("ids-2")
     assert "token 65535" in line, line
     shutil.rmtree(tokens)
     yield Outcome("token beyond the vocabulary", 1, "exit 2, file and offset named", True)

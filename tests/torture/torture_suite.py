@@ -10,7 +10,6 @@ import argparse
 import datetime
 import platform
 import random
-import re
 import sys
 import tempfile
 import time
@@ -18,35 +17,41 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
-from torture_life import cost, readers, signals, soak, two_runs
+from torture_life import (
+    measure_cost,
+    read_while_saving,
+    send_signals,
+    start_two_runs,
+    train_long,
+)
 from torture_runs import Outcome, Workplace, get_ready
-from torture_saves import broken_disk, killed, killed_commands, other_disks, power
-from torture_state import cadence, corruption, divergence, exact
+from torture_saves import break_disk, kill_commands, kill_runs, lose_power, refuse_storage
+from torture_state import change_pace, corrupt_files, diverge, resume_exactly
 
 from gptlite import __version__
 
 Section = Callable[[Workplace, random.Random, int], Iterator[Outcome]]
 SECTIONS: dict[str, tuple[Section, int, int]] = {
-    "kill": (killed, 200, 8),
-    "commands": (killed_commands, 20, 0),
-    "power": (power, 12, 4),
-    "disk": (broken_disk, 100, 3),
-    "others": (other_disks, 20, 2),
-    "exact": (exact, 72, 3),
-    "cadence": (cadence, 16, 2),
-    "corruption": (corruption, 3000, 300),
-    "divergence": (divergence, 18, 3),
-    "signals": (signals, 100, 3),
-    "two-runs": (two_runs, 50, 2),
-    "readers": (readers, 1000, 20),
-    "soak": (soak, 20_000, 0),
-    "cost": (cost, 1000, 0),
+    "kill": (kill_runs, 200, 8),
+    "commands": (kill_commands, 20, 0),
+    "power": (lose_power, 12, 4),
+    "disk": (break_disk, 100, 3),
+    "others": (refuse_storage, 20, 2),
+    "exact": (resume_exactly, 72, 3),
+    "cadence": (change_pace, 16, 2),
+    "corruption": (corrupt_files, 3000, 300),
+    "divergence": (diverge, 18, 3),
+    "signals": (send_signals, 100, 3),
+    "two-runs": (start_two_runs, 50, 2),
+    "readers": (read_while_saving, 1000, 20),
+    "soak": (train_long, 20_000, 0),
+    "cost": (measure_cost, 1000, 0),
 }
 """Each with its trials, and with those of the short version (0: left out)."""
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "reliability.md"
 
 
-def outcomes(names: list[str], short: bool, seed: int) -> Iterator[tuple[Outcome, float]]:
+def run_sections(names: list[str], short: bool, seed: int) -> Iterator[tuple[Outcome, float]]:
     """Every line of the table, with the seconds it took."""
     for name in names:
         section, *trials = SECTIONS[name]
@@ -63,22 +68,22 @@ def outcomes(names: list[str], short: bool, seed: int) -> Iterator[tuple[Outcome
                 yield Outcome(name, n, f"broken: {why}", False), time.perf_counter() - began
 
 
-def row(cells: Iterable[str]) -> str:
+def format_row(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def table(found: list[tuple[Outcome, float]], seed: int, command: str) -> list[str]:
+def format_table(found: list[tuple[Outcome, float]], seed: int, command: str) -> list[str]:
     today = datetime.date.today().isoformat()
     lines = [
         f"`{command}`, {today}, seed {seed}, {platform.system()} {platform.machine()}, gptlite "
         f"{__version__}, Python {platform.python_version()}, torch {torch.__version__}",
         "",
-        row(("promise", "trials", "result", "kept", "seconds")),
+        format_row(("promise", "trials", "result", "kept", "seconds")),
         "|---|---:|---|---|---:|",
     ]
     for (promise, trials, result, kept), seconds in found:
         kept_or_not = "yes" if kept else "**no**"
-        lines.append(row((promise, f"{trials:,}", result, kept_or_not, f"{seconds:.0f}")))
+        lines.append(format_row((promise, f"{trials:,}", result, kept_or_not, f"{seconds:.0f}")))
     return lines
 
 
@@ -92,18 +97,17 @@ def main() -> None:
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
     get_ready()
-    found = []
-    for outcome, seconds in outcomes(options.sections or [*SECTIONS], options.short, options.seed):
+    names, found = options.sections or [*SECTIONS], []
+    for outcome, seconds in run_sections(names, options.short, options.seed):
         mark = "kept  " if outcome.kept else "BROKEN"
         print(f"{mark} {outcome.promise} x {outcome.trials}: {outcome.result}", flush=True)
         found.append((outcome, seconds))
     command = " ".join(["scripts/torture.py", *sys.argv[1:]]).replace(" --write", "")
-    lines = table(found, options.seed, command)
+    lines = format_table(found, options.seed, command)
     print("\n".join(lines))
     if options.write:
         text = DOCS.read_text()
-        inside = "\n".join(("<!-- torture -->", *lines, "<!-- end of torture -->"))
-        DOCS.write_text(
-            re.sub("<!-- torture -->.*<!-- end of torture -->", lambda _: inside, text, flags=re.S)
-        )
+        begin, end = "<!-- torture -->", "<!-- end of torture -->"
+        before, rest = text.split(begin)
+        DOCS.write_text("\n".join([before + begin, *lines, end + rest.split(end)[1]]))
     sys.exit(not all(outcome.kept for outcome, _ in found))
