@@ -4,7 +4,7 @@
 6 run directory in use | 128 + n stopped by signal n (130 SIGINT, 143 SIGTERM), checkpoint saved
 """
 
-from collections.abc import Iterator, Set
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 
@@ -22,22 +22,6 @@ class ConfigError(UserError):
     """A config, an option or a prompt that cannot be meant."""
 
     exit_code = 2
-
-
-class UnknownCharacter(ConfigError):
-    """A character that a vocabulary lacks, in a text that may be a piece of a larger one."""
-
-    def __init__(self, character: str, position: int, known: Set[str]) -> None:
-        self.known = known
-        self.why = (
-            f"is not in the vocabulary of {len(known)} characters; leave it out, or train with "
-            "tokenizer.unknown: replace (or kind: byte)"
-        )
-        super().__init__(f"character {character!r} at position {position} {self.why}")
-
-    def first_in(self, text: str) -> int | None:
-        """Where the first such character of a text stands."""
-        return min((text.index(one) for one in set(text) - self.known), default=None)
 
 
 class DataError(UserError):

@@ -76,7 +76,9 @@ def build() -> tuple[ctypes.CDLL | None, str]:
             try:
                 subprocess.run([*compiler, *flags], check=True, capture_output=True, timeout=60)
             except subprocess.CalledProcessError as error:
-                why = f"{compiler[0]} failed: {first_error(error.stderr)}"
+                lines = error.stderr.decode(errors="replace").splitlines() or ["no message"]
+                wrong = next((line for line in lines if "error" in line), lines[0])[:200]
+                why = f"{compiler[0]} failed: {wrong}"
                 continue
             except (OSError, IndexError, subprocess.SubprocessError):
                 return None, f"no C compiler ({shlex.join(compiler) or 'CC is empty'})"
@@ -88,12 +90,6 @@ def build() -> tuple[ctypes.CDLL | None, str]:
                     where = tempfile.gettempdir()
                     why = f"{where} is mounted noexec; set TMPDIR to a folder that is not"
     return None, why
-
-
-def first_error(output: bytes) -> str:
-    """The line of a compiler's output that says what is wrong."""
-    lines = output.decode(errors="replace").splitlines() or ["no message"]
-    return next((line for line in lines if "error" in line), lines[0])[:200]
 
 
 @cache

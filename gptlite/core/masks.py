@@ -167,11 +167,8 @@ class _Drop(torch.autograd.Function):
 
 def mask_by_formula(x: Tensor, mask: Mask, dtype: torch.dtype) -> Tensor:
     """The formula, one word per value: what a compiler fuses, and what judges the fast paths."""
-    feature, cut, rows = (
-        torch.arange(x.shape[-1], device=x.device),
-        mask.cut,
-        mask.rows(x)[..., None],
-    )
+    feature, cut = torch.arange(x.shape[-1], device=x.device), mask.cut
+    rows = mask.rows(x)[..., None]
     number = (feature // BLOCK * HALF_BLOCK + feature % HALF_BLOCK).to(torch.int32)
     words = scramble(low_half(rows) + number * STEP, low_half(rows >> 32))
     draws = torch.where(feature % BLOCK < HALF_BLOCK, words << 16, words)

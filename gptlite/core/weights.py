@@ -1,6 +1,6 @@
 """The weights of a model by name: taken out, and filled in."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -32,16 +32,11 @@ def fill(model: GPT, tensors: Mapping[str, Tensor], where: object, world: World 
     )
     if world.first and have != want:
         odd = sorted(name for name in have.keys() | want.keys() if have.get(name) != want.get(name))
-        few = ", ".join(odd[:5]) + wrapper_hint(tensors)
+        few = ", ".join(odd[:5])
+        for prefix in ("_orig_mod.", "module."):  # as other programs save a model inside another
+            if all(name.startswith(prefix) for name in tensors):
+                few += f"; every name begins with {prefix!r}: save the model inside the wrapper"
         raise CheckpointError(f"{where}: {len(odd)} weights do not fit this model: {few}")
     with torch.no_grad():
         for name, target in own.items():
             world.put(target, tensors.get(name))
-
-
-def wrapper_hint(names: Iterable[str]) -> str:
-    """What to do if the names are those of a model inside another, as other programs save them."""
-    for prefix in ("_orig_mod.", "module."):
-        if all(name.startswith(prefix) for name in names):
-            return f"; every name begins with {prefix!r}: save the model inside the wrapper"
-    return ""

@@ -23,43 +23,15 @@ STRETCH = 1 << 24
 Ids = NDArray[np.int64]
 
 
-class JoinedTokens:
-    """Arrays of ids, one behind the other, read as one; nothing is copied until it is asked for."""
+class Tokens(Protocol):
+    """Ids one behind the other: an array, or several read as one."""
 
-    def __init__(self, parts: list[NDArray[Any]]) -> None:
-        self.parts = [part for part in parts if len(part)]
-        self.dtype = parts[0].dtype
-        self.ends = np.cumsum([len(part) for part in self.parts], dtype=np.int64)
+    @property
+    def dtype(self) -> Any: ...
 
-    def __len__(self) -> int:
-        return int(self.ends[-1]) if self.parts else 0
+    def __len__(self) -> int: ...
 
-    def __getitem__(self, at: Any) -> Any:
-        if isinstance(at, slice):
-            return self.read_slice(*at.indices(len(self)))
-        places = np.asarray(at)
-        if places.size and not -len(self) <= places.min() <= places.max() < len(self):
-            raise IndexError(f"tokens {places.min()} to {places.max()} of {len(self)}")
-        places = np.where(places < 0, places + len(self), places)
-        which = np.searchsorted(self.ends, places, side="right")
-        ids = np.empty(places.shape, self.dtype)
-        for one in np.unique(which).tolist():
-            inside, part = which == one, self.parts[one]
-            ids[inside] = part[places[inside] - (self.ends[one] - len(part))]
-        return ids if ids.ndim else ids[()]
-
-    def read_slice(self, start: int, stop: int, step: int) -> NDArray[Any]:
-        assert step == 1, "tokens are read forwards, one by one"
-        begins = self.ends - [len(part) for part in self.parts]
-        pieces = [
-            part[max(0, start - begin) : max(0, stop - begin)]
-            for part, begin in zip(self.parts, begins.tolist(), strict=True)
-            if begin < stop and start < begin + len(part)
-        ]
-        return np.concatenate(pieces) if pieces else np.empty(0, self.dtype)
-
-
-Tokens = NDArray[Any] | JoinedTokens
+    def __getitem__(self, at: Any, /) -> Any: ...
 
 
 class Batch(NamedTuple):

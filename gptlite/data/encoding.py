@@ -25,10 +25,10 @@ from gptlite.data import readers, tokenizers
 from gptlite.data.readers import Chunk
 from gptlite.data.split import choose_documents
 from gptlite.data.token_files import token_dtype
-from gptlite.data.tokenizers import Tokenizer
+from gptlite.data.tokenizers import Tokenizer, UnknownCharacter
 from gptlite.data.unknown import count_unknown, error_with_place
 from gptlite.data.workers import Advance
-from gptlite.errors import DataError, UnknownCharacter
+from gptlite.errors import DataError
 from gptlite.terminal import tell
 
 WAITING_PIECES = 64

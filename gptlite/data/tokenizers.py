@@ -8,7 +8,7 @@ import base64
 import hashlib
 import json
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, get_args
@@ -21,7 +21,7 @@ from gptlite import storage
 from gptlite.config.run import TokenizerConfig
 from gptlite.data import bpe
 from gptlite.data.marks import NO_MARKS, Marks
-from gptlite.errors import ConfigError, DataError, UnknownCharacter
+from gptlite.errors import ConfigError, DataError
 from gptlite.words import did_you_mean
 
 UNKNOWN = get_args(TokenizerConfig.model_fields["unknown"].annotation)
@@ -40,6 +40,22 @@ GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s
 # The same words in half the time: one group of all that never looks ahead, without possessive
 # repeats, runs as an automaton, which does not backtrack either.
 GPT2_GROUPED = r"(?:'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+)|\s++$|\s+(?!\S)|\s"
+
+
+class UnknownCharacter(ConfigError):
+    """A character that a vocabulary lacks, in a text that may be a piece of a larger one."""
+
+    def __init__(self, character: str, position: int, known: Set[str]) -> None:
+        self.known = known
+        self.why = (
+            f"is not in the vocabulary of {len(known)} characters; leave it out, or train with "
+            "tokenizer.unknown: replace (or kind: byte)"
+        )
+        super().__init__(f"character {character!r} at position {position} {self.why}")
+
+    def first_in(self, text: str) -> int | None:
+        """Where the first such character of a text stands."""
+        return min((text.index(one) for one in set(text) - self.known), default=None)
 
 
 class Tokenizer(Protocol):

@@ -6,8 +6,8 @@ from typing import Any
 
 from gptlite.config.run import DataConfig
 from gptlite.data import readers
-from gptlite.data.tokenizers import CharTokenizer, Tokenizer
-from gptlite.errors import DataError, UnknownCharacter
+from gptlite.data.tokenizers import CharTokenizer, Tokenizer, UnknownCharacter
+from gptlite.errors import DataError
 from gptlite.terminal import tell
 
 WORTH_TELLING = 0.01

@@ -24,8 +24,8 @@ from conftest import TINY, Workshop, merged, prose
 from gptlite import digests, machine, storage
 from gptlite.config.run import RunConfig
 from gptlite.data import parts, prepare, tokenizers, workers
-from gptlite.data.batches import JoinedTokens, batch_at, places_of
-from gptlite.data.token_files import TokenFiles, open_token_files
+from gptlite.data.batches import batch_at, places_of
+from gptlite.data.token_files import JoinedTokens, TokenFiles, open_token_files
 from gptlite.errors import DataError, StorageError, UserError
 
 EVERY_FILE = {"LARGE_BYTES": 1, "PART_BYTES": 0, "MOST_PARTS": 1 << 20}
