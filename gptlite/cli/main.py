@@ -13,20 +13,18 @@ import typer
 from gptlite.cli.config import config_app
 from gptlite.cli.interchange import export, import_
 from gptlite.cli.options import (
-    CheckpointOption,
     ConfigFiles,
     Json,
     MoreConfigFiles,
     Overrides,
-    RunOption,
     Verbose,
     examples,
     print_version,
-    split_commas,
 )
-from gptlite.cli.printing import print_json, print_results, print_texts, tell_notes
+from gptlite.cli.printing import print_json
+from gptlite.cli.trained import evaluate, generate
 from gptlite.distributed.torchrun import join_ranks, refuse_ranks
-from gptlite.errors import ConfigError, UserError, add_step_to_errors
+from gptlite.errors import UserError
 from gptlite.machine import let_waiting_threads_sleep
 from gptlite.terminal import leave_when_terminated, tell, tell_lines, user_errors
 from gptlite.words import escape_controls
@@ -109,165 +107,8 @@ def train(
             add_report(directory, tell)
 
 
-@app.command(epilog=examples("generate"))
-def generate(
-    run: RunOption = None,
-    prompt: Annotated[
-        list[str] | None, typer.Option(help="Text to continue; repeat for a batch.")
-    ] = None,
-    prompt_file: Annotated[
-        Path | None, typer.Option(help="File with one prompt: its whole text.")
-    ] = None,
-    max_new_tokens: Annotated[
-        int | None, typer.Option(help="Longest continuation, in tokens.")
-    ] = None,
-    temperature: Annotated[
-        float | None, typer.Option(help="Divides the logits; 0 is greedy.")
-    ] = None,
-    top_k: Annotated[int | None, typer.Option(help="Keep the k most likely tokens.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Keep the likeliest that sum to p.")] = None,
-    min_p: Annotated[
-        float | None, typer.Option(help="Keep tokens at least p times as likely as the likeliest.")
-    ] = None,
-    repetition_penalty: Annotated[float | None, typer.Option(help="Above 1: repeat less.")] = None,
-    stop: Annotated[
-        list[str] | None, typer.Option(help="End before this text; repeat for several.")
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Names the random draws.")] = 1337,
-    num_samples: Annotated[
-        int, typer.Option(min=1, max=10_000, help="Continuations of each prompt.")
-    ] = 1,
-    interactive: Annotated[
-        bool, typer.Option("--interactive", "-i", help="Line by line; `:help` says more.")
-    ] = False,
-    checkpoint: CheckpointOption = "best",
-    json_: Json = False,
-    verbose: Verbose = False,
-) -> None:
-    """Continue prompts with a trained model; text streams to stdout."""
-    given = {
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "min_p": min_p,
-        "repetition_penalty": repetition_penalty,
-    }
-    with user_errors(verbose):
-        from gptlite.config.reader import sample_options
-        from gptlite.data.sources import read_prompt
-        from gptlite.runs.directory import existing_run
-
-        directory = existing_run(run)
-        options = sample_options(directory, given)
-        prompts = [*(prompt or []), *([read_prompt(prompt_file)] if prompt_file else [])]
-        if any(not text for text in stop or []):
-            raise ConfigError("--stop: an empty text would stop at once")
-        if interactive and (prompts or json_ or num_samples > 1):
-            raise ConfigError("--interactive: takes no --prompt, --json or --num-samples")
-        from gptlite.cli.interactive import talk
-        from gptlite.core.generate import Generation, halve
-        from gptlite.runs.trained import load_trained
-
-        trained = load_trained(directory, checkpoint)
-        tell_notes(trained)
-        if trained.run.dtype == "bfloat16":
-            halve(trained.model)
-        make_generation = partial(
-            Generation,
-            trained.model,
-            trained.tokenizer,
-            stops=stop or [],
-            documents=trained.run.data.layout == "documents",
-            context=trained.context_length,
-        )
-        if interactive:
-            talk(make_generation, options, seed)
-            return
-        generation = make_generation(prompts or [""], options, seed=seed, num_samples=num_samples)
-        with add_step_to_errors(trained.state.step):
-            if json_:
-                print_json({"run": str(directory), "results": generation.results()})
-            else:
-                print_texts(generation)
-
-
-@app.command(name="eval", epilog=examples("eval"))
-def evaluate(
-    run: RunOption = None,
-    split: Annotated[
-        str, typer.Option(help="val, train, or text: what data.source takes.")
-    ] = "val",
-    suite: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="loss (the default), calibration, knockout, importance, mc-dropout or all; "
-            "a comma list or repeated. lm-eval: the --tasks of EleutherAI's harness."
-        ),
-    ] = None,
-    tasks: Annotated[str, typer.Option(help="Tasks of the harness, separated by commas.")] = "",
-    include_path: Annotated[
-        Path | None, typer.Option(help="Folder with task files of one's own.")
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="Only so many examples of each task.")
-    ] = None,
-    fast: Annotated[
-        bool, typer.Option("--fast", help="Fewer units, masks and tokens: wider intervals.")
-    ] = False,
-    dropout_active: Annotated[
-        bool, typer.Option("--dropout-active", help="Leave dropout on, to see what that costs.")
-    ] = False,
-    checkpoint: CheckpointOption = "best",
-    json_: Json = False,
-    verbose: Verbose = False,
-) -> None:
-    """Measure a trained model on a split; results go to eval/ in the run directory."""
-    with user_errors(verbose), join_ranks() as world:
-        from gptlite.distributed.agreement import agree
-        from gptlite.runs.directory import existing_run
-
-        directory = agree(world, Path, lambda: existing_run(run))
-        from gptlite.data.prepare import open_split
-        from gptlite.measure import suites
-        from gptlite.runs.trained import load_on_all_ranks
-
-        asked = split_commas(",".join(suite or ["loss"]))
-        names = suites.choose_suites(name for name in asked if name != "lm-eval")
-        if world.size > 1 and asked != ["loss"]:
-            why = "several processes measure the loss only; start without torchrun"
-            raise ConfigError(f"--suite {','.join(asked)}: {why}")
-        if "lm-eval" in asked:
-            from gptlite.measure import lm_eval
-        trained = load_on_all_ranks(directory, checkpoint, world)
-        if world.first:
-            tell_notes(trained)
-        world.expects_life(trained.run.distributed.timeout_seconds)
-        own = trained.run, trained.tokenizer, split, trained.state.data_digest
-        results = suites.run_suites(
-            trained,
-            split,
-            names,
-            lambda: world.in_turn(partial(open_split, *own)),
-            effort=suites.FAST if fast else suites.FULL,
-            dropout_active=dropout_active,
-            world=world,
-        )
-        if not world.first:
-            return
-        save = partial(suites.save_results, directory, split, step := trained.state.step)
-        try:
-            save(results, dropout_active)
-            if "lm-eval" in asked:
-                found = lm_eval.run_tasks(trained, split_commas(tasks), include_path, limit)
-                results["lm-eval"] = suites.to_json(found)
-                save({"lm-eval": results["lm-eval"]}, False)
-        finally:  # what took so long is not lost with the disk, nor with the next thing
-            if json_ and results:
-                print_json({"run": str(directory), "step": step, "split": split, **results})
-            elif results:
-                print(f"{escape_controls(str(directory))}, step {step}, {escape_controls(split)}:")
-                print_results(results)
+app.command(epilog=examples("generate"))(generate)
+app.command(name="eval", epilog=examples("eval"))(evaluate)
 
 
 @app.command(epilog=examples("prepare"))

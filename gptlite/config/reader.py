@@ -57,7 +57,7 @@ def read_layers(files: Sequence[str], overrides: Sequence[str]) -> Document:
     unreadable: list[str] = []
     for file in files:
         try:
-            merge(merged, strict_yaml.read(find(file)))
+            merge(merged, strict_yaml.read_yaml(find(file)))
         except ConfigError as error:
             unreadable += error.problems
     if unreadable:

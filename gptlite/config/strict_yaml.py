@@ -221,7 +221,7 @@ def override(path: list[str], text: str, name: str) -> Document:
     return parse(":\n".join(keys) + ": " + text, name, inline=True)
 
 
-def read(path: Path) -> Document:
+def read_yaml(path: Path) -> Document:
     """Parse a file. Anything but a regular file of at most 1 MiB of UTF-8 is a ConfigError."""
     try:
         # Asking first keeps a pipe or a device from hanging the read.

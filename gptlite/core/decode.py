@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gptlite.core import loops
-from gptlite.core.kernels import address, wins
+from gptlite.core.kernels import address, is_faster
 from gptlite.core.masks import NAMES
 from gptlite.core.model import GPT, Block, KVCache, Scene
 
@@ -77,7 +77,7 @@ class DecodingCache(KVCache):
         plain = x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
         short = self.keys[0].shape[2] <= loops.LONGEST_ROW
         hooked = any(module._forward_hooks for module in block.modules())
-        return known and alike and plain and short and not hooked and wins(weights[0], x.dtype)
+        return known and alike and plain and short and not hooked and is_faster(weights[0], x.dtype)
 
     def prepare(self, block: Block) -> None:
         B, G, L, D = self.keys[0].shape

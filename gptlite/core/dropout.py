@@ -91,11 +91,11 @@ class Dropout(nn.Dropout):
             return drop(x, mask, dtype)
         if not self.kind.by_feature:
             sizes = (n if s in "BHT" else 1 for n, s in zip(x.shape, self.kind.mask, strict=True))
-            y = self.scaled(x, drop(torch.ones(*sizes, device=x.device), mask))
+            y = self.multiply(x, drop(torch.ones(*sizes, device=x.device), mask))
         elif self.kind.mask == "BHTS" and keys.position is not None:
             at = keys.position[:, None, None, :].expand(x.shape)  # from the first real token
             ones = torch.ones(x.shape, device=x.device)
-            y = self.scaled(x, drop(ones, mask).gather(-1, at))
+            y = self.multiply(x, drop(ones, mask).gather(-1, at))
         else:
             y = drop(x, mask, dtype)
         if keys.real is not None and self.kind.mask.startswith("BT"):
@@ -115,9 +115,9 @@ class Dropout(nn.Dropout):
             return F.dropout(x, self.p)
         sizes = [1 if s == "1" else n for s, n in zip(shape, x.shape, strict=True)]
         ones = torch.ones(sizes, device=x.device)
-        return self.scaled(x, F.dropout(ones, self.p))
+        return self.multiply(x, F.dropout(ones, self.p))
 
-    def scaled(self, x: Tensor, mask: Tensor) -> Tensor:
+    def multiply(self, x: Tensor, mask: Tensor) -> Tensor:
         """x times a mask in float32, in which the scale is exact, in the precision of x."""
         return (x * (mask if self.plan.inverted else (mask != 0).to(mask.dtype))).to(x.dtype)
 

@@ -21,7 +21,7 @@ FEW_ROWS = 16
 """Up to here the weights are what takes time; above, torch's products are faster."""
 
 
-def wins(x: Tensor, dtype: torch.dtype) -> bool:
+def is_faster(x: Tensor, dtype: torch.dtype) -> bool:
     """Whether there is a loop for x that is faster than torch with its threads."""
     if torch.compiler.is_compiling() or not has_loop(x, dtype):
         return False
@@ -30,12 +30,12 @@ def wins(x: Tensor, dtype: torch.dtype) -> bool:
 
 def fits(v: Tensor) -> bool:
     """Whether causal_attention takes values (B, H, S, D) now."""
-    return v.shape[2] <= loops.LONGEST_ROW and wins(v, v.dtype)
+    return v.shape[2] <= loops.LONGEST_ROW and is_faster(v, v.dtype)
 
 
 def gelu(x: Tensor) -> Tensor:
     """GPT-2's approximation of the Gaussian error linear unit (arXiv:1606.08415)."""
-    if not wins(x, x.dtype):
+    if not is_faster(x, x.dtype):
         return F.gelu(x, approximate="tanh")
     if torch.is_grad_enabled():
         y: Tensor = _GELU.apply(x)
@@ -132,7 +132,7 @@ class Linear(nn.Linear):
     def few(self, x: Tensor) -> bool:
         if torch.is_grad_enabled() or x.numel() > FEW_ROWS * self.in_features:
             return False
-        known = x.dtype == torch.float32 and wins(self.weight, x.dtype)
+        known = x.dtype == torch.float32 and is_faster(self.weight, x.dtype)
         return known and not torch.is_autocast_enabled("cpu")
 
 
@@ -146,13 +146,13 @@ def few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y
 
 
-def reads_one(q: Tensor, v: Tensor) -> bool:
-    """Whether `read` takes queries (B, H, T, D) now: those of one new token."""
+def can_read_cache(q: Tensor, v: Tensor) -> bool:
+    """Whether `read_cache` takes queries (B, H, T, D) now: those of one new token."""
     one = q.shape[2] == 1 and q.dtype == v.dtype == torch.float32
     return one and not torch.is_grad_enabled() and fits(v)
 
 
-def read(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
+def read_cache(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
     """(B, H, 1, D) read (B, G, S, D) of a cache → (B, H, 1, D); `visible` (B, 1, 1, S)."""
     (B, H, _, D), (G, S) = q.shape, k.shape[1:3]
     if k.stride() != v.stride() or k.stride()[2:] != (D, 1):  # without a cache

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from gptlite.config.dropout import DropoutConfig
 from gptlite.config.run import ModelConfig, RunConfig
 from gptlite.core.dropout import Dropout, SiteMaker, site_maker
-from gptlite.core.kernels import Linear, causal_attention, fits, gelu, read, reads_one
+from gptlite.core.kernels import Linear, can_read_cache, causal_attention, fits, gelu, read_cache
 from gptlite.core.loss import total_nats
 from gptlite.core.masks import MaskKeys, mask_keys
 from gptlite.data.batches import Batch
@@ -106,8 +106,8 @@ class Attention(nn.Module):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scene: Scene) -> Tensor:
         """Weighted sums of values, (B, H, T, D), by the kernel that the rates allow."""
-        if self.kernel != "math" and reads_one(q, v):
-            return read(q, k, v, scene.visible)
+        if self.kernel != "math" and can_read_cache(q, v):
+            return read_cache(q, k, v, scene.visible)
         if k.shape[1] < self.n_head:
             k, v = (x.repeat_interleave(self.n_head // x.shape[1], dim=1) for x in (k, v))
         visible = self.hide_keys(q, k, scene) if self.drop_key.acts else scene.visible
@@ -269,13 +269,13 @@ class GPT(nn.Module):
         samples: Tensor | None = None,
     ) -> Tensor:
         """What the output matrix reads, (B, T, C)."""
-        x, scene = self.begin(ids, real, cache, samples)
-        x = self.onward(x, scene, cache=cache)
+        x, scene = self.embed(ids, real, cache, samples)
+        x = self.run_blocks(x, scene, cache=cache)
         if cache is not None:
             cache.length += ids.shape[1]
         return x
 
-    def begin(
+    def embed(
         self,
         ids: Tensor,
         real: Tensor | None = None,
@@ -293,7 +293,7 @@ class GPT(nn.Module):
             rotation = angles(position, self.config.n_embd // self.config.n_head)
         return self.drop_embedding(x, keys), Scene(visible, rotation, keys)
 
-    def onward(
+    def run_blocks(
         self, x: Tensor, scene: Scene, first: int = 0, cache: KVCache | None = None
     ) -> Tensor:
         """From what block `first` reads to what the output matrix reads, (B, T, C)."""

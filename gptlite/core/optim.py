@@ -192,5 +192,5 @@ class Optimizer:
             # Fused AdamW wants its step beside the parameter; the rest is split as that is.
             step = torch.zeros(shape, device=parameter.device)
             value = step if key == "step" else torch.zeros_like(parameter)
-            world.put(value, tensors.get(name))
+            world.copy_into(value, tensors.get(name))
             part.state[parameter][key] = value

@@ -55,7 +55,7 @@ class LossScaler:
         self.stored: Scale | None = None
         """That of a checkpoint; in another precision it is handed on as it is."""
 
-    def scaled(self, loss: Tensor) -> Tensor:
+    def scale(self, loss: Tensor) -> Tensor:
         return self.scaler.scale(loss)
 
     def unscale(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:

@@ -146,15 +146,15 @@ class Trainer:
             samples = sample_keys(self.run.seed, self.step, rows).to(self.device)
             if self.native:
                 torch.manual_seed(key(self.run.seed, "dropout", self.step, start) >> 1)
-            with self.engine.syncing(last=start + size >= stop):
+            with self.engine.sync_gradients(last=start + size >= stop):
                 with precision(self.run):
                     nats = self.engine(inputs, real, samples=samples, targets=targets)
                 loss = nats / n_targets
-                self.scaler.scaled(loss * self.engine.scale).backward()
+                self.scaler.scale(loss * self.engine.scale).backward()
             total += loss.detach()
         return self.world.sum(total)
 
-    def know_positions(self, reached: int | None) -> None:
+    def note_trained_positions(self, reached: int | None) -> None:
         """Count positions as trained that the weights to start from have been trained for."""
         if self.trained_length is not None:
             self.trained_length = reached and max(reached, self.trained_length)

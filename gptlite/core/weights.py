@@ -39,4 +39,4 @@ def fill(model: GPT, tensors: Mapping[str, Tensor], where: object, world: World 
         raise CheckpointError(f"{where}: {len(odd)} weights do not fit this model: {few}")
     with torch.no_grad():
         for name, target in own.items():
-            world.put(target, tensors.get(name))
+            world.copy_into(target, tensors.get(name))

@@ -32,11 +32,11 @@ class Engine:
         out: Tensor = self.model(*inputs, **named)
         return out
 
-    def syncing(self, last: bool) -> AbstractContextManager[None]:
+    def sync_gradients(self, last: bool) -> AbstractContextManager[None]:
         """Around forward and backward of a part of a batch; ranks meet in the last one."""
         return nullcontext()
 
-    def whole(self) -> AbstractContextManager[None]:
+    def gather_weights(self) -> AbstractContextManager[None]:
         """Inside, the weights are all here: for what goes past the model's forward pass."""
         return nullcontext()
 
@@ -70,11 +70,11 @@ class World:
         """Over all ranks, in place."""
         return tensor
 
-    def in_turn(self, make: Callable[[], T]) -> T:
+    def make_in_turn(self, make: Callable[[], T]) -> T:
         """Made by one rank of each machine first, then by the others, who find it in the cache."""
         return make()
 
-    def expects_life(self, seconds: float) -> None:
+    def set_timeout(self, seconds: float) -> None:
         """All end if a rank shows no sign of life for so long."""
 
     def device(self, run: "RunConfig") -> "torch.device":
@@ -90,7 +90,7 @@ class World:
         """The whole of a tensor of which each rank may hold a part."""
         return tensor
 
-    def put(self, target: "Tensor", source: "Tensor | None") -> None:
+    def copy_into(self, target: "Tensor", source: "Tensor | None") -> None:
         """Give a parameter or moment the value that the first rank has."""
         assert source is not None
         target.copy_(source)

@@ -56,7 +56,7 @@ class Ddp(Engine):
         out: Tensor = self.module(*inputs, **named)
         return out
 
-    def syncing(self, last: bool) -> AbstractContextManager[None]:
+    def sync_gradients(self, last: bool) -> AbstractContextManager[None]:
         return nullcontext() if last else self.module.no_sync()
 
 
@@ -75,13 +75,13 @@ class Fsdp(Engine):
             part.set_force_sum_reduction_for_comms(True)  # gloo has no other
 
     @contextmanager
-    def syncing(self, last: bool) -> Iterator[None]:
+    def sync_gradients(self, last: bool) -> Iterator[None]:
         for part in self.parts:
             part.set_requires_gradient_sync(last, recurse=False)
         yield
 
     @contextmanager
-    def whole(self) -> Iterator[None]:
+    def gather_weights(self) -> Iterator[None]:
         for part in self.parts:
             part.set_reshard_after_forward(False, recurse=False)
             part.unshard()
@@ -124,7 +124,7 @@ class Ranks(World):
             timeout=timedelta(minutes=COLLECTIVE_MINUTES),
         )
 
-    def expects_life(self, seconds: float) -> None:
+    def set_timeout(self, seconds: float) -> None:
         self.heartbeat.timeout_seconds = seconds
 
     def wait_for_all(self, seconds: float) -> None:
@@ -171,7 +171,7 @@ class Ranks(World):
         dist.all_reduce(tensor)
         return tensor
 
-    def in_turn(self, make: Callable[[], T]) -> T:
+    def make_in_turn(self, make: Callable[[], T]) -> T:
         made = [make()] if self.turn == 0 else []
         self.gather(None)
         return made[0] if made else make()
@@ -187,7 +187,7 @@ class Ranks(World):
     def full(self, tensor: Tensor) -> Tensor:
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
-    def put(self, target: Tensor, source: Tensor | None) -> None:
+    def copy_into(self, target: Tensor, source: Tensor | None) -> None:
         inside = target.data if isinstance(target, nn.Parameter) else target
         here = torch.empty(target.shape, dtype=target.dtype) if source is None else source
         here = here.to(target.device)

@@ -182,11 +182,11 @@ class Subject:
     def begin(self, n: int) -> tuple[Tensor, Scene]:
         """What the first block reads, n times over."""
         real = None if self.real is None else self.real.repeat(n, 1)
-        return self.model.begin(self.ids.repeat(n, 1), real)
+        return self.model.embed(self.ids.repeat(n, 1), real)
 
     def nats_from(self, x: Tensor, scene: Scene, first: int, n: int) -> Tensor:
         """From what block `first` reads, (n R, T, C), to the nats of each row, (n, R)."""
-        x = self.model.onward(x, scene, first)
+        x = self.model.run_blocks(x, scene, first)
         parts = x.split(self.rows_at_once)
         targets = self.targets.repeat(n, 1).split(self.rows_at_once)
         nats = [

@@ -241,7 +241,7 @@ def audit(run: RunConfig, model: GPT, rows: Layout) -> dict[str, Any]:
 def zero_gradient_share(model: GPT, scaler: LossScaler, logits: Tensor, targets: Tensor) -> float:
     """Share of the parameters whose gradient is exactly zero."""
     model.zero_grad(set_to_none=True)
-    scaler.scaled(mean_nats(logits, targets)).backward()
+    scaler.scale(mean_nats(logits, targets)).backward()
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     zeros = sum(int((gradient == 0).sum()) for gradient in gradients)
     return zeros / sum(gradient.numel() for gradient in gradients)

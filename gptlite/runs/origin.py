@@ -85,7 +85,7 @@ def is_hugging_face(source: str) -> bool:
 def inherited_sections(source: str) -> dict[str, dict[str, Any]]:
     """`model` and `tokenizer` as in YAML, if something is there. Raises ConfigError, DataError."""
     if directory := find_run(source):
-        stored = strict_yaml.read(directory / "config.yaml").values
+        stored = strict_yaml.read_yaml(directory / "config.yaml").values
         return {name: stored.get(name) or {} for name in ("model", "tokenizer")}
     if not is_hugging_face(source):
         return {}

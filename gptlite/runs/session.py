@@ -275,7 +275,7 @@ class Session:
         with (
             self.interrupts.raise_at_once(),
             add_step_to_errors(trainer.step),
-            trainer.engine.whole(),
+            trainer.engine.gather_weights(),
         ):
             generation = Generation(
                 trainer.model,

@@ -59,7 +59,7 @@ def train(
     """
     auto.check_ranks(run, world.size)
     refuse_too_large(run)
-    world.expects_life(run.distributed.timeout_seconds)
+    world.set_timeout(run.distributed.timeout_seconds)
     stored = load_run([str(directory / "config.yaml")]) if world.first and resume else None
     files = open_files(run, directory, resume, world)
     check_installed(run.log.sinks)
@@ -102,7 +102,7 @@ def open_files(run: RunConfig, directory: Path, resume: bool, world: World) -> T
     if resume and run.init_from and (world.first or has_run(directory)):
         own = load_tokenizer(directory)
     before = world.broadcast(lambda: checkpoint.data_digest(directory)) if resume else ""
-    files = world.in_turn(lambda: prepare(run, own or given_tokenizer(run), before))
+    files = world.make_in_turn(lambda: prepare(run, own or given_tokenizer(run), before))
     files.rows("train", run.model.context_length)
     files.tokens("val")  # too little text for validation is better known before training
     for prompt in run.sample.prompts:
@@ -140,7 +140,7 @@ def make_trainer(
     elif run.init_from is not None:
         weights, reached = initial
         fill(trainer.model, weights, f"init_from: {run.init_from}", world)
-        trainer.know_positions(world.broadcast(lambda: reached))
+        trainer.note_trained_positions(world.broadcast(lambda: reached))
     return trainer
 
 

@@ -225,7 +225,7 @@ def value_label(value: Any) -> str:
 
 def load_study(path: Path) -> Study:
     """The study in a file, every run of it valid. Raises ConfigError with all problems."""
-    document = strict_yaml.read(path)
+    document = strict_yaml.read_yaml(path)
     try:
         config = StudyConfig.model_validate(document.values)
     except ValidationError as error:

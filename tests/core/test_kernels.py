@@ -225,8 +225,8 @@ def test_one_token_reads_a_cache_as_the_plain_way_does(
     wide_k, wide_v = (x.repeat_interleave(H // G, dim=1) for x in (k, v))
     weights = attention_weights(q, wide_k, visible)
     with torch.no_grad():
-        assert kernels.reads_one(q, v)
-        z = kernels.read(q, k, v, visible)
+        assert kernels.can_read_cache(q, v)
+        z = kernels.read_cache(q, k, v, visible)
     torch.testing.assert_close(z, weights @ wide_v, rtol=1e-5, atol=1e-5)
 
 
@@ -236,7 +236,7 @@ def test_one_token_reads_values_that_lie_otherwise_than_the_keys() -> None:
     q, qkv = numbers(B, H, 1, D), numbers(B, 1, 3 * H, D, seed=1).transpose(1, 2)
     k, v = numbers(B, H, 1, D, seed=2), qkv[:, -H:]
     with torch.no_grad():
-        torch.testing.assert_close(kernels.read(q, k, v, None), v)
+        torch.testing.assert_close(kernels.read_cache(q, k, v, None), v)
 
 
 @pytest.mark.parametrize("options", MODELS, ids=str)

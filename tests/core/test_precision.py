@@ -113,7 +113,7 @@ def test_in_other_precisions_nothing_is_scaled(dtype: str) -> None:
     scaler, loss = LossScaler(dtype, CPU), torch.ones((), requires_grad=True)
     parameter = torch.nn.Parameter(torch.ones(2))
     parameter.grad = gradient = torch.tensor([1.0, math.inf])
-    assert scaler.scaled(loss) is loss
+    assert scaler.scale(loss) is loss
     scaler.unscale([torch.optim.SGD([parameter])])
     assert parameter.grad is gradient
     assert gradient.tolist() == [1.0, math.inf]

@@ -56,7 +56,7 @@ def evaluated(directories: list[Path], split: str, active: bool, world: World) -
     """As the command does; each rank sees a directory and perhaps a text of its own."""
     of = load_on_all_ranks(directories[world.rank % len(directories)], "best", world)
     own = split.replace("RANK", str(world.rank))
-    files = partial(world.in_turn, partial(open_split, of.run, of.tokenizer, own))
+    files = partial(world.make_in_turn, partial(open_split, of.run, of.tokenizer, own))
     found = suites.run_suites(of, own, ["loss"], files, dropout_active=active, world=world)
     return json.loads(json.dumps(found["loss"]))
 

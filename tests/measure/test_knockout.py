@@ -119,7 +119,7 @@ def test_without_any_layer_only_the_embedding_speaks(subject: Subject) -> None:
     """Analytic: the output matrix reads the normalised embedding."""
     model = subject.model
     with torch.no_grad():
-        x, _ = model.begin(subject.ids, subject.real)
+        x, _ = model.embed(subject.ids, subject.real)
         logits = model.head(model.norm(x)).log_softmax(-1)
     nats = -logits.gather(-1, subject.targets.clamp(min=0)[..., None])[..., 0]
     expected = (nats * (subject.targets >= 0)).double().sum(1).numpy()
