@@ -15,7 +15,7 @@ import torch
 from conftest import EVERYWHERE, Workshop, prose
 from typer.testing import CliRunner
 
-from gptlite.cli import main
+from gptlite.cli import trained as trained_commands
 from gptlite.cli.main import app
 from gptlite.core.model import GPT
 from gptlite.data.prepare import open_split, prepare
@@ -186,7 +186,7 @@ def test_results_are_saved_though_they_cannot_be_printed(
         assert saved.is_file()
         raise RuntimeError
 
-    monkeypatch.setattr(main, "print_results", refuse)
+    monkeypatch.setattr(trained_commands, "print_results", refuse)
     CliRunner().invoke(app, ["eval", "--run", str(run_dir), "--split", "train"])
     assert saved.is_file()
 
