@@ -144,7 +144,12 @@ class OptimConfig(Section):
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
     """Shape after warm-up; wsd keeps `lr` and falls linearly over the last fifth."""
     weight_decay: float = Field(0.1, ge=0)
-    """Decoupled weight decay of matrices and embeddings; biases and norms have none."""
+    """Decoupled weight decay of matrices and embeddings; biases and norms have none. An update
+    takes lr * weight_decay of each weight away, with the learning rate of that update."""
+    weight_decay_schedule: Literal["constant", "with_lr", "linear"] = "constant"
+    """How weight_decay itself moves. constant: not at all, so that lr * weight_decay falls with the
+    learning rate; with_lr: as the learning rate does, in parts of `lr`; linear: down to 0 at the
+    last update."""
     betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.9, 0.99)
     """AdamW's averaging factors for gradient and squared gradient."""
     momentum: Rate = 0.95
@@ -184,6 +189,11 @@ class TrainConfig(Section):
     """What an update does whose loss or gradient is not finite. stop: save and leave (exit code 4);
     skip: leave the weights as they are and go on, at most 10 times in 1000 updates. Gradients
     that overflow because float16's loss is scaled too much do not count: the scale is halved."""
+    average: Literal["none", "ema"] = "none"
+    """ema: what is evaluated, saved and generated from is an exponential average of the weights of
+    all updates; training itself goes on from the weights of the last one, which are saved too."""
+    average_half_life: float = Field(0.02, gt=0, lt=2**40)
+    """After how many updates a weight counts half in the average; below 1: a share of the run."""
     threads: Annotated[int, Field(ge=1, le=1024)] | Auto = "auto"
     """CPU threads; results are bit-exact only for the same number."""
 
@@ -276,3 +286,8 @@ class RunConfig(Section):
             return self.train.max_steps
         assert self.train.epochs is not None
         return max(1, math.ceil(self.train.epochs * n_rows / self.train.batch_size))
+
+    def half_life(self, max_steps: int) -> float:
+        """Of the average of weights, in updates."""
+        given = self.train.average_half_life
+        return max(1.0, given * max_steps) if given < 1 else given

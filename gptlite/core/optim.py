@@ -32,6 +32,16 @@ def lr_at(step: int, max_steps: int, optim: OptimConfig) -> float:
     return optim.lr + (optim.min_lr - optim.lr) * done
 
 
+def weight_decay_at(step: int, max_steps: int, optim: OptimConfig) -> float:
+    """The weight decay of update `step`, counted from 0, which the learning rate still multiplies:
+    AdamW and Muon take lr * weight_decay of each weight away (Loshchilov and Hutter 2019)."""
+    if optim.weight_decay_schedule == "with_lr":
+        return optim.weight_decay * lr_at(step, max_steps, optim) / optim.lr
+    if optim.weight_decay_schedule == "linear":
+        return optim.weight_decay * (1 - min(1.0, step / max(1, max_steps - 1)))
+    return optim.weight_decay
+
+
 def split_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     """matrices of the blocks, tables (embeddings and output), vectors (biases and norms)."""
     groups: dict[str, list[nn.Parameter]] = {"matrices": [], "tables": [], "vectors": []}
@@ -141,13 +151,18 @@ class Optimizer:
             parameter: name for name, parameter in model.named_parameters()
         }
         self.parts = list(OPTIMIZERS[optim.name](split_parameters(model), optim, dtype))
+        for group in (group for part in self.parts for group in part.param_groups):
+            group["decays"] = group["weight_decay"] > 0
         grouped = [p for part in self.parts for group in part.param_groups for p in group["params"]]
         assert len(grouped) == len(set(grouped)) == len(self.names), "a parameter without a group"
 
-    def step(self, lr: float) -> None:
+    def step(self, lr: float, weight_decay: float | None = None) -> None:
+        """`weight_decay` of this update, for all that decays; None: that of the config."""
         for part in self.parts:
             for group in part.param_groups:
                 group["lr"] = lr
+                if weight_decay is not None and group["decays"]:
+                    group["weight_decay"] = weight_decay
             part.step()
 
     def zero_grad(self) -> None:

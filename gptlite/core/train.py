@@ -6,6 +6,7 @@ functions of (seed, step), so nothing else has to be remembered for an exact res
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from gptlite.config.run import RunConfig
+from gptlite.core.average import Average
 from gptlite.core.dropout import (
     check_every_rate_acts,
     live_sites,
@@ -22,9 +24,9 @@ from gptlite.core.dropout import (
 )
 from gptlite.core.masks import sample_keys
 from gptlite.core.model import GPT, to_device
-from gptlite.core.optim import Optimizer, lr_at
+from gptlite.core.optim import Optimizer, lr_at, weight_decay_at
 from gptlite.core.precision import LossScaler, Scale, precision
-from gptlite.core.weights import FILES, fill, model_tensors
+from gptlite.core.weights import FILES, RAW, fill, model_tensors
 from gptlite.core.world import ALONE, World
 from gptlite.data.batches import Batch, Layout, batch_at
 from gptlite.errors import CheckpointError, DivergedError
@@ -84,6 +86,9 @@ class Trainer:
         self.engine = world.engine(run, self.model)
         half = torch.bfloat16 if run.dtype == "bfloat16" else torch.float32
         self.optimizer = Optimizer(self.model, run.optim, half)
+        self.average: Average | None = None
+        if run.train.average == "ema":
+            self.average = Average(self.model, run.half_life(self.max_steps))
         self.scaler = LossScaler(run.dtype, self.device)
         self.parameters = list(self.model.parameters())
         self.step, self.strength = 0, 1.0
@@ -106,12 +111,14 @@ class Trainer:
             if math.isfinite(loss_nats) and math.isfinite(grad_norm):
                 if run.optim.grad_clip and grad_norm > run.optim.grad_clip:
                     clip_grads_with_norm_(self.parameters, run.optim.grad_clip, norm)
-                self.optimizer.step(lr)
+                self.optimizer.step(lr, weight_decay_at(self.step, self.max_steps, run.optim))
             elif not self.scaler.take_overflow(loss_nats):
                 self.skip(f"loss {loss_nats}, gradient norm {grad_norm}, learning rate {lr:.3g}")
             scaling = self.scaler.update()
             self.optimizer.zero_grad()
             self.step += 1
+            if self.average is not None:
+                self.average.update(self.step)
             rates = {site: rate * strength for site, rate in self.rates.items()}
             yield Update(self.step, loss_nats, lr, grad_norm, batch.n_targets, rates, scaling)
 
@@ -159,23 +166,33 @@ class Trainer:
         if self.trained_length is not None:
             self.trained_length = reached and max(reached, self.trained_length)
 
+    def evaluated(self) -> AbstractContextManager[None]:
+        """Inside, the model has the weights that are evaluated: the averaged ones, if there are."""
+        return nullcontext() if self.average is None else self.average.in_model()
+
     def tensors(self) -> dict[str, dict[str, torch.Tensor]]:
-        """Weights and moments, by the file of a checkpoint that has them."""
+        """Weights that are evaluated, moments, and the weights of the last update where those are
+        others, by the file of a checkpoint that has them."""
         model, optimizer = model_tensors(self.model), self.optimizer.state_tensors()
-        return dict(zip(FILES, (model, optimizer), strict=True))
+        if self.average is None:
+            return dict(zip(FILES, (model, optimizer), strict=True))
+        return {**dict(zip(FILES, (self.average.tensors, optimizer), strict=True)), RAW: model}
 
     def restore(
         self,
-        weights: Mapping[str, torch.Tensor],
-        moments: Mapping[str, torch.Tensor],
+        tensors: Mapping[str, Mapping[str, torch.Tensor]],
         progress: Progress,
         where: object,
     ) -> None:
-        """Go on from these tensors, which only the first rank needs to have.
+        """Go on from the `tensors` of a checkpoint, which only the first rank needs to have.
 
         Raises CheckpointError that names `where` if they are of another model.
         """
-        fill(self.model, weights, where, self.world)
+        moments = tensors[FILES[1]]
+        fill(self.model, tensors[FILES[0]], where, self.world)
+        if self.average is not None:
+            self.average.begin()
+            fill(self.model, tensors[RAW], where, self.world)
         self.step, self.skipped = progress.step, list(progress.skipped)
         self.trained_length = progress.trained_length or self.trained_length
         self.scaler.restore(progress.loss_scale)

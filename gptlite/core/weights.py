@@ -10,7 +10,9 @@ from gptlite.core.world import ALONE, World
 from gptlite.errors import CheckpointError
 
 FILES = ("model.safetensors", "optimizer.safetensors")
-"""Where a checkpoint has the weights, and what the optimizer remembers."""
+"""Where a checkpoint has the weights to be used, and what the optimizer remembers."""
+RAW = "raw.safetensors"
+"""The weights of the last update, where those to be used are an average."""
 
 
 def model_tensors(model: GPT) -> dict[str, Tensor]:

@@ -19,6 +19,8 @@ from gptlite.machine import usable_memory_bytes
 
 TRAINING_BYTES_PER_PARAMETER = 16
 """In float32: weight, gradient and two moments."""
+AVERAGE_BYTES_PER_PARAMETER = 4
+"""More where weights are averaged."""
 PROCESS_BYTES = int(0.35 * GIB)
 """Python, torch and the rest, before anything is trained."""
 COMPILER_BYTES = int(0.12 * GIB)
@@ -62,11 +64,14 @@ def weight_bytes(run: RunConfig, vocab_size: int, ranks: int) -> int:
     """Weights, gradients and moments of a process; FSDP gathers one block, or what is in none."""
     model, n_parameters = run.model, run.model.n_parameters(vocab_size)
     copies = 0 if run.dtype == "float32" else 2  # of the weights
+    kept = TRAINING_BYTES_PER_PARAMETER + AVERAGE_BYTES_PER_PARAMETER * (
+        run.train.average != "none"
+    )
     if run.distributed.engine != "fsdp" or ranks == 1:
-        return n_parameters * (TRAINING_BYTES_PER_PARAMETER + copies)
+        return n_parameters * (kept + copies)
     blocks = n_parameters - model.model_copy(update={"n_layer": 0}).n_parameters(vocab_size)
     gathered = n_parameters - blocks + 2 * blocks // model.n_layer  # the next is on its way
-    return n_parameters * TRAINING_BYTES_PER_PARAMETER // ranks + gathered * (8 + copies)
+    return n_parameters * kept // ranks + gathered * (8 + copies)
 
 
 def logit_bytes(run: RunConfig, vocab_size: int, tokens: int) -> int:

@@ -37,7 +37,7 @@ from gptlite.core.tensor_files import (
     write_indexes,
 )
 from gptlite.core.train import Progress, Trainer
-from gptlite.core.weights import FILES, fill
+from gptlite.core.weights import FILES, RAW, fill
 from gptlite.core.world import ALONE, World
 from gptlite.errors import CheckpointError, ConfigError, DivergedError, StorageError
 
@@ -181,7 +181,7 @@ def write_folder(
             disk.fill(work / name, partial(save_file, whole, metadata={"format": "pt"}))
             disk.sync(work / name)
             where[name] = list(whole)
-        names = [*where, *write_indexes(work, where, FILES)]
+        names = [*where, *write_indexes(work, where, (*FILES, RAW))]
         text = storage.seal(dump_state(state, {n: storage.file_digest(work / n) for n in names}))
         disk.fill(work / "state.json", lambda path: path.write_text(text))
         disk.sync(work / "state.json")
@@ -243,9 +243,10 @@ def read_state(path: Path) -> RunState:
         state = RunState.model_validate(saved)
         if FOLDER.match(path.name) and folder_name(state.step) != path.name:
             raise CheckpointError(f"{path}: holds step {state.step}, so it was renamed")
-        parts = [[f for f in state.files if is_part(f, name)] for name in FILES]
+        known = (*FILES, RAW)
+        parts = [[f for f in state.files if is_part(f, name)] for name in known]
         if not parts[0] or sum(map(len, parts)) != len(state.files):
-            raise CheckpointError(f"{at}: names other files than {', '.join(FILES)}")
+            raise CheckpointError(f"{at}: names other files than {', '.join(known)}")
         for name, sha256 in state.files.items():
             at = path / name
             if storage.file_digest(at) != sha256:
@@ -352,7 +353,8 @@ def restore(trainer: Trainer, found: Checkpoint) -> None:
     path, state = found.path, found.state
     if not any(is_part(name, FILES[1]) for name in state.files):
         raise CheckpointError(f"{path}: has no optimizer state; use init_from for weights only")
+    names = FILES if trainer.average is None else (*FILES, RAW)
     read = read_tensors if trainer.world.first else lambda _: {}
-    weights, moments = (read(path / name) for name in FILES)
+    tensors = {name: read(path / name) for name in names}
     progress = Progress(state.step, state.skipped, state.loss_scale, state.trained_length)
-    trainer.restore(weights, moments, progress, path)
+    trainer.restore(tensors, progress, path)

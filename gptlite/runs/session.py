@@ -216,7 +216,7 @@ class Session:
         batches = run.train.eval_batches
         limit = None if batches == "all" else batches * run.train.batch_size
         val, subset = self.val_rows.sweep(rows, limit), trainer.rows.sweep(rows, TRAIN_SUBSET_ROWS)
-        with self.interrupts.raise_at_once(), add_step_to_errors(step):
+        with self.interrupts.raise_at_once(), add_step_to_errors(step), trainer.evaluated():
             measured, train = (
                 measure(trainer.model, self.poll_batches(each), run, self.lengths, world=self.world)
                 for each in (val, subset)
@@ -275,6 +275,7 @@ class Session:
         with (
             self.interrupts.raise_at_once(),
             add_step_to_errors(trainer.step),
+            trainer.evaluated(),
             trainer.engine.gather_weights(),
         ):
             generation = Generation(

@@ -6,7 +6,7 @@ from torch import nn
 
 from gptlite.config.run import ModelConfig, OptimConfig
 from gptlite.core.model import GPT
-from gptlite.core.optim import OPTIMIZERS, Optimizer, lr_at, split_parameters
+from gptlite.core.optim import OPTIMIZERS, Optimizer, lr_at, split_parameters, weight_decay_at
 
 SMALL = ModelConfig(n_layer=1, n_head=2, n_embd=16, context_length=8)
 UNTIED = SMALL.model_copy(update={"tie_embeddings": False, "norm": "rmsnorm", "qk_norm": True})
@@ -109,6 +109,30 @@ def test_only_matrices_and_tables_decay() -> None:
     for name, parameter in model.named_parameters():
         shrunk = before[name] * (1 - 0.1 * 0.5) if parameter.ndim == 2 else before[name]
         torch.testing.assert_close(parameter.detach(), shrunk)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("decay", ["constant", "with_lr", "linear"])
+def test_an_update_takes_lr_times_decay_of_a_weight_as_scheduled(name: str, decay: str) -> None:
+    config = optim(
+        name=name, lr=0.1, min_lr=0.0, warmup_steps=2, schedule="linear", weight_decay=0.5
+    ).model_copy(update={"weight_decay_schedule": decay})
+    model = GPT(SMALL, 20)
+    optimizer = Optimizer(model, config)
+    share = {
+        "constant": lambda at: 1.0,
+        "with_lr": lambda at: lr_at(at, 10, config) / 0.1,
+        "linear": lambda at: 1 - at / 9,
+    }[decay]
+    for at in range(10):
+        before = {n: p.detach().clone() for n, p in model.named_parameters()}
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        lr = lr_at(at, 10, config)
+        optimizer.step(lr, weight_decay_at(at, 10, config))
+        for named, parameter in model.named_parameters():
+            left = 1 - lr * 0.5 * share(at) if parameter.ndim == 2 else 1
+            torch.testing.assert_close(parameter.detach(), before[named] * left)
 
 
 def test_adamw_moves_a_weight_that_has_no_gradient() -> None:

@@ -21,7 +21,7 @@ from gptlite.core import tensor_files
 from gptlite.core.dropout import Dropout
 from gptlite.core.model import GPT
 from gptlite.core.train import Trainer
-from gptlite.core.weights import FILES, model_tensors
+from gptlite.core.weights import FILES, RAW, model_tensors
 from gptlite.core.world import World
 from gptlite.errors import ConfigError, StorageError
 from gptlite.planning.plan import plan_run, summary_lines
@@ -136,6 +136,26 @@ def test_a_checkpoint_of_two_ranks_goes_on_in_one_and_in_four(workshop: Workshop
     train(straight, directory, resume=True)
     assert losses(directory) == pytest.approx(losses(workshop.folder / "straight"), rel=1e-5)
     assert "ranks: 4 -> 1" in (directory / "train.log").read_text()
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+def test_two_ranks_average_the_weights_as_one_process_does(workshop: Workshop, engine: str) -> None:
+    averaged = {"average": "ema", "average_half_life": 4.0, "max_steps": 12}
+    constant = {"schedule": "constant", "warmup_steps": 0}
+    train(run_of(workshop, optim=constant, train=averaged), workshop.folder / "straight")
+    half = run_of(workshop, engine, optim=constant, train={**averaged, "max_steps": 6})
+    whole = run_of(workshop, engine, optim=constant, train=averaged)
+    directory, ranks = workshop.folder / "run", workshop.folder / "ranks"
+    together(2, partial(work, half, directory), ranks)
+    together(2, partial(work, whole, directory, resume=True), ranks)
+    straight = workshop.folder / "straight"
+    assert losses(directory) == pytest.approx(losses(straight), rel=1e-5)
+    saved, want = (checkpoint.choose(each, "last").path for each in (directory, straight))
+    for name in (FILES[0], RAW):
+        ours, theirs = (tensor_files.read_tensors(path / name) for path in (saved, want))
+        assert ours.keys() == theirs.keys()
+        for key in ours:
+            torch.testing.assert_close(ours[key], theirs[key], rtol=1e-4, atol=1e-5)
 
 
 def test_two_ranks_that_stop_and_go_on_are_bit_for_bit_undisturbed(workshop: Workshop) -> None:
