@@ -198,6 +198,18 @@ class TrainConfig(Section):
     """CPU threads; results are bit-exact only for the same number."""
 
 
+class DistillConfig(Section):
+    teachers: Texts = ()
+    """Run directories whose models the new one learns from, all at once; none: from the text alone.
+    They read text as this run does: with its tokenizer."""
+    weight: float = Field(0.5, gt=0, le=1)
+    """Share of the loss that is the distance from what the teachers say (Kullback-Leibler
+    divergence); the rest is that of the text."""
+    temperature: float = Field(1.0, gt=0)
+    """Divides the logits of both before they are compared; the distance is multiplied by its square
+    (Hinton, Vinyals and Dean, arXiv:1503.02531)."""
+
+
 class SampleConfig(Section):
     interval: int = Field(0, ge=0)
     """Updates between samples while training; 0: only at the end."""
@@ -259,6 +271,7 @@ class RunConfig(Section):
     dropout: DropoutConfig = DropoutConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
+    distill: DistillConfig = DistillConfig()
     sample: SampleConfig = SampleConfig()
     log: LogConfig = LogConfig()
     distributed: DistributedConfig = DistributedConfig()

@@ -12,14 +12,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gptlite.config.run import RunConfig
 from gptlite.core.device import GIB, memory_bytes
 from gptlite.core.dropout import evaluating
 from gptlite.core.loss import nats_of
 from gptlite.core.masks import sample_keys
-from gptlite.core.model import GPT, to_device
+from gptlite.core.model import to_device
 from gptlite.core.precision import precision
 from gptlite.core.world import ALONE, World
 from gptlite.data import tokenizers
@@ -113,7 +113,7 @@ def byte_lengths(text: Tokenizer, counts: Mapping[str, int] | None = None) -> Te
 
 @torch.no_grad()
 def measure(
-    model: GPT,
+    model: nn.Module,
     batches: Iterable[Batch],
     run: RunConfig,
     lengths: Tensor,
@@ -170,7 +170,7 @@ def variance_of_sum(sums: Tensor, counts: Tensor) -> float:
 
 
 def deal_batches(
-    model: GPT, batches: Iterable[Batch], run: RunConfig, world: World, dropout_active: bool
+    model: nn.Module, batches: Iterable[Batch], run: RunConfig, world: World, dropout_active: bool
 ) -> Iterator[tuple[Batch, Tensor | None]]:
     """Every batch, with its logits where this rank computed them.
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from gptlite.config.run import SampleConfig
 from gptlite.core.decode import DecodingCache
 from gptlite.core.dropout import dropouts, evaluating
+from gptlite.core.ensemble import Ensemble, combine, members_of
 from gptlite.core.model import GPT, KVCache
 from gptlite.data.tokenizers import Tokenizer
 from gptlite.errors import ConfigError, DivergedError
@@ -100,16 +101,27 @@ def pad_left(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tenso
     return ids, real.to(device)
 
 
-def halve(model: GPT) -> None:
+def halve(model: nn.Module) -> None:
     """Matrices in bfloat16, as a run in bfloat16 multiplied by them; the pace is that of memory."""
     for module in model.modules():
         if isinstance(module, nn.Linear):
             module.weight.data = module.weight.data.bfloat16()
 
 
+def next_logits(
+    model: GPT | Ensemble, ids: Tensor, real: Tensor | None, caches: Sequence[KVCache]
+) -> Tensor:
+    """(B, T) new tokens → (B, V) logits of what follows the last of them."""
+    each = [
+        reader.head(reader.features(ids, real, cache)[:, -1]).float()
+        for reader, cache in zip(members_of(model), caches, strict=True)
+    ]
+    return combine(each, model.mean) if isinstance(model, Ensemble) else each[0]
+
+
 @torch.no_grad()
 def continuations(
-    model: GPT,
+    model: GPT | Ensemble,
     prompts: Sequence[Sequence[int]],
     names: Sequence[int],
     options: SampleConfig,
@@ -128,21 +140,21 @@ def continuations(
     for i, row in enumerate(rows):
         seen[i, row] = True
     begins = [max(0, len(row) - context) for row in rows]
-    cache: KVCache | None = None
+    caches: list[KVCache] = []
     sites = dropouts(model)
     for step in range(options.max_new_tokens):
         quiet = not any(site.training for site in sites)
         # Not around `yield`: the caller may do anything in between.
         with nullcontext() if quiet else evaluating(model):
             full = [i for i, row in enumerate(rows) if len(row) - begins[i] > context]
-            if cache is None or full:
+            if not caches or full:
                 for i in full:
                     begins[i] = len(rows[i]) - max(1, context // 2)
                 ids, real = pad_left(
                     [row[at:] for row, at in zip(rows, begins, strict=True)], device
                 )
-                cache = DecodingCache(model, len(rows))
-            logits = model.head(model.features(ids, real, cache)[:, -1]).float()
+                caches = [DecodingCache(each, len(rows)) for each in members_of(model)]
+            logits = next_logits(model, ids, real, caches)
         if not logits.isfinite().all():
             raise DivergedError("the model's logits are not finite")
         if step % CHANCES == 0:
@@ -219,7 +231,7 @@ class Generation:
 
     def __init__(
         self,
-        model: GPT,
+        model: GPT | Ensemble,
         text: Tokenizer,
         prompts: Sequence[str],
         options: SampleConfig,

@@ -4,7 +4,7 @@ With a vocabulary of 50k the logits of a batch are larger than the model. In par
 gradients are made while its logits are there, so nothing is computed twice.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,24 @@ def nats_of(logits: Tensor, targets: Tensor, reduction: str) -> Tensor:
 def mean_nats(logits: Tensor, targets: Tensor) -> Tensor:
     """Nats per target of a batch by itself; 0 if it has none."""
     return nats_of(logits, targets, "sum") / max(1, int((targets != IGNORED).sum()))
+
+
+class Lesson(NamedTuple):
+    """What teachers say of a batch."""
+
+    log_probabilities: Tensor
+    """(B, T, V), at this temperature."""
+    weight: float
+    """Share of the loss that is the distance from them."""
+    temperature: float
+
+
+def total_lesson(logits: Tensor, targets: Tensor, lesson: Lesson) -> Tensor:
+    """Sum over all targets of the nats of the text and the divergence from the teachers."""
+    own = (logits.float() / lesson.temperature).log_softmax(-1)
+    apart = F.kl_div(own, lesson.log_probabilities, reduction="none", log_target=True).sum(-1)
+    apart = (apart * (targets != IGNORED)).sum() * lesson.temperature**2
+    return lesson.weight * apart + (1 - lesson.weight) * nats_of(logits, targets, "sum")
 
 
 def total_nats(features: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

@@ -18,8 +18,8 @@ from torch.utils.checkpoint import checkpoint
 from gptlite.config.dropout import DropoutConfig
 from gptlite.config.run import ModelConfig, RunConfig
 from gptlite.core.dropout import Dropout, SiteMaker, site_maker
-from gptlite.core.kernels import Linear, can_read_cache, causal_attention, fits, gelu, read_cache
-from gptlite.core.loss import total_nats
+from gptlite.core.kernels import Linear, causal_attention, fits, gelu, read, reads_one
+from gptlite.core.loss import Lesson, total_lesson, total_nats
 from gptlite.core.masks import MaskKeys, mask_keys
 from gptlite.data.batches import Batch
 from gptlite.keys import key
@@ -252,14 +252,20 @@ class GPT(nn.Module):
         cache: KVCache | None = None,
         samples: Tensor | None = None,
         targets: Tensor | None = None,
+        lesson: Lesson | None = None,
     ) -> Tensor:
-        """(B, T) ids → (B, T, V) logits, or with targets (B, T) the sum of their nats.
+        """(B, T) ids → (B, T, V) logits, or with targets (B, T) the sum of their nats, which a
+        `lesson` of teachers weighs against the divergence from them.
 
         `real` is False at padding, which changes nothing else. `samples` (B,) of
         `masks.sample_keys` names the masks when training with dropout.
         """
         x = self.features(ids, real, cache, samples)
-        return self.head(x) if targets is None else total_nats(x, self.head.weight, targets)
+        if targets is None:
+            return self.head(x)
+        if lesson is not None:
+            return total_lesson(self.head(x), targets, lesson)
+        return total_nats(x, self.head.weight, targets)
 
     def features(
         self,

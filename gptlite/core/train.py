@@ -22,6 +22,8 @@ from gptlite.core.dropout import (
     set_strength,
     strength_at,
 )
+from gptlite.core.ensemble import Ensemble
+from gptlite.core.loss import Lesson
 from gptlite.core.masks import sample_keys
 from gptlite.core.model import GPT, to_device
 from gptlite.core.optim import Optimizer, lr_at, weight_decay_at
@@ -67,9 +69,17 @@ class Trainer:
     Of several ranks each computes its rows of every batch; their gradients are added up.
     """
 
-    def __init__(self, run: RunConfig, rows: Layout, vocab_size: int, world: World = ALONE) -> None:
+    def __init__(
+        self,
+        run: RunConfig,
+        rows: Layout,
+        vocab_size: int,
+        world: World = ALONE,
+        teacher: Ensemble | None = None,
+    ) -> None:
+        """`teacher` is what the run learns from besides the text, on its device."""
         self.run, self.rows, self.world = run, rows, world
-        self.device = world.device(run)
+        self.device, self.teacher = world.device(run), teacher
         each = run.train.batch_size // world.size
         self.own = slice(each * world.rank, each * (world.rank + 1))
         """The rows of a batch that this rank computes."""
@@ -155,11 +165,23 @@ class Trainer:
                 torch.manual_seed(key(self.run.seed, "dropout", self.step, start) >> 1)
             with self.engine.sync_gradients(last=start + size >= stop):
                 with precision(self.run):
-                    nats = self.engine(inputs, real, samples=samples, targets=targets)
+                    lesson = self.ask_teacher(inputs, real)
+                    nats = self.engine(
+                        inputs, real, samples=samples, targets=targets, lesson=lesson
+                    )
                 loss = nats / n_targets
                 self.scaler.scale(loss * self.engine.scale).backward()
             total += loss.detach()
         return self.world.sum(total)
+
+    @torch.no_grad()
+    def ask_teacher(self, inputs: torch.Tensor, real: torch.Tensor | None) -> Lesson | None:
+        """What the teachers say of these inputs, once for the whole update."""
+        if self.teacher is None:
+            return None
+        distill = self.run.distill
+        logits = self.teacher(inputs, real).float() / distill.temperature
+        return Lesson(logits.log_softmax(-1), distill.weight, distill.temperature)
 
     def note_trained_positions(self, reached: int | None) -> None:
         """Count positions as trained that the weights to start from have been trained for."""
