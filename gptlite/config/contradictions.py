@@ -43,11 +43,30 @@ def contradictions(run: RunConfig) -> Iterator[tuple[str, str]]:
     if isinstance(train.micro_batch_size, int) and train.micro_batch_size > train.batch_size:
         why = f"{train.micro_batch_size} is above train.batch_size {train.batch_size}"
         yield "train.micro_batch_size", why
+    yield from needs_known_end(run)
     for key, problem in dropout_contradictions(run.dropout, model.n_layer):
         yield f"dropout.{key}", problem
     yield from fused_cannot_drop(run)
     yield from bad_paths(run)
     yield from too_large(run)
+
+
+def needs_known_end(run: RunConfig) -> Iterator[tuple[str, str]]:
+    """What moves over a whole run, where only a clock knows how long that is."""
+    if run.train.max_minutes is None:
+        return
+    why = "cannot be told before train.max_minutes is over; {} or leave max_minutes out"
+    if run.optim.schedule not in ("wsd", "constant"):
+        yield "optim.schedule", f"{run.optim.schedule} {why.format('set wsd')}"
+    if run.optim.weight_decay_schedule == "linear":
+        yield "optim.weight_decay_schedule", f"linear {why.format('set with_lr')}"
+    schedule = run.dropout.schedule
+    if (schedule.mode, schedule.shape) != ("standard", "constant"):
+        moves = f"{schedule.mode} {schedule.shape}"
+        yield "dropout.schedule", f"{moves} {why.format('set standard and constant')}"
+    if run.train.average == "ema" and run.train.average_half_life < 1:
+        share = f"a share of the run ({run.train.average_half_life:g})"
+        yield "train.average_half_life", f"{share} {why.format('give updates')}"
 
 
 def bad_sources(run: RunConfig) -> Iterator[tuple[str, str]]:

@@ -163,6 +163,10 @@ class TrainConfig(Section):
     """Updates to make. Exactly one of max_steps and epochs."""
     epochs: float | None = Field(None, gt=0)
     """Passes over the training text. Exactly one of max_steps and epochs."""
+    max_minutes: float | None = Field(None, gt=0)
+    """Minutes that the run may take, evaluations and checkpoints included and what a resumed run
+    took before: with `schedule: wsd` the learning rate falls in time to end then, as it would at
+    max_steps or epochs, whichever comes first. null: no limit."""
     batch_size: int = Field(32, ge=1, le=1 << 20)
     """Sequences per update, over all processes together."""
     micro_batch_size: Count | Auto = "auto"

@@ -17,26 +17,33 @@ WSD_DECAY = 0.2
 """Share of the run over which schedule wsd falls."""
 
 
-def lr_at(step: int, max_steps: int, optim: OptimConfig) -> float:
-    """The learning rate of update `step`, counted from 0; a pure function, so resuming is exact."""
+def lr_at(step: int, max_steps: int, optim: OptimConfig, tail_from: int | None = None) -> float:
+    """The learning rate of update `step`, counted from 0; a pure function, so resuming is exact.
+
+    `tail_from` is the update with which schedule wsd begins to fall, where a clock has decided it.
+    """
     if step < optim.warmup_steps:
         return optim.lr * (step + 1) / (optim.warmup_steps + 1)
     done = (step - optim.warmup_steps) / max(1, max_steps - 1 - optim.warmup_steps)
     done = min(1.0, done)
     if optim.schedule == "constant":
         return optim.lr
-    if optim.schedule == "wsd":
+    if tail_from is not None:
+        done = max(0.0, (step + 1 - tail_from) / (max_steps - tail_from))
+    elif optim.schedule == "wsd":
         done = max(0.0, done - (1 - WSD_DECAY)) / WSD_DECAY
     if optim.schedule == "cosine":
         done = (1 - math.cos(math.pi * done)) / 2
     return optim.lr + (optim.min_lr - optim.lr) * done
 
 
-def weight_decay_at(step: int, max_steps: int, optim: OptimConfig) -> float:
+def weight_decay_at(
+    step: int, max_steps: int, optim: OptimConfig, tail_from: int | None = None
+) -> float:
     """The weight decay of update `step`, counted from 0, which the learning rate still multiplies:
     AdamW and Muon take lr * weight_decay of each weight away (Loshchilov and Hutter 2019)."""
     if optim.weight_decay_schedule == "with_lr":
-        return optim.weight_decay * lr_at(step, max_steps, optim) / optim.lr
+        return optim.weight_decay * lr_at(step, max_steps, optim, tail_from) / optim.lr
     if optim.weight_decay_schedule == "linear":
         return optim.weight_decay * (1 - min(1.0, step / max(1, max_steps - 1)))
     return optim.weight_decay

@@ -61,6 +61,8 @@ class Progress(NamedTuple):
     skipped: Sequence[int]
     loss_scale: Scale | None
     trained_length: int | None
+    tail: tuple[int, int] | None = None
+    """Of `Trainer.end_at`: the update that it was called before, and the last one."""
 
 
 class Trainer:
@@ -102,13 +104,20 @@ class Trainer:
         self.scaler = LossScaler(run.dtype, self.device)
         self.parameters = list(self.model.parameters())
         self.step, self.strength = 0, 1.0
+        self.tail_from: int | None = None
+        """The update with which the learning rate begins to fall, where a clock has decided it."""
         self.skipped: list[int] = []
         """The latest updates that were not finite and left the weights alone."""
 
-    def updates(self, until: int) -> Iterator[Update]:
-        """Make updates up to step `until`; the caller logs, evaluates and saves in between."""
+    def end_at(self, step: int) -> None:
+        """Let the run end there: schedule wsd falls from the next update on."""
+        self.tail_from, self.max_steps = self.step, step
+
+    def updates(self, until: int | None = None) -> Iterator[Update]:
+        """Make updates up to step `until`, or the last one; the caller logs, evaluates and saves in
+        between."""
         run = self.run
-        while self.step < until:
+        while self.step < (self.max_steps if until is None else until):
             strength = self.schedule_dropout()
             batch = batch_at(
                 self.rows, seed=run.seed, step=self.step, batch_size=run.train.batch_size
@@ -117,11 +126,12 @@ class Trainer:
             self.scaler.unscale(self.optimizer.parts)
             norm = get_total_norm([p.grad for p in self.parameters if p.grad is not None])
             loss_nats, grad_norm = loss.item(), self.world.full(norm).item()
-            lr = lr_at(self.step, self.max_steps, run.optim)
+            lr = lr_at(self.step, self.max_steps, run.optim, self.tail_from)
+            decay = weight_decay_at(self.step, self.max_steps, run.optim, self.tail_from)
             if math.isfinite(loss_nats) and math.isfinite(grad_norm):
                 if run.optim.grad_clip and grad_norm > run.optim.grad_clip:
                     clip_grads_with_norm_(self.parameters, run.optim.grad_clip, norm)
-                self.optimizer.step(lr, weight_decay_at(self.step, self.max_steps, run.optim))
+                self.optimizer.step(lr, decay)
             elif not self.scaler.take_overflow(loss_nats):
                 self.skip(f"loss {loss_nats}, gradient norm {grad_norm}, learning rate {lr:.3g}")
             scaling = self.scaler.update()
@@ -217,6 +227,8 @@ class Trainer:
             fill(self.model, tensors[RAW], where, self.world)
         self.step, self.skipped = progress.step, list(progress.skipped)
         self.trained_length = progress.trained_length or self.trained_length
+        if progress.tail is not None:
+            self.tail_from, self.max_steps = progress.tail
         self.scaler.restore(progress.loss_scale)
         left_alone = len(self.skipped) + self.scaler.overflows
         try:
