@@ -18,11 +18,13 @@ EXAMPLES = {
     "generate": (
         "gptlite generate --prompt 'It was' --num-samples 3 --temperature 0.7",
         "gptlite generate --run runs/quickstart --interactive",
+        "gptlite generate --ensemble runs/quickstart runs/faster --prompt 'It was'",
     ),
     "eval": (
         "gptlite eval",
         "gptlite eval --run runs/quickstart --suite knockout,importance --fast",
         "gptlite eval --split my.txt --json",
+        "gptlite eval --ensemble runs/quickstart runs/faster",
     ),
     "prepare": ("gptlite prepare --config quickstart --set data.source=my.txt",),
     "plan": ("gptlite plan --config quickstart --audit",),
@@ -88,6 +90,14 @@ RunOption = Annotated[
         help="Run directory; default: the latest under runs/.",
         autocompletion=complete_runs,
     ),
+]
+RunsToEnsemble = Annotated[
+    list[str] | None,
+    typer.Argument(help="Run directories, with --ensemble.", autocompletion=complete_runs),
+]
+Ensembled = Annotated[
+    bool,
+    typer.Option("--ensemble", help="Use the runs named as one model, the mean of their logits."),
 ]
 CheckpointOption = Annotated[str, typer.Option("--checkpoint", help="best, last or step-N.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]

@@ -1,21 +1,56 @@
-"""`gptlite generate` and `gptlite eval`: what a trained model is asked for."""
+"""`gptlite generate` and `gptlite eval`: what a trained model is asked for, or several as one."""
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from gptlite.cli.options import CheckpointOption, Json, RunOption, Verbose, split_commas
+from gptlite.cli.options import (
+    CheckpointOption,
+    Ensembled,
+    Json,
+    RunOption,
+    RunsToEnsemble,
+    Verbose,
+    split_commas,
+)
 from gptlite.cli.printing import print_json, print_results, print_texts, tell_notes
 from gptlite.distributed.torchrun import join_ranks
-from gptlite.errors import ConfigError, add_step_to_errors
+from gptlite.errors import ConfigError, at_step
 from gptlite.terminal import user_errors
-from gptlite.words import escape_controls
+from gptlite.words import visible
+
+
+def choose_runs(runs: list[str] | None, ensemble: bool, run: str | None) -> list[Path]:
+    """The run directories that are meant: several with --ensemble, else one. Raises ConfigError."""
+    from gptlite.runs.directory import existing_run
+
+    if not ensemble:
+        if runs:
+            raise ConfigError(f"{runs[0]}: give --run for one run, --ensemble for several as one")
+        return [existing_run(run)]
+    if not runs or run is not None:
+        raise ConfigError("--ensemble: needs run directories behind it, and takes no --run")
+    return [existing_run(name) for name in runs]
+
+
+def load_members(directories: list[Path], checkpoint: str) -> list[Any]:
+    """The models of several runs. Raises CheckpointError; ConfigError if they read unlike texts."""
+    from gptlite.measure.ensemble import check_members
+    from gptlite.runs.trained import load_trained
+
+    members = [load_trained(directory, checkpoint) for directory in directories]
+    for member in members:
+        tell_notes(member)
+    check_members(members)
+    return members
 
 
 def generate(
+    runs: RunsToEnsemble = None,
     run: RunOption = None,
+    ensemble: Ensembled = False,
     prompt: Annotated[
         list[str] | None, typer.Option(help="Text to continue; repeat for a batch.")
     ] = None,
@@ -60,52 +95,56 @@ def generate(
     with user_errors(verbose):
         from gptlite.config.reader import sample_options
         from gptlite.data.sources import read_prompt
-        from gptlite.runs.directory import existing_run
 
-        directory = existing_run(run)
-        options = sample_options(directory, given)
+        directories = choose_runs(runs, ensemble, run)
+        options = sample_options(directories[0], given)
         prompts = [*(prompt or []), *([read_prompt(prompt_file)] if prompt_file else [])]
         if any(not text for text in stop or []):
             raise ConfigError("--stop: an empty text would stop at once")
         if interactive and (prompts or json_ or num_samples > 1):
             raise ConfigError("--interactive: takes no --prompt, --json or --num-samples")
         from gptlite.cli.interactive import talk
+        from gptlite.core.ensemble import Ensemble
         from gptlite.core.generate import Generation, halve
-        from gptlite.runs.trained import load_trained
 
-        trained = load_trained(directory, checkpoint)
-        tell_notes(trained)
-        if trained.run.dtype == "bfloat16":
-            halve(trained.model)
+        members = load_members(directories, checkpoint)
+        for member in members:
+            if member.run.dtype == "bfloat16":
+                halve(member.model)
+        first = members[0]
         make_generation = partial(
             Generation,
-            trained.model,
-            trained.tokenizer,
+            Ensemble([member.model for member in members]) if ensemble else first.model,
+            first.tokenizer,
             stops=stop or [],
-            documents=trained.run.data.layout == "documents",
-            context=trained.context_length,
+            documents=first.run.data.layout == "documents",
+            context=min(member.context_length for member in members),
         )
         if interactive:
             talk(make_generation, options, seed)
             return
         generation = make_generation(prompts or [""], options, seed=seed, num_samples=num_samples)
-        with add_step_to_errors(trained.state.step):
+        with at_step(first.state.step):
             if json_:
-                print_json({"run": str(directory), "results": generation.results()})
+                names = [str(directory) for directory in directories]
+                of = {"ensemble": names} if ensemble else {"run": names[0]}
+                print_json({**of, "results": generation.results()})
             else:
                 print_texts(generation)
 
 
 def evaluate(
+    runs: RunsToEnsemble = None,
     run: RunOption = None,
+    ensemble: Ensembled = False,
     split: Annotated[
         str, typer.Option(help="val, train, or text: what data.source takes.")
     ] = "val",
     suite: Annotated[
         list[str] | None,
         typer.Option(
-            help="loss (the default), calibration, knockout, importance, mc-dropout or all; "
-            "a comma list or repeated. lm-eval: the --tasks of EleutherAI's harness."
+            help="loss (the default), calibration, knockout, importance, memorisation, mc-dropout "
+            "or all; a comma list or repeated. lm-eval: the --tasks of EleutherAI's harness."
         ),
     ] = None,
     tasks: Annotated[str, typer.Option(help="Tasks of the harness, separated by commas.")] = "",
@@ -125,18 +164,24 @@ def evaluate(
     json_: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Measure a trained model on a split; results go to eval/ in the run directory."""
-    with user_errors(verbose), join_ranks() as world:
-        from gptlite.distributed.agreement import agree
-        from gptlite.runs.directory import existing_run
+    """Measure a trained model on a split; results go to eval/ in the run directory.
 
-        directory = agree(world, Path, lambda: existing_run(run))
+    An ensemble's loss is printed only."""
+    with user_errors(verbose), join_ranks() as world:
+        names = world.broadcast(lambda: list(map(str, choose_runs(runs, ensemble, run))))
+        if ensemble:
+            if world.size > 1 or suite or tasks or dropout_active:
+                raise ConfigError("--ensemble: measures the loss, in one process; no --suite")
+            results = evaluate_ensemble([*map(Path, names)], checkpoint, split, fast)
+            show({"ensemble": names, "split": split}, results, json_)
+            return
+        directory = Path(names[0])
         from gptlite.data.prepare import open_split
         from gptlite.measure import suites
-        from gptlite.runs.trained import load_on_all_ranks
+        from gptlite.runs.trained import load_alike
 
         asked = split_commas(",".join(suite or ["loss"]))
-        names = suites.choose_suites(name for name in asked if name != "lm-eval")
+        own_suites = suites.choose_suites(name for name in asked if name != "lm-eval")
         if world.size > 1 and asked != ["loss"]:
             why = "several processes measure the loss only; start without torchrun"
             raise ConfigError(f"--suite {','.join(asked)}: {why}")
@@ -150,7 +195,7 @@ def evaluate(
         results = suites.run_suites(
             trained,
             split,
-            names,
+            own_suites,
             lambda: world.make_in_turn(partial(open_split, *own)),
             effort=suites.FAST if fast else suites.FULL,
             dropout_active=dropout_active,
@@ -158,8 +203,7 @@ def evaluate(
         )
         if not world.first:
             return
-        step = trained.state.step
-        save = partial(suites.save_results, directory, split, step)
+        save = partial(suites.save_results, directory, split, step := trained.state.step)
         try:
             save(results, dropout_active)
             if "lm-eval" in asked:
@@ -167,8 +211,36 @@ def evaluate(
                 results["lm-eval"] = suites.to_json(found)
                 save({"lm-eval": results["lm-eval"]}, False)
         finally:  # what took so long is not lost with the disk, nor with the next thing
-            if json_ and results:
-                print_json({"run": str(directory), "step": step, "split": split, **results})
-            elif results:
-                print(f"{escape_controls(str(directory))}, step {step}, {escape_controls(split)}:")
-                print_results(results)
+            show({"run": str(directory), "step": step, "split": split}, results, json_)
+
+
+def evaluate_ensemble(
+    directories: list[Path], checkpoint: str, split: str, fast: bool
+) -> dict[str, Any]:
+    """Results by suite, of several models as one."""
+    from gptlite.core.evaluate import byte_lengths
+    from gptlite.data.prepare import open_split
+    from gptlite.measure.ensemble import measure_ensemble
+    from gptlite.measure.suites import FAST, FULL, Measurement, to_json
+
+    members = load_members(directories, checkpoint)
+    shortest = min(members, key=lambda member: member.context_length)
+    own = shortest.run, shortest.tokenizer, split, shortest.state.data_digest
+    effort = FAST if fast else FULL
+    of = Measurement(shortest, split, partial(open_split, *own), effort=effort)
+    lengths = byte_lengths(shortest.tokenizer, of.files().meta["splits"][of.part])
+    rows = of.sweep(of.rows, "ensemble", effort.loss_rows)
+    some = of.parts(effort.tokens)
+    with at_step(shortest.step):
+        return {"ensemble": to_json(measure_ensemble(members, rows, some, lengths, of.watch))}
+
+
+def show(about: dict[str, Any], results: dict[str, Any], json_: bool) -> None:
+    """Results on stdout, under what they are of."""
+    if json_ and results:
+        print_json({**about, **results})
+    elif results:
+        of = about.get("run") or " + ".join(about["ensemble"])
+        step = f", step {about['step']}" if "step" in about else ""
+        print(f"{visible(of)}{step}, {visible(about['split'])}:")
+        print_results(results)

@@ -128,6 +128,18 @@ def mc_dropout(
     watch: Callable[[Iterable[int], str], Iterable[int]] = lambda work, _: work,
 ) -> dict[str, Any]:
     """Loss of predictions averaged over passes with dropout on, beside the plain prediction."""
+    return average_passes(sum_passes(model, batches, run, passes, watch), passes)
+
+
+def sum_passes(
+    model: GPT,
+    batches: Sequence[Batch],
+    run: RunConfig,
+    passes: Sequence[int],
+    watch: Callable[[Iterable[int], str], Iterable[int]],
+) -> dict[str, Floats]:
+    """Sums per row: targets, nats of the plain prediction (`deterministic`) and of the mean of so
+    many passes (`1`, `2` ...), entropies."""
     torch.manual_seed(key(run.seed, "mc-dropout") >> 1)  # for native masks only
     device = model.token_embedding.weight.device
     sums: dict[str, list[Tensor]] = {}
@@ -151,7 +163,7 @@ def mc_dropout(
     found = {name: torch.cat(parts).numpy() for name, parts in sums.items()}
     if not all(np.isfinite(values).all() for values in found.values()):
         raise DivergedError("probabilities are not finite")
-    return average_passes(found, passes)
+    return found
 
 
 def predict(

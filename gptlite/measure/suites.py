@@ -35,6 +35,7 @@ from gptlite.errors import ConfigError, DataError, add_step_to_errors
 from gptlite.measure import calibration, importance, knockout
 from gptlite.measure.intervals import Floats
 from gptlite.measure.knockout import ABLATIONS, KINDS, Subject
+from gptlite.measure.memorisation import memorisation
 from gptlite.terminal import wants_bar
 from gptlite.words import did_you_mean
 
@@ -57,12 +58,14 @@ class Effort(NamedTuple):
     """Random masks per fraction, and sets of units for the backup ratio."""
     passes: tuple[int, ...]
     """With dropout on, averaged."""
+    windows: int
+    """Of each split that are tried for being known by heart."""
     loss_rows: int | None = None
     """On which the loss is measured, spread over the split; None: all."""
 
 
-FULL = Effort(4096, 2048, (0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1), 20, (1, 2, 5, 10, 20, 50))
-FAST = Effort(2048, 384, (0, 0.1, 0.3, 0.5, 1), 8, (1, 2, 5, 10, 20), MOST_ROWS)
+FULL = Effort(4096, 2048, (0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1), 20, (1, 2, 5, 10, 20, 50), 256)
+FAST = Effort(2048, 384, (0, 0.1, 0.3, 0.5, 1), 8, (1, 2, 5, 10, 20), 64, MOST_ROWS)
 
 
 class Measurement:
@@ -123,6 +126,11 @@ class Measurement:
             return batch
         real = None if batch.real is None else batch.real[half::2]
         return Batch(batch.inputs[half::2], batch.targets[half::2], real)
+
+    def parts(self, tokens: int) -> list[Batch]:
+        """About this many tokens in rows spread over the split, as many at once as fit."""
+        batch, at_once = self.spread_rows(tokens), self.rows_at_once
+        return [batch.part(i, i + at_once) for i in range(0, len(batch.inputs), at_once)]
 
     @cached_property
     def subject(self) -> Subject:
@@ -245,9 +253,15 @@ def measure_importance(of: Measurement) -> dict[str, Any]:
 def measure_mc_dropout(of: Measurement) -> dict[str, Any]:
     if not planned_sites(of.model):
         return {"note": "this model has no dropout to keep on"}
-    batch, at_once = of.spread_rows(of.effort.tokens), of.rows_at_once
-    parts = [batch.part(i, i + at_once) for i in range(0, len(batch.inputs), at_once)]
+    parts = of.parts(of.effort.tokens)
     return calibration.mc_dropout(of.model, parts, of.run, of.effort.passes, of.watch)
+
+
+def measure_memorisation(of: Measurement) -> dict[str, Any]:
+    if of.split not in ("val", "train"):
+        return {"note": "compares the training text with the validation text, not with another"}
+    train, val = (of.files().tokens(split) for split in ("train", "val"))
+    return memorisation(of.trained, train, val, of.effort.windows, of.watch)
 
 
 SUITES: dict[str, Callable[[Measurement], dict[str, Any]]] = {
@@ -255,6 +269,7 @@ SUITES: dict[str, Callable[[Measurement], dict[str, Any]]] = {
     "calibration": measure_calibration,
     "knockout": measure_knockout,
     "importance": measure_importance,
+    "memorisation": measure_memorisation,
     "mc-dropout": measure_mc_dropout,
 }
 
