@@ -17,9 +17,9 @@ from gptlite.cli.options import (
 )
 from gptlite.cli.printing import print_json, print_results, print_texts, tell_notes
 from gptlite.distributed.torchrun import join_ranks
-from gptlite.errors import ConfigError, at_step
+from gptlite.errors import ConfigError, add_step_to_errors
 from gptlite.terminal import user_errors
-from gptlite.words import visible
+from gptlite.words import escape_controls
 
 
 def choose_runs(runs: list[str] | None, ensemble: bool, run: str | None) -> list[Path]:
@@ -124,7 +124,7 @@ def generate(
             talk(make_generation, options, seed)
             return
         generation = make_generation(prompts or [""], options, seed=seed, num_samples=num_samples)
-        with at_step(first.state.step):
+        with add_step_to_errors(first.state.step):
             if json_:
                 names = [str(directory) for directory in directories]
                 of = {"ensemble": names} if ensemble else {"run": names[0]}
@@ -231,7 +231,7 @@ def evaluate_ensemble(
     lengths = byte_lengths(shortest.tokenizer, of.files().meta["splits"][of.part])
     rows = of.sweep(of.rows, "ensemble", effort.loss_rows)
     some = of.parts(effort.tokens)
-    with at_step(shortest.step):
+    with add_step_to_errors(shortest.step):
         return {"ensemble": to_json(measure_ensemble(members, rows, some, lengths, of.watch))}
 
 
@@ -242,5 +242,5 @@ def show(about: dict[str, Any], results: dict[str, Any], json_: bool) -> None:
     elif results:
         of = about.get("run") or " + ".join(about["ensemble"])
         step = f", step {about['step']}" if "step" in about else ""
-        print(f"{visible(of)}{step}, {visible(about['split'])}:")
+        print(f"{escape_controls(of)}{step}, {escape_controls(about['split'])}:")
         print_results(results)

@@ -119,7 +119,6 @@ def calibration_error(sums: Floats) -> dict[str, Any]:
     }
 
 
-@torch.no_grad()
 def mc_dropout(
     model: GPT,
     batches: Sequence[Batch],
@@ -131,6 +130,7 @@ def mc_dropout(
     return average_passes(sum_passes(model, batches, run, passes, watch), passes)
 
 
+@torch.no_grad()
 def sum_passes(
     model: GPT,
     batches: Sequence[Batch],
