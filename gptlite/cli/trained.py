@@ -138,7 +138,7 @@ def evaluate(
     run: RunOption = None,
     ensemble: Ensembled = False,
     split: Annotated[
-        str, typer.Option(help="val, train, or text: what data.source takes.")
+        str, typer.Option(help="val, train, test, or text: what data.source takes.")
     ] = "val",
     suite: Annotated[
         list[str] | None,
@@ -228,7 +228,7 @@ def evaluate_ensemble(
     own = shortest.run, shortest.tokenizer, split, shortest.state.data_digest
     effort = FAST if fast else FULL
     of = Measurement(shortest, split, partial(open_split, *own), effort=effort)
-    lengths = byte_lengths(shortest.tokenizer, of.files().meta["splits"][of.part])
+    lengths = byte_lengths(shortest.tokenizer, of.files().counts(of.part))
     rows = of.sweep(of.rows, "ensemble", effort.loss_rows)
     some = of.parts(effort.tokens)
     with add_step_to_errors(shortest.step):

@@ -43,6 +43,8 @@ def contradictions(run: RunConfig) -> Iterator[tuple[str, str]]:
     if isinstance(train.micro_batch_size, int) and train.micro_batch_size > train.batch_size:
         why = f"{train.micro_batch_size} is above train.batch_size {train.batch_size}"
         yield "train.micro_batch_size", why
+    if run.data.train_from == "seed" and run.data.train_tokens is None:
+        yield "data.train_from", "seed means nothing without data.train_tokens: all text is taken"
     yield from needs_known_end(run)
     for key, problem in dropout_contradictions(run.dropout, model.n_layer):
         yield f"dropout.{key}", problem

@@ -60,6 +60,12 @@ class DataConfig(Section):
     train_tokens: Annotated[int, Field(ge=2, lt=2**40)] | None = None
     """Train on the first so many tokens of the training split only; null: all of it. Validation
     text and vocabulary stay the same, so what less data does can be compared."""
+    train_from: Literal["first", "seed"] = "first"
+    """Where `train_tokens` are taken. first: at the beginning of the training split; seed: at a
+    place that the run's seed names, so that runs of several seeds also differ by their text."""
+    test_share: float = Field(0.0, ge=0, lt=1)
+    """Share of the validation text, its last, that is kept out of every decision of a run (the best
+    checkpoint, early stopping) and measured by `gptlite eval --split test`."""
     cache_dir: str = Field("data/cache", min_length=1)
     """Folder for token files and downloads, named by content."""
 

@@ -45,6 +45,7 @@ from gptlite.data.tokenizers import Tokenizer
 from gptlite.data.unknown import tell_lost
 from gptlite.digests import FileStates, digests_of, file_states, require_unchanged
 from gptlite.errors import ConfigError, DataError, StorageError
+from gptlite.keys import key
 from gptlite.terminal import tell
 
 FORMAT, EARLIER_FORMAT = 3, 2
@@ -76,7 +77,18 @@ def prepare(run: RunConfig, own: Tokenizer | None = None, trained_on: str = "") 
             )
     else:
         own = None
-    return replace(find_or_make(run, own, trained_on), train_tokens=run.data.train_tokens)
+    return take_asked(find_or_make(run, own, trained_on), run)
+
+
+def take_asked(files: TokenFiles, run: RunConfig) -> TokenFiles:
+    """Of the tokens, those that the run asks for."""
+    data, seed = run.data, key(run.seed, "train_from")
+    return replace(
+        files,
+        train_tokens=data.train_tokens,
+        train_key=seed if data.train_from == "seed" and data.train_tokens is not None else None,
+        test_share=data.test_share,
+    )
 
 
 def open_split(run: RunConfig, built: Tokenizer, split: str, trained_on: str = "") -> TokenFiles:
@@ -85,13 +97,17 @@ def open_split(run: RunConfig, built: Tokenizer, split: str, trained_on: str = "
     `val` and `train` are of the run's own data. Whatever else data.source may name becomes token
     files in the same way, with all of it in the validation split.
     """
-    if split in SPLITS:
+    if split == "test" and not run.data.test_share:
+        raise ConfigError(
+            "--split test: this run keeps none; data.test_share says how much to keep"
+        )
+    if split in (*SPLITS, "test"):
         files = prepare(run, built, trained_on)
         if trained_on and files.digest != trained_on:
             tell("data.source: not the text this run was trained on: val may have been seen")
         return files
     if not split or split.startswith("https://"):
-        raise ConfigError(f"--split {split}: expected val, train, a file, a folder or a glob")
+        raise ConfigError(f"--split {split}: expected val, train, test, a file, a folder or a glob")
     all_of_it = {"val_source": None, "val_fraction": 1.0, "split_by": "tail", "train_tokens": None}
     data = run.data.model_copy(update={"source": split, "sha256": None, **all_of_it})
     try:
@@ -117,7 +133,7 @@ def find_or_make(run: RunConfig, own: Tokenizer | None, trained_on: str = "") ->
     earlier = cache / cache_key(run, listing, own, EARLIER_FORMAT)
     if trained_on and (earlier / "meta.json").is_file():
         found = open_token_files(earlier)
-        if replace(found, train_tokens=run.data.train_tokens).digest == trained_on:
+        if take_asked(found, run).digest == trained_on:
             return found
     for about in listing[len(to_train) :]:
         about["split"] = "val"

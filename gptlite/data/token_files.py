@@ -76,22 +76,40 @@ class TokenFiles:
     tokenizer: Tokenizer
     train_tokens: int | None = None
     """How many of the training split's tokens count; None: all."""
+    train_key: int | None = None
+    """Says where among the tokens of the training split these begin; None: at the first."""
+    test_share: float = 0.0
+    """Of the validation split's tokens, the last ones, that are the split `test` instead."""
 
-    def n_tokens(self, split: str) -> int:
-        """Tokens of a split that count. Raises DataError if there are fewer than asked for."""
-        n: int = self.meta["splits"][split]["tokens"]
-        if split != "train" or self.train_tokens is None:
-            return n
-        if self.train_tokens > n:
+    def counts(self, split: str) -> dict[str, Any]:
+        """What meta.json says of a split, or of the one that `test` is cut from."""
+        about: dict[str, Any] = self.meta["splits"]["val" if split == "test" else split]
+        return about
+
+    def span(self, split: str) -> tuple[int, int]:
+        """Where the tokens of a split begin in its files, and how many there are.
+
+        Raises DataError if there are fewer than asked for. A document that is cut is in no row.
+        """
+        n: int = self.counts(split)["tokens"]
+        if split != "train":
+            n_test = round(n * self.test_share)
+            return (n - n_test, n_test) if split == "test" else (0, n - n_test)
+        wanted = n if self.train_tokens is None else self.train_tokens
+        if wanted > n:
             raise DataError(
                 f"data.train_tokens: the training split has {n} tokens (got {self.train_tokens})"
             )
-        return self.train_tokens
+        return (0 if self.train_key is None else self.train_key % (n - wanted + 1), wanted)
+
+    def n_tokens(self, split: str) -> int:
+        """Tokens of a split that count. Raises DataError if there are fewer than asked for."""
+        return self.span(split)[1]
 
     def files(self, split: str) -> list[tuple[Path, dict[str, Any]]]:
         """The files of a split in their order, with what meta.json says of each."""
         if "parts" not in self.meta:
-            return [(self.folder / f"{split}.bin", self.meta["splits"][split])]
+            return [(self.folder / f"{split}.bin", self.counts(split))]
         return [
             (self.folder / part_folder_name(number) / f"{split}.bin", part[split])
             for number, part in enumerate(self.meta["parts"])
@@ -99,21 +117,24 @@ class TokenFiles:
 
     def tokens(self, split: str) -> Tokens:
         """The ids of a split, mapped if large. Raises DataError if there are too few to learn."""
-        n = self.n_tokens(split)
+        begin, n = self.span(split)
         if n < 2:
+            more = "data.val_fraction" if split != "test" else "data.test_share"
             raise DataError(
-                f"data.source: {split} has {n} tokens, needs >= 2; give more text, or change "
-                f"data.val_fraction"
+                f"data.source: {split} has {n} tokens, needs >= 2; give more text, or change {more}"
             )
         dtype, left = token_dtype(self.meta["vocab_size"]), n
         mapped = n * dtype.itemsize > READ_WHOLE_BYTES
         parts = []
-        for path, about in self.files(split):
-            count = min(left, about["tokens"])
-            if count:
-                whole = np.memmap(path, dtype, "r")[:count] if mapped else None
-                parts.append(np.fromfile(path, dtype, count) if whole is None else whole)
-            left -= count
+        for path, about in self.files("val" if split == "test" else split):
+            skipped = min(begin, about["tokens"])
+            count = min(left, about["tokens"] - skipped)
+            if count and mapped:
+                parts.append(np.memmap(path, dtype, "r")[skipped : skipped + count])
+            elif count:
+                offset = skipped * dtype.itemsize
+                parts.append(np.fromfile(path, dtype, count, offset=offset))
+            begin, left = begin - skipped, left - count
         return parts[0] if len(parts) == 1 else JoinedTokens(parts)
 
     def rows(self, split: str, context_length: int) -> Layout:
@@ -126,8 +147,11 @@ class TokenFiles:
     def digest(self) -> str:
         """Names the content: equal digests mean equal training."""
         splits = self.meta["splits"]
+        begin = self.span("train")[0]
         part = "" if self.train_tokens is None else f"-{self.train_tokens}"
-        sums = f"{splits['train']['sha256']}{part}-{splits['val']['sha256']}"
+        part += f"@{begin}" if begin else ""
+        test = f"-{self.test_share:g}" if self.test_share else ""
+        sums = f"{splits['train']['sha256']}{part}-{splits['val']['sha256']}{test}"
         return f"{self.meta['layout']}-{sums}"
 
 

@@ -101,7 +101,7 @@ class Measurement:
 
     @property
     def part(self) -> str:
-        return "train" if self.split == "train" else "val"
+        return self.split if self.split in ("train", "test") else "val"
 
     @cached_property
     def rows_at_once(self) -> int:
@@ -155,7 +155,7 @@ class Measurement:
 
 def measure_loss(of: Measurement) -> dict[str, Any]:
     """Loss over the split, and the generalisation gap: dropout off on both sides."""
-    rows, counts = of.rows, of.files().meta["splits"][of.part]
+    rows, counts = of.rows, of.files().counts(of.part)
     lengths = byte_lengths(of.trained.tokenizer, counts)
 
     def measure_rows(rows: Layout, active: bool, limit: int | None = None) -> Measured:
@@ -170,7 +170,7 @@ def measure_loss(of: Measurement) -> dict[str, Any]:
     if "unknown_bytes" in counts:
         more["unknown_bytes"] = counts["unknown_bytes"]
     gap = {}
-    if of.split == "val" and not of.dropout_active:
+    if of.split in ("val", "test") and not of.dropout_active:
         train = of.files().rows("train", of.trained.context_length)
         plain = measure_rows(train, False, TRAIN_SUBSET_ROWS).loss
         dropped = measure_rows(train, True, TRAIN_SUBSET_ROWS).loss
@@ -258,9 +258,10 @@ def measure_mc_dropout(of: Measurement) -> dict[str, Any]:
 
 
 def measure_memorisation(of: Measurement) -> dict[str, Any]:
-    if of.split not in ("val", "train"):
+    if of.split not in ("val", "train", "test"):
         return {"note": "compares the training text with the validation text, not with another"}
-    train, val = (of.files().tokens(split) for split in ("train", "val"))
+    held_out = "val" if of.split == "train" else of.split
+    train, val = (of.files().tokens(split) for split in ("train", held_out))
     return memorisation(of.trained, train, val, of.effort.windows, of.watch)
 
 
@@ -317,7 +318,7 @@ def to_json(value: Any) -> Any:
 
 def label(split: str) -> str:
     """A split in the name of a file: a source's own name is cut, and its path told by a digest."""
-    if split in ("val", "train"):
+    if split in ("val", "train", "test"):
         return split
     path = split if "://" in split else os.path.realpath(os.path.expanduser(split))
     digest = hashlib.sha256(path.encode(errors="surrogatepass")).hexdigest()[:8]
