@@ -218,21 +218,14 @@ def evaluate_ensemble(
     directories: list[Path], checkpoint: str, split: str, fast: bool
 ) -> dict[str, Any]:
     """Results by suite, of several models as one."""
-    from gptlite.core.evaluate import byte_lengths
     from gptlite.data.prepare import open_split
-    from gptlite.measure.ensemble import measure_ensemble
-    from gptlite.measure.suites import FAST, FULL, Measurement, to_json
+    from gptlite.measure.ensemble import run_ensemble
+    from gptlite.measure.suites import FAST, FULL
 
     members = load_members(directories, checkpoint)
-    shortest = min(members, key=lambda member: member.context_length)
-    own = shortest.run, shortest.tokenizer, split, shortest.state.data_digest
-    effort = FAST if fast else FULL
-    of = Measurement(shortest, split, partial(open_split, *own), effort=effort)
-    lengths = byte_lengths(shortest.tokenizer, of.files().counts(of.part))
-    rows = of.sweep(of.rows, "ensemble", effort.loss_rows)
-    some = of.parts(effort.tokens)
-    with add_step_to_errors(shortest.step):
-        return {"ensemble": to_json(measure_ensemble(members, rows, some, lengths, of.watch))}
+    first = members[0]
+    files = partial(open_split, first.run, first.tokenizer, split, first.state.data_digest)
+    return {"ensemble": run_ensemble(members, split, files, FAST if fast else FULL)}
 
 
 def show(about: dict[str, Any], results: dict[str, Any], json_: bool) -> None:

@@ -14,18 +14,36 @@ from torch import Tensor
 
 from gptlite.core.dropout import evaluating, planned_sites
 from gptlite.core.ensemble import MEANS, combine
+from gptlite.core.evaluate import byte_lengths
 from gptlite.core.language_model import LanguageModel
 from gptlite.core.loss import nats_of
 from gptlite.core.model import to_device
 from gptlite.core.precision import precision
 from gptlite.data.batches import IGNORED, Batch
+from gptlite.data.token_files import TokenFiles
 from gptlite.data.tokenizers import digest
-from gptlite.errors import ConfigError, DivergedError
+from gptlite.errors import ConfigError, DivergedError, add_step_to_errors
 from gptlite.measure.calibration import sum_passes
 from gptlite.measure.intervals import Floats, mean_per_target, ratio
+from gptlite.measure.suites import Effort, Measurement, to_json
 
 NAME = "ensemble rows"
 """Of the resamples of rows."""
+
+
+def run_ensemble(
+    members: Sequence[LanguageModel], split: str, files: Callable[[], TokenFiles], effort: Effort
+) -> dict[str, Any]:
+    """What several models are worth as one on a split that `files` opens, as JSON has it."""
+    check_members(members)
+    shortest = min(members, key=lambda member: member.context_length)
+    of = Measurement(shortest, split, files, effort=effort)
+    lengths = byte_lengths(shortest.tokenizer, of.files().counts(of.part))
+    rows = of.sweep(of.rows, "ensemble", effort.loss_rows)
+    some = of.parts(effort.tokens)
+    with add_step_to_errors(shortest.step):
+        found: dict[str, Any] = to_json(measure_ensemble(members, rows, some, lengths, of.watch))
+    return found
 
 
 def check_members(members: Sequence[LanguageModel]) -> None:

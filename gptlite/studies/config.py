@@ -77,10 +77,14 @@ class StudyConfig(Section):
     """Seeds of each point; runs with the same seed have the same weights, data order and masks."""
     evaluate: Suites = ("loss",)
     """Suites of `gptlite eval` for every run."""
+    split: Literal["val", "test"] = "val"
+    """What they are measured on: val, or test where data.test_share keeps some text for it."""
     fast: bool = False
     """Evaluate as `gptlite eval --fast` does."""
     checkpoints: Checkpoints = ("best",)
     """Which checkpoints are evaluated; metrics of a second one begin with its name and a dot."""
+    ensembles: bool = False
+    """Also measure the best checkpoints of each point as one model: metrics `ensemble.*`."""
     baseline: str | Values | None = None
     """What the others are compared with: the name of a point, or axes with their values (all other
     axes stay as they are); null: the first value of the last axis."""
@@ -136,7 +140,8 @@ class Study:
         """How finished runs are measured; runs that were measured otherwise are measured again."""
         config = self.config
         effort = " fast" if config.fast else ""
-        return f"{','.join(config.evaluate)}{effort} of {','.join(config.checkpoints)}"
+        where = "" if config.split == "val" else f" on {config.split}"
+        return f"{','.join(config.evaluate)}{effort} of {','.join(config.checkpoints)}{where}"
 
     @property
     def baseline(self) -> Values:
@@ -313,7 +318,9 @@ def check_runs(study: Study) -> None:
     problems: dict[str, None] = {}
     for coordinates in grid_coordinates(axes):
         try:
-            study.job(study.point(coordinates), study.config.seeds[0])
+            job = study.job(study.point(coordinates), study.config.seeds[0])
+            if study.config.split == "test" and not job.run.data.test_share:
+                problems["split: test, but data.test_share keeps no text for it"] = None
         except ConfigError as error:
             problems |= dict.fromkeys(error.problems)
     if problems:

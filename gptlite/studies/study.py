@@ -33,6 +33,7 @@ from gptlite.runs.results import (
 )
 from gptlite.studies.comparison import mark_above_noise, mean_over_seeds, paired_difference
 from gptlite.studies.config import Job, Study, load_study
+from gptlite.studies.ensembles import ensemble_metrics, measure_ensembles
 from gptlite.studies.queue import Queue
 from gptlite.terminal import format_duration, leave_when_terminated, user_errors
 from gptlite.words import escape_controls
@@ -61,6 +62,8 @@ def run_study(path: Path, folder: Path, workers: int, url: str | None) -> dict[s
             take_runs(study, queue, threads)
         else:
             run_workers(workers, path, folder, url, threads)
+        if study.config.ensembles:
+            measure_ensembles(study, folder, queue.records())
         found, busy = write_results(queue), queue.busy_workers()
     for worker, count in busy.items():
         told = f"{study.name}: {worker or 'another worker'} is still at {count} of the trials; once"
@@ -207,13 +210,14 @@ def measure_run(study: Study, directory: Path) -> dict[str, Any]:
     # What training says of the whole split can be compared with it.
     effort = suites.FAST._replace(loss_rows=None) if study.config.fast else suites.FULL
     first, *others = study.config.checkpoints
+    split = study.config.split
     found: dict[str, Any] = {}
     for which in (first, *others):
         trained = load_trained(directory, which)
         before = trained.state.data_digest
-        files = partial(open_split, trained.run, trained.tokenizer, "val", before)
-        results = suites.run_suites(trained, "val", study.config.evaluate, files, effort=effort)
-        suites.save_results(directory, "val", trained.state.step, results, False)
+        files = partial(open_split, trained.run, trained.tokenizer, split, before)
+        results = suites.run_suites(trained, split, study.config.evaluate, files, effort=effort)
+        suites.save_results(directory, split, trained.state.step, results, False)
         found |= results if which == first else {which: results}
     return found
 
@@ -249,12 +253,12 @@ def numbers(results: dict[str, Any]) -> Iterator[tuple[str, float]]:
 def write_results(queue: Queue) -> dict[str, Any]:
     """study.json as of now."""
     with queue.lock():
-        found = results(queue.study, queue.records())
+        found = results(queue.study, queue.records(), queue.folder)
         storage.write_json(queue.folder / "study.json", found)
     return found
 
 
-def results(study: Study, records: list[Record]) -> dict[str, Any]:
+def results(study: Study, records: list[Record], folder: Path) -> dict[str, Any]:
     """All that is known: runs, points over their seeds, and points against their baseline."""
     search = study.config.search == "tpe"
     known = {record["name"] for record in records}
@@ -263,6 +267,7 @@ def results(study: Study, records: list[Record]) -> dict[str, Any]:
     if not search:
         points = {job.point.label: job.point.coordinates for job in study.jobs}
     done = [record for record in records if record["state"] == "done"]
+    together = ensemble_metrics(study, folder, records) if study.config.ensembles else {}
     return {
         "name": study.name,
         "base": study.config.base,
@@ -277,7 +282,12 @@ def results(study: Study, records: list[Record]) -> dict[str, Any]:
         "metrics": list(dict.fromkeys(name for record in done for name in record["metrics"])),
         "runs": [*records, *map(missing_record, missing)],
         "points": [
-            {"label": label, "point": point, "metrics": summary(metrics_by_seed(done, label))}
+            {
+                "label": label,
+                "point": point,
+                "metrics": summary(metrics_by_seed(done, label))
+                | of_one(together.get(label, {}), "ensemble."),
+            }
             for label, point in points.items()
         ],
         "comparisons": comparisons(study, points, done),
@@ -309,6 +319,11 @@ def summary(of_point: dict[int, dict[str, float]]) -> dict[str, Any]:
         name: mean_over_seeds([metrics[name] for metrics in of_point.values() if name in metrics])
         for name in names
     }
+
+
+def of_one(result: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """Metrics of what there is one of for all seeds."""
+    return {prefix + name: mean_over_seeds([value]) for name, value in numbers(result)}
 
 
 def comparisons(study: Study, points: dict[str, Any], done: list[Record]) -> list[dict[str, Any]]:
