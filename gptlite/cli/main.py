@@ -107,6 +107,10 @@ def train(
             add_report(directory, tell)
 
 
+app.command(epilog=examples("generate"))(generate)
+app.command(name="eval", epilog=examples("eval"))(evaluate)
+
+
 @app.command(epilog=examples("prepare"))
 def prepare(
     config: ConfigFiles,
@@ -219,8 +223,6 @@ def report(
         print(escape_controls(str(page.write_page(sources or [latest_run()], out))))
 
 
-app.command(epilog=examples("generate"))(generate)
-app.command(name="eval", epilog=examples("eval"))(evaluate)
 app.command(epilog=examples("export"))(export)
 app.command(name="import", epilog=examples("import"))(import_)
 

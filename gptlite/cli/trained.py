@@ -168,17 +168,19 @@ def evaluate(
 
     An ensemble's loss is printed only."""
     with user_errors(verbose), join_ranks() as world:
-        names = world.broadcast(lambda: list(map(str, choose_runs(runs, ensemble, run))))
+        from gptlite.distributed.agreement import agree
+
+        directories = agree(world, list[Path], lambda: choose_runs(runs, ensemble, run))
         if ensemble:
             if world.size > 1 or suite or tasks or dropout_active:
                 raise ConfigError("--ensemble: measures the loss, in one process; no --suite")
-            results = evaluate_ensemble([*map(Path, names)], checkpoint, split, fast)
-            show({"ensemble": names, "split": split}, results, json_)
+            results = evaluate_ensemble(directories, checkpoint, split, fast)
+            show({"ensemble": list(map(str, directories)), "split": split}, results, json_)
             return
-        directory = Path(names[0])
+        directory = directories[0]
         from gptlite.data.prepare import open_split
         from gptlite.measure import suites
-        from gptlite.runs.trained import load_alike
+        from gptlite.runs.trained import load_on_all_ranks
 
         asked = split_commas(",".join(suite or ["loss"]))
         own_suites = suites.choose_suites(name for name in asked if name != "lm-eval")

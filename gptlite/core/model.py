@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from gptlite.config.dropout import DropoutConfig
 from gptlite.config.run import ModelConfig, RunConfig
 from gptlite.core.dropout import Dropout, SiteMaker, site_maker
-from gptlite.core.kernels import Linear, causal_attention, fits, gelu, read, reads_one
+from gptlite.core.kernels import Linear, can_read_cache, causal_attention, fits, gelu, read_cache
 from gptlite.core.loss import Lesson, total_lesson, total_nats
 from gptlite.core.masks import MaskKeys, mask_keys
 from gptlite.data.batches import Batch

@@ -5,7 +5,7 @@ functions of (seed, step), so nothing else has to be remembered for an exact res
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
@@ -22,7 +22,6 @@ from gptlite.core.dropout import (
     set_strength,
     strength_at,
 )
-from gptlite.core.ensemble import Ensemble
 from gptlite.core.loss import Lesson
 from gptlite.core.masks import sample_keys
 from gptlite.core.model import GPT, to_device
@@ -36,6 +35,10 @@ from gptlite.keys import key
 
 MOST_SKIPPED, SKIP_WINDOW = 10, 1000
 """Updates that `train.on_nonfinite: skip` may skip, in so many."""
+
+
+Teacher = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
+"""Inputs and which of them are real → logits (B, T, V) to learn from."""
 
 
 class Update(NamedTuple):
@@ -77,7 +80,7 @@ class Trainer:
         rows: Layout,
         vocab_size: int,
         world: World = ALONE,
-        teacher: Ensemble | None = None,
+        teacher: Teacher | None = None,
     ) -> None:
         """`teacher` is what the run learns from besides the text, on its device."""
         self.run, self.rows, self.world = run, rows, world
