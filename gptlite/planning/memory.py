@@ -83,6 +83,8 @@ def logit_bytes(run: RunConfig, vocab_size: int, tokens: int) -> int:
     bytes a logit in float32, 2 to 4 in bfloat16; `scripts/gpu_check memory` measures a GPU).
     In parts: a few blocks, with those of an evaluation, and the gradient of the output matrix.
     """
+    if n_teachers := len(run.distill.teachers):  # all logits of each, and of the student four times
+        return (24 + 8 * n_teachers) * vocab_size * tokens
     if run.compile is True or 4 * vocab_size * tokens <= PART_BYTES:
         return 10 * vocab_size * tokens
     return 6 * PART_BYTES + 4 * vocab_size * run.model.n_embd
@@ -96,6 +98,8 @@ def training_bytes(
     tokens = rows * model.context_length
     weights = weight_bytes(run, vocab_size, ranks)
     logits = logit_bytes(run, vocab_size, tokens)
+    # Of teachers only their number is known here: they count as if they were as large.
+    weights += 4 * len(run.distill.teachers) * model.n_parameters(vocab_size)
     blocks = model.n_layer * block_bytes(run)
     if recompute:
         blocks = 4 * model.n_layer * model.n_embd + 2 * block_bytes(run)

@@ -1,5 +1,6 @@
 """What a run would do, without doing it: sizes, cost, memory, choices, and every dropout site."""
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -144,6 +145,7 @@ def summary_lines(run: RunConfig, plan: dict[str, Any]) -> list[str]:
         f"plan: {plan['steps']} updates of {update} = {plan['epochs']:.2f} epochs, "
         f"{format_number(plan['flops'])}FLOP",
     ]
+    lines += extra_lines(run, plan["steps"])
     if plan["ranks"] > 1:
         each = f"{plan['sequences_per_rank']} sequences of an update"
         lines.append(f"ranks: {plan['ranks']}, each with {each}")
@@ -158,6 +160,24 @@ def summary_lines(run: RunConfig, plan: dict[str, Any]) -> list[str]:
             f"untrained: texts are continued from their last {reached} tokens at most"
         )
     return lines
+
+
+def extra_lines(run: RunConfig, max_steps: int) -> Iterator[str]:
+    """What is not as in most runs."""
+    optim, train, distill = run.optim, run.train, run.distill
+    if optim.weight_decay_schedule != "constant":
+        yield f"weight decay: {optim.weight_decay:g}, {optim.weight_decay_schedule}"
+    if train.average == "ema":
+        half_life = run.half_life(max_steps)
+        yield (
+            f"average: of the weights, half-life {half_life:.3g} updates; it is what is evaluated, "
+            "saved and generated from"
+        )
+    if distill.teachers:
+        each = ", ".join(distill.teachers)
+        yield f"teachers: {each}: {distill.weight:.0%} of the loss (T = {distill.temperature:g})"
+    if train.max_minutes is not None:
+        yield f"time: at most {train.max_minutes:g} minutes"
 
 
 def plan_table(run: RunConfig, plan: dict[str, Any]) -> list[str]:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import Field, ValidationError, field_validator
 from safetensors import SafetensorError
@@ -76,6 +76,12 @@ class RunState(Section):
     """Positions that training has reached, of those that are learned; None: all of them."""
     loss_scale: Scale | None = None
     """Of a run that is, or was before it went on elsewhere, in float16."""
+    tail: Annotated[tuple[int, int], Field(strict=False)] | None = None
+    """Where a clock let the learning rate begin to fall, and the run end (train.max_minutes)."""
+    wall_seconds: float = 0.0
+    """Of the run so far, evaluations and checkpoints included."""
+    teachers: dict[str, str] = {}
+    """sha256 of the weights of those that the run learns from."""
     pending: dict[str, float | int | None] | None
     """The row of metrics of this step, if a signal came before its evaluation was done."""
     data_digest: str
@@ -356,5 +362,7 @@ def restore(trainer: Trainer, found: Checkpoint) -> None:
     names = FILES if trainer.average is None else (*FILES, RAW)
     read = read_tensors if trainer.world.first else lambda _: {}
     tensors = {name: read(path / name) for name in names}
-    progress = Progress(state.step, state.skipped, state.loss_scale, state.trained_length)
+    before = (state.config.get("train") or {}).get("max_minutes")
+    tail = state.tail if before == trainer.run.train.max_minutes else None
+    progress = Progress(state.step, state.skipped, state.loss_scale, state.trained_length, tail)
     trainer.restore(tensors, progress, path)

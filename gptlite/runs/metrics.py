@@ -167,5 +167,8 @@ class Console:
     def advance(self) -> None:
         self.bar.update(1)
 
+    def set_total(self, total: int) -> None:
+        self.total = self.bar.total = total
+
     def close(self) -> None:
         self.bar.close()

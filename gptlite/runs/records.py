@@ -20,6 +20,9 @@ class NoRecords:
     def advance(self) -> None:
         """One update more."""
 
+    def set_total(self, total: int) -> None:
+        """The run will end at this update."""
+
     def write_row(self, step: int, row: dict[str, Any], val_loss: float | None) -> None:
         """A row of metrics."""
 
@@ -58,6 +61,9 @@ class Records(NoRecords):
 
     def advance(self) -> None:
         self.console.advance()
+
+    def set_total(self, total: int) -> None:
+        self.console.set_total(total)
 
     def write_row(self, step: int, row: dict[str, Any], val_loss: float | None) -> None:
         self.metrics.write(row)

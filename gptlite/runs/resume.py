@@ -27,7 +27,7 @@ FREE_TO_CHANGE = (
     *("data.source", "data.val_source", "data.include", "data.sha256", "data.cache_dir"),
     *("train.max_steps", "train.epochs", "train.log_interval", "train.eval_interval"),
     *("train.eval_batches", "train.save_interval", "train.keep_last", "train.early_stop"),
-    *("train.threads", "train.on_nonfinite"),
+    *("train.threads", "train.on_nonfinite", "train.max_minutes"),
 )
 """What a resumed run may change; the data are compared by content."""
 NOTICEABLE = 0.1
@@ -57,6 +57,7 @@ def find_start(
     *,
     strict: bool,
     n_ranks: int,
+    teachers: dict[str, str],
 ) -> Checkpoint | None:
     """Where a run goes on, in a directory that is ours and then clean; None at its beginning.
 
@@ -76,6 +77,12 @@ def find_start(
         checkpoint.check_weights_size(found.path, run.model.n_parameters(files.meta["vocab_size"]))
     if found is not None and found.state.data_digest != files.digest:
         changes.append("data: the text is not the one this run was trained on")
+    if found is not None:
+        changes += [
+            f"distill.teachers: {source}: has other weights than when this run began"
+            for source, sha256 in teachers.items()
+            if found.state.teachers.get(source, sha256) != sha256
+        ]
     if strict and found is not None:
         changes += changed_surroundings(run, found.state.environment, n_ranks)
     if changes:
@@ -137,8 +144,12 @@ def jumps(run: RunConfig, state: RunState, n_rows: int, directory: Path) -> Iter
     """What changes at once where a run goes on towards another last update: schedules span all."""
     before, step = RunConfig.model_validate(state.config), state.step
     old, new = (one.planned_steps(n_rows) for one in (before, run))
+    tail_from, old = state.tail or (None, old)
+    if tail_from is not None and before.train.max_minutes == run.train.max_minutes:
+        return
     spans = f"as its schedule spans {new} updates instead of {old}"
-    was, now = (lr_at(min(step, steps - 1), steps, run.optim) for steps in (old, new))
+    was = lr_at(min(step, old - 1), old, run.optim, tail_from)
+    now = lr_at(min(step, new - 1), new, run.optim)
     if abs(now - was) > NOTICEABLE * was:
         gentle = was or run.optim.lr / 10
         yield (

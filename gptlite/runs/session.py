@@ -3,6 +3,7 @@
 Evaluating, sampling, saving and logging happen between updates and change none of them.
 """
 
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 from gptlite.config.reader import dump
 from gptlite.core.evaluate import TRAIN_SUBSET_ROWS, byte_lengths, eval_rows, measure
 from gptlite.core.generate import Generation
+from gptlite.core.optim import WSD_DECAY
 from gptlite.core.train import MOST_SKIPPED, SKIP_WINDOW, Trainer, Update
 from gptlite.data.batches import Batch
 from gptlite.data.token_files import TokenFiles
@@ -49,6 +51,7 @@ class Session:
         saved: RunState | None,
         interrupts: Interrupts,
         watch: Watch = watch_nothing,
+        teachers: dict[str, str] | None = None,
     ) -> None:
         run = trainer.run
         self.run = run
@@ -84,6 +87,15 @@ class Session:
         self.val_rows = files.rows("val", run.model.context_length)
         self.lengths = byte_lengths(files.tokenizer, files.meta["splits"]["val"])
         self.verified = False
+        self.teachers = teachers or {}
+        self.began = time.perf_counter()
+        self.wall_before = 0.0 if saved is None else saved.wall_seconds
+        self.follow_up_seconds = 0.0
+        """The longest that an evaluation with all that belongs to it took."""
+
+    def wall_seconds(self) -> float:
+        """Of the run so far, evaluations and checkpoints included."""
+        return self.wall_before + time.perf_counter() - self.began
 
     def make_row(self, update: Update) -> dict[str, Any]:
         """What is known of an update before anything is evaluated."""
@@ -157,19 +169,39 @@ class Session:
         if self.stops_early:
             return "early_stop"
         self.meter.resume()
-        for update in trainer.updates(trainer.max_steps):
+        for update in trainer.updates():
             self.meter.count(update.targets)
             self.records.advance()
             if trainer.skipped[-1:] == [update.step]:
                 self.tell_skipped(update)
             if self.is_due(update.step):
                 self.meter.pause()
+                before = time.perf_counter()
                 self.follow_up(self.make_row(update))
+                took = time.perf_counter() - before
+                self.follow_up_seconds = max(self.follow_up_seconds, took)
             self.interrupts.poll()
+            self.plan_end()
             if self.stops_early:
                 return "early_stop"
             self.meter.resume()
         return "max_steps"
+
+    def plan_end(self) -> None:
+        """Let the run end in time, once so much of `train.max_minutes` is over that the tail of its
+        schedule fills the rest. The first rank's clock decides."""
+        minutes, trainer = self.run.train.max_minutes, self.trainer
+        if minutes is None or trainer.tail_from is not None or trainer.step == trainer.max_steps:
+            return
+        spent, last = self.wall_seconds(), 0
+        left = 60 * minutes - self.follow_up_seconds - spent  # the last evaluation, and the sample
+        if left <= WSD_DECAY * (left + spent):
+            updates = max(1, int(left * trainer.step / spent))
+            last = min(trainer.step + updates, trainer.max_steps)
+        if last := self.world.largest(last if self.world.first else 0):
+            trainer.end_at(last)
+            self.records.set_total(last)
+            self.records.say(f"time: ends at step {last}, to be done in {minutes:g} minutes")
 
     def evaluates_at(self, step: int) -> bool:
         return step == self.trainer.max_steps or step % self.run.train.eval_interval == 0
@@ -257,6 +289,9 @@ class Session:
             skipped=trainer.skipped,
             trained_length=trainer.trained_length,
             loss_scale=trainer.scaler.state(),
+            tail=None if trainer.tail_from is None else (trainer.tail_from, trainer.max_steps),
+            wall_seconds=self.wall_seconds(),
+            teachers=self.teachers,
             pending=None if self.pending is None else null_nonfinite(self.pending),
             data_digest=self.files.digest,
             tokenizer_sha256=digest(self.files.tokenizer),

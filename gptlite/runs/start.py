@@ -40,6 +40,7 @@ from gptlite.runs.origin import given_tokenizer, load_run
 from gptlite.runs.resume import find_start, initial_weights, keep_auto
 from gptlite.runs.session import Session, Watch, watch_nothing
 from gptlite.runs.sinks import check_installed
+from gptlite.runs.teachers import Teachers, load_teachers
 from gptlite.runs.trained import load_tokenizer
 
 
@@ -68,6 +69,7 @@ def train(
     initial: tuple[dict[str, Tensor], int | None] = ({}, None)
     if world.first and run.init_from is not None and not resume:
         initial = initial_weights(run)
+    teachers = load_teachers(run, files.tokenizer)
     own = device.shared_precisions(run, world)
     asked = run if stored is None else keep_auto(run, device.adapt(stored, own)[0])
     resolved, reasons = resolve_on_all_ranks(asked, files, world, own)
@@ -77,15 +79,22 @@ def train(
     holding = hold_directory(directory) if world.first else nullcontext()
     with holding, Interrupts(world).catch_signals() as interrupts:
         find = partial(
-            find_start, resolved, stored, directory, files, strict=strict, n_ranks=world.size
+            find_start,
+            resolved,
+            stored,
+            directory,
+            files,
+            strict=strict,
+            n_ranks=world.size,
+            teachers=teachers.digests,
         )
         found = agree(world, Checkpoint | None, find)
-        trainer = make_trainer(resolved, files, found, initial, world)
+        trainer = make_trainer(resolved, files, found, initial, teachers, world)
         plan = make_plan(resolved, trainer.model, files, trainer.rows, reasons, world.size)
         if world.first:
             write_description(trainer.run, files.tokenizer, directory, plan)
         saved = found.state if found else None
-        session = Session(trainer, files, directory, saved, interrupts, watch)
+        session = Session(trainer, files, directory, saved, interrupts, watch, teachers.digests)
         try:
             session.introduce(plan, found, resume)
             return session.work()
@@ -130,11 +139,13 @@ def make_trainer(
     files: TokenFiles,
     found: Checkpoint | None,
     initial: tuple[dict[str, Tensor], int | None],
+    teachers: Teachers,
     world: World,
 ) -> Trainer:
     """At a checkpoint, or at the initial weights that the first rank has, or at the beginning."""
     rows = files.rows("train", run.model.context_length)
-    trainer = Trainer(run, rows, files.meta["vocab_size"], world)
+    teacher = None if teachers.model is None else teachers.model.to(world.device(run))
+    trainer = Trainer(run, rows, files.meta["vocab_size"], world, teacher)
     if found is not None:
         checkpoint.restore(trainer, found)
     elif run.init_from is not None:
