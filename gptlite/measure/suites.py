@@ -58,14 +58,14 @@ class Effort(NamedTuple):
     """Random masks per fraction, and sets of units for the backup ratio."""
     passes: tuple[int, ...]
     """With dropout on, averaged."""
-    windows: int
-    """Of each split that are tried for being known by heart."""
     loss_rows: int | None = None
     """On which the loss is measured, spread over the split; None: all."""
+    windows: int = 256
+    """Of each split that are tried for being known by heart."""
 
 
-FULL = Effort(4096, 2048, (0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1), 20, (1, 2, 5, 10, 20, 50), 256)
-FAST = Effort(2048, 384, (0, 0.1, 0.3, 0.5, 1), 8, (1, 2, 5, 10, 20), 64, MOST_ROWS)
+FULL = Effort(4096, 2048, (0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1), 20, (1, 2, 5, 10, 20, 50))
+FAST = Effort(2048, 384, (0, 0.1, 0.3, 0.5, 1), 8, (1, 2, 5, 10, 20), MOST_ROWS, 64)
 
 
 class Measurement:
