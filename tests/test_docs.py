@@ -62,7 +62,7 @@ def desk(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> Path:
     (folder / "run.yaml").write_text("model: {n_layer: 2.5}\n")
     study = {"base": "tiny.yaml", "axes": {"dropout.rate": [0, 0.3]}, "seeds": [1, 2]}
     (folder / "rates.yaml").write_text(yaml.safe_dump(study))
-    for name in ("quickstart", "NAME", "names"):
+    for name in ("quickstart", "NAME", "names", "a", "b", "c"):
         train(workshop.run(), folder / "runs" / name)
     (folder / "out").mkdir()
     saved(folder / "out", vocab_size=10, bias=False)
@@ -116,7 +116,7 @@ def test_the_examples_of_a_command_run_and_its_help_shows_them(desk: Path, comma
         assert f"  {line}\n" in shown
     if command == "import":
         export_model(load_trained(desk / "runs" / "names", "best"), desk / "names-hf")
-    if command == "report":
+    if command in ("eval", "generate", "report"):
         train(workshop_run(desk), desk / "runs" / "faster")
     for line in EXAMPLES[command]:
         result = CliRunner().invoke(app, shlex.split(line)[1:])

@@ -37,7 +37,9 @@ POINT = "point"
 RESERVED = {"seed": "list them under seeds", "out_dir": "the study names the directories"}
 Values = dict[str, Any]
 Suites = Annotated[
-    tuple[Literal["loss", "calibration", "knockout", "importance", "mc-dropout"], ...],
+    tuple[
+        Literal["loss", "calibration", "knockout", "importance", "memorisation", "mc-dropout"], ...
+    ],
     Field(strict=False),
 ]
 Checkpoints = Annotated[

@@ -99,7 +99,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(trained: Path, tmp_path: Pat
         "from gptlite.runs import session\nold = session.Session.train\n"
         "def train(self):\n"
         "    made = self.trainer.updates\n"
-        "    self.trainer.updates = lambda until: made(4)\n"
+        "    self.trainer.updates = lambda: made(4)\n"
         "    old(self)\n    self.save()\n    raise KeyboardInterrupt\n"
         "session.Session.train = train\n"
         "from gptlite.cli.main import app\n"

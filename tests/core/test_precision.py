@@ -69,7 +69,7 @@ def gradients_of(run: RunConfig) -> torch.Tensor:
     """Those of the first update, as the optimizer gets them."""
     one, found = trainer(run), []
 
-    def look(lr: float) -> None:
+    def look(lr: float, weight_decay: float) -> None:
         found.append(torch.cat([p.grad.flatten() for p in one.parameters if p.grad is not None]))
 
     one.optimizer.step = look  # type: ignore[method-assign]

@@ -218,7 +218,7 @@ def test_only_what_is_done_is_averaged_and_compared(bench: Bench) -> None:
     given_up = [
         {**run, "state": "pruned"} if run["label"] == "rate=0.3" else run for run in records
     ]
-    found = study.results(load_study(path), given_up)
+    found = study.results(load_study(path), given_up, bench.out)
     assert [bool(point["metrics"]) for point in found["points"]] == [True, False]
     assert found["comparisons"] == []
 
