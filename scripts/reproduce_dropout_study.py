@@ -1,7 +1,7 @@
 """Run the studies of docs/dropout-study.md again and write their numbers and figures.
 
     python scripts/reproduce_dropout_study.py                 # everything; goes on after a kill
-    python scripts/reproduce_dropout_study.py --only-tables   # from the study.json there are
+    python scripts/reproduce_dropout_study.py --only-tables   # from the numbers there are
 
 Tables go between the marks in docs/dropout-study.md, figures and every run's numbers beside it.
 """
@@ -19,10 +19,14 @@ from typing import Any
 from gptlite.report import charts
 from gptlite.report.charts import Line
 from gptlite.studies import comparison
+from gptlite.studies.config import load_study
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs" / "dropout-study"
-STUDIES = ("rates", "python_docs", "redundancy", "placement", "weights_or_context")
+STUDIES = (
+    *("rates", "python_docs", "redundancy", "placement", "weights_or_context"),
+    *("annealed", "decay"),
+)
 KINDS = ("head", "neuron", "layer", "dimension")
 LIGHT = {
     **{"var(--ink)": "#1d2433", "var(--line)": "#dfe1e6", "var(--c1)": "#2f62b8"},
@@ -58,21 +62,30 @@ def difference(study: Study, label: str, other: str, metric: str, other_metric: 
     seeds = [s for s in mine if s in theirs and metric in mine[s] and name in theirs[s]]
     if not seeds:
         return None
-    return comparison.paired_difference(
+    found = comparison.paired_difference(
         [mine[s][metric] for s in seeds], [theirs[s][name] for s in seeds]
     )
+    return {**found, "metric": metric}
 
 
 def show(found: Any) -> str:
-    """A difference; bold where p < 0.02 by itself."""
+    """A cell: text, or a difference, bold where it is above the noise of seeds."""
+    if isinstance(found, str):
+        return found
     if found is None or found["p"] is None:
         return "–"
     text = f"{found['difference']:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}]"
-    return f"**{text}**" if found["p"] < comparison.NOISE else text
+    return f"**{text}**" if found["above_seed_noise"] else text
 
 
-def table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
+def table(head: list[str], rows: list[list[Any]]) -> str:
+    """Cells are texts or differences; those of one metric are tested together (Holm)."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for cell in (cell for row in rows for cell in row if isinstance(cell, dict)):
+        found.setdefault(cell["metric"], []).append(cell)
+    for of_metric in found.values():
+        comparison.mark_above_noise(of_metric)
+    lines = [head, ["---"] * len(head), *([show(cell) for cell in row] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -99,7 +112,7 @@ def sweep(study: Study, name: str) -> Iterator[str]:
     rows, series = [], []
     for rate in rates[1:]:
         found = [difference(study, label(s, rate), label(s, 0), "best_val_loss") for s in sizes]
-        rows.append([f"{rate:g}", *map(show, found), crossover(epochs, found)])
+        rows.append([f"{rate:g}", *found, crossover(epochs, found)])
         known = [(n, f) for n, f in zip(epochs, found, strict=True) if f is not None]
         low, high = ([f[key] for _, f in known] for key in ("low", "high"))
         y = [f["difference"] for _, f in known]
@@ -179,7 +192,7 @@ def controls(study: Study) -> Iterator[str]:
             for ablation in ("zero", "mean"):
                 for kind in KINDS:
                     metric = area(kind, ablation)
-                    row.append(show(difference(study, dropout, other, metric, prefix + metric)))
+                    row.append(difference(study, dropout, other, metric, prefix + metric))
             rows.append(row)
         head = [f"{kind}, {ablation}" for ablation in ("zero", "mean") for kind in KINDS]
         yield f"Retained area of {dropout} (best step) minus that of:\n\n" + table(
@@ -211,8 +224,8 @@ def placement(study: Study) -> Iterator[str]:
         [
             label,
             mean(study, label, "best_val_loss"),
-            show(difference(study, label, "none", "best_val_loss")),
-            show(difference(study, label, "none", "val_loss")),
+            difference(study, label, "none", "best_val_loss"),
+            difference(study, label, "none", "val_loss"),
             mean(study, label, "loss.dropout_penalty"),
         ]
         for label in labels
@@ -220,7 +233,7 @@ def placement(study: Study) -> Iterator[str]:
     yield table(["site at 0.2", "best loss", "minus none", "last loss minus none", "penalty"], rows)
     for ablation in ("zero", "mean"):
         rows = [
-            [label, *(show(difference(study, label, "none", area(k, ablation))) for k in KINDS)]
+            [label, *(difference(study, label, "none", area(k, ablation)) for k in KINDS)]
             for label in labels[1:]
         ]
         yield f"Retained area minus that of none, removal to {ablation}:\n\n" + table(
@@ -233,17 +246,88 @@ def weights_or_context(study: Study) -> Iterator[str]:
         [
             point["label"],
             *(mean(study, point["label"], m) for m in ("best_val_loss", "val_loss")),
-            show(difference(study, point["label"], "none", "best_val_loss")),
+            difference(study, point["label"], "none", "best_val_loss"),
             mean(study, point["label"], "loss.dropout_penalty"),
         ]
         for point in study["points"]
     ]
     yield table(["", "best loss", "last loss", "best minus none", "penalty"], rows)
     rows = [
-        [f"{r:g}", show(difference(study, f"weights {r:g}", f"context {r:g}", "best_val_loss"))]
+        [f"{r:g}", difference(study, f"weights {r:g}", f"context {r:g}", "best_val_loss")]
         for r in (0.1, 0.2, 0.3, 0.5)
     ]
     yield "Weights minus context at one rate, best loss:\n\n" + table(["rate", "difference"], rows)
+
+
+def annealed(study: Study) -> Iterator[str]:
+    """Every length annealed: losses on the test half, and rates at the length that the validation
+    half chooses for each."""
+    lengths, rates = study["axes"]["train.max_steps"], study["axes"]["dropout.rate"]
+    for size in study["axes"]["data.train_tokens"]:
+
+        def label(steps: Any, rate: Any, size: Any = size) -> str:
+            return f"train_tokens={size}, max_steps={steps}, rate={rate:g}"
+
+        head = ["rate", *(f"{steps} updates" for steps in lengths)]
+        rows = [
+            [f"{rate:g}", *(mean(study, label(steps, rate), "loss.loss") for steps in lengths)]
+            for rate in rates
+        ]
+        yield f"Test loss of {size:,} tokens by run length, nats:\n\n{table(head, rows)}"
+        chosen = {rate: best_length(study, [label(n, rate) for n in lengths]) for rate in rates}
+        rows = []
+        for rate in rates:
+            own, none, longest = chosen[rate], chosen[rates[0]], label(lengths[-1], rate)
+            row = [f"{rate:g}", re.sub(r".*max_steps=(\d+).*", r"\1", own)]
+            row += [mean(study, own, metric) for metric in ("loss.loss", "epochs")]
+            row.append(difference(study, own, none, "loss.loss") if rate else "–")
+            row.append(difference(study, own, longest, "loss.loss"))
+            rows.append(row)
+        head = ["rate", "best length", "test loss", "epochs", "minus rate 0"]
+        head.append(f"minus the best step of {lengths[-1]} updates")
+        yield f"Each rate at its own length, {size:,} tokens:\n\n{table(head, rows)}"
+
+
+def best_length(study: Study, labels: list[str]) -> str:
+    """Of these, the one with the lowest mean of the best validation losses."""
+
+    def loss(label: str) -> float:
+        values = [m["best_val_loss"] for m in runs_of(study, label).values()]
+        return sum(values) / len(values) if values else math.inf
+
+    return min(labels, key=loss)
+
+
+def decay(study: Study) -> Iterator[str]:
+    """Weight decay by dropout rate, each against neither and against the best decay alone."""
+    decays, rates = study["axes"]["optim.weight_decay"], study["axes"]["dropout.rate"]
+    for size in study["axes"]["data.train_tokens"]:
+
+        def label(amount: Any, rate: Any, size: Any = size) -> str:
+            return f"train_tokens={size}, weight_decay={amount:g}, rate={rate:g}"
+
+        head = ["weight decay", *(f"rate {rate:g}" for rate in rates)]
+        rows = [
+            [f"{amount:g}", *(mean(study, label(amount, rate), "loss.loss") for rate in rates)]
+            for amount in decays
+        ]
+        yield f"Test loss of {size:,} tokens at the best step, nats:\n\n{table(head, rows)}"
+        rows = [
+            [
+                f"{amount:g}",
+                *(
+                    difference(study, label(amount, rate), label(amount, 0), "loss.loss")
+                    for rate in rates[1:]
+                ),
+                difference(study, label(amount, 0), label(decays[0], 0), "loss.loss")
+                if amount != decays[0]
+                else "–",
+            ]
+            for amount in decays
+        ]
+        head = ["weight decay", *(f"rate {rate:g} minus 0" for rate in rates[1:])]
+        head.append(f"rate 0 minus that of decay {decays[0]:g}")
+        yield f"What a rate adds to each decay, {size:,} tokens:\n\n{table(head, rows)}"
 
 
 def save(name: str, svg: str) -> None:
@@ -260,6 +344,8 @@ WRITERS = {
     "redundancy": redundancy,
     "placement": placement,
     "weights_or_context": weights_or_context,
+    "annealed": annealed,
+    "decay": decay,
 }
 
 
@@ -269,10 +355,9 @@ def write_tables(folder: Path) -> None:
     page = ROOT / "docs" / "dropout-study.md"
     text = page.read_text()
     for name, make in WRITERS.items():
-        path = folder / name / "study.json"
-        if not path.is_file():
+        study = read_results(name, folder)
+        if study is None:
             continue
-        study = json.loads(path.read_text())
         lines = "\n\n".join(make(study))
         begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
         before, _, rest = text.partition(begin)
@@ -280,6 +365,19 @@ def write_tables(folder: Path) -> None:
         rows = [json.dumps(shorten(run)) for run in study["runs"]]
         (DOCS / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
     page.write_text(text)
+
+
+def read_results(name: str, folder: Path) -> Study | None:
+    """What a study has found: as it ran here, or of the numbers beside the page."""
+    if (path := folder / name / "study.json").is_file():
+        found: Study = json.loads(path.read_text())
+        return found
+    if not (path := DOCS / f"{name}.jsonl").is_file():
+        return None
+    config = load_study(ROOT / "configs" / "studies" / f"{name}.yaml").config
+    runs = [json.loads(line) for line in path.read_text().splitlines()]
+    points = [{"label": label} for label in dict.fromkeys(run["label"] for run in runs)]
+    return {"axes": config.axes, "points": points, "runs": runs}
 
 
 def shorten(run: dict[str, Any]) -> dict[str, Any]:
