@@ -64,11 +64,13 @@ def train(
         ),
     ] = None,
     minutes: Annotated[
-        float,
+        float | None,
         typer.Option(
-            min=0.1, max=10_000, help="Time of the whole command, if --data makes its config."
+            min=0.1,
+            max=10_000,
+            help="Time of the whole command, if --data makes its config; default: 5.",
         ),
-    ] = 5,
+    ] = None,
     out_dir: Annotated[str | None, typer.Option(help="The run directory itself.")] = None,
     resume: Annotated[
         str | None, typer.Option(help="`auto`: go on where this run stopped; or a run directory.")

@@ -187,6 +187,8 @@ def evaluate(
         if world.size > 1 and asked != ["loss"]:
             why = "several processes measure the loss only; start without torchrun"
             raise ConfigError(f"--suite {','.join(asked)}: {why}")
+        if "lm-eval" not in asked and (tasks or include_path or limit):
+            raise ConfigError("--tasks, --include-path, --limit: are for --suite lm-eval")
         if "lm-eval" in asked:
             from gptlite.measure import lm_eval
         trained = load_on_all_ranks(directory, checkpoint, world)

@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator
 
 from gptlite.config.dropout import RATES, SITES, DropoutConfig, SiteConfig
-from gptlite.config.run import ASSUMED_VOCABULARY, RunConfig
+from gptlite.config.run import ASSUMED_VOCABULARY, ModelConfig, RunConfig
 
 MOST_PARAMETERS = 10**12
 
@@ -122,10 +122,15 @@ def too_large(run: RunConfig) -> Iterator[tuple[str, str]]:
     model = run.model
     n_parameters = model.n_parameters(ASSUMED_VOCABULARY[run.tokenizer.kind])
     if n_parameters > MOST_PARAMETERS:
-        sizes = ("n_layer", "n_embd", "context_length")
-        largest = max(sizes, key=lambda name: int(getattr(model, name)))
+        largest = largest_size(model)
         why = f"model would need {n_parameters:.1e} parameters; the most is {MOST_PARAMETERS:.0e}"
         yield f"model.{largest}", f"{why} ({largest} {getattr(model, largest)})"
+
+
+def largest_size(model: ModelConfig) -> str:
+    """The key that is most likely meant to be smaller."""
+    sizes = ("n_layer", "n_embd", "context_length")
+    return max(sizes, key=lambda name: int(getattr(model, name)))
 
 
 def dropout_contradictions(dropout: DropoutConfig, n_layer: int) -> Iterator[tuple[str, str]]:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import torch
 
+from gptlite.config.contradictions import largest_size
 from gptlite.config.run import ASSUMED_VOCABULARY, RunConfig
 from gptlite.core import loops
 from gptlite.core.device import GIB, memory_bytes
@@ -139,8 +140,9 @@ def refuse_too_large(run: RunConfig) -> None:
     n_parameters = run.model.n_parameters(ASSUMED_VOCABULARY[run.tokenizer.kind])
     memory, need = usable_memory_bytes(), 4 * n_parameters
     if need > memory:
+        key = f"model.{largest_size(run.model)}"
         raise ConfigError(
-            f"model: would need {n_parameters:.1e} parameters, {need / GIB:,.0f} GiB in float32, "
+            f"{key}: would need {n_parameters:.1e} parameters, {need / GIB:,.0f} GiB in float32, "
             f"and this machine has {memory / GIB:.1f}; lower n_layer, n_embd or context_length"
         )
 

@@ -280,18 +280,30 @@ def recover(run_dir: Path, foreign: Callable[[RunState], str | None]) -> Checkpo
     """The newest checkpoint that verifies and belongs to the run; bad ones are set aside.
 
     None if none was ever saved; CheckpointError if there were some and none is good: starting over
-    silently would lose a run. `foreign` says why a checkpoint is not of this run.
+    silently would lose a run. `foreign` says why a checkpoint is not of this run; such ones are set
+    aside only where one is found that is: perhaps it is the config that is wrong.
     """
     problems: list[str] = []
+    strays = []
     for path in reversed(folders(run_dir)):
         try:
             state = read_state(path)
-            if why := foreign(state):
-                raise CheckpointError(f"{path}: {why}")
-            return Checkpoint(path, state, problems)
         except CheckpointError as error:
             problems += error.problems
             set_aside(path)
+            continue
+        if why := foreign(state):
+            problems.append(f"{path}: {why}")
+            strays.append(path)
+            continue
+        for stray in strays:
+            set_aside(stray)
+        return Checkpoint(path, state, problems)
+    if strays:
+        changed = "is not what its checkpoints were saved with; undo the change, or begin anew with"
+        raise CheckpointError(*problems, f"{run_dir}/config.yaml: {changed} another --out-dir")
+    if (run_dir / "summary.json").is_file() and not problems:
+        problems = [f"{run_dir}: has ended (summary.json), but its checkpoints are gone"]
     traces = [p for p in (run_dir / "checkpoints").iterdir() if SET_ASIDE.match(p.name)]
     if problems or traces or read_pointer(run_dir, "last"):
         raise CheckpointError(

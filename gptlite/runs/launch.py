@@ -23,6 +23,10 @@ LOOKED_AT = 1 << 22
 """Characters at the beginning of a text that are read before anything is loaded for training."""
 
 
+DEFAULT_MINUTES = 5.0
+"""Of a command that makes its config for a text."""
+
+
 class Launch(NamedTuple):
     run: RunConfig
     directory: Path
@@ -63,7 +67,7 @@ def make_launch(
     overrides: list[str],
     data: list[str],
     *,
-    minutes: float,
+    minutes: float | None,
     began: float,
     out_dir: str | None,
     resume: str | None,
@@ -76,7 +80,12 @@ def make_launch(
     values = add_options(overrides, data if configs or named else [], out_dir)
     if named is not None and not configs:
         configs, values = [str(named / "config.yaml")], add_machine_defaults(values)
+    if named is not None and out_dir is not None and Path(out_dir).resolve() != named.resolve():
+        raise ConfigError(f"--out-dir: --resume goes on in {named}; leave --out-dir out")
     if configs:
+        if minutes is not None:
+            why = "is for --data alone; train.max_minutes ends a run of a config"
+            raise ConfigError(f"--minutes: {why}")
         run = load_run(configs, values)
         look_at_text(run)
         where = choose_directory(run.out_dir, configs, resume)
@@ -92,7 +101,7 @@ def make_launch(
     look_at_text(load_run([], add_options(of_data, data, None), to_train=False))
     from gptlite.runs import recipe  # only now: it times models
 
-    run, text = recipe.make_recipe(data, minutes, values, began)
+    run, text = recipe.make_recipe(data, minutes or DEFAULT_MINUTES, values, began)
     return Launch(run, directory, False, text)
 
 

@@ -21,7 +21,7 @@ import typer
 
 from gptlite import machine, storage
 from gptlite.config.run import RunConfig
-from gptlite.errors import DivergedError, RunInUseError, Stopped, UserError
+from gptlite.errors import ConfigError, DivergedError, RunInUseError, Stopped, UserError
 from gptlite.runs.directory import has_run
 from gptlite.runs.origin import given_tokenizer, load_run
 from gptlite.runs.results import (
@@ -54,6 +54,8 @@ class Pruned(UserError):
 def run_study(path: Path, folder: Path, workers: int, url: str | None) -> dict[str, Any]:
     """Do what is left of a study; returns what is written to study.json."""
     study = load_study(path)
+    if has_run(folder):
+        raise ConfigError(f"--out-dir: {folder} contains a run; give another for the study")
     queue = Queue(study, folder, url)
     storage.write_text(folder / "study.yaml", path.read_text())
     threads = max(1, machine.count_cores() // workers)

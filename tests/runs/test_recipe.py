@@ -259,7 +259,7 @@ def test_a_path_that_is_not_utf_8_may_stand_beside_a_config(workshop: Workshop) 
         [str(config)],
         [f"data.cache_dir={workshop.folder / 'cache'}"],
         [str(path)],
-        **{"minutes": 1, "began": NOW, "out_dir": str(workshop.folder / "out"), "resume": None},
+        **{"minutes": None, "began": NOW, "out_dir": str(workshop.folder / "out"), "resume": None},
     )
     assert launch.run.data.source == str(path)
     assert prepare(launch.run).meta["sources"][0]["name"] == path.name

@@ -90,6 +90,9 @@ def test_a_run_that_had_saved_nothing_begins_again(
 ) -> None:
     want = weights(trained, 8)
     shutil.rmtree(trained / "checkpoints")
+    with pytest.raises(CheckpointError, match="has ended .* but its checkpoints are gone"):
+        train(workshop.run(), trained, resume=True)
+    (trained / "summary.json").unlink()
     train(workshop.run(), trained, resume=True)
     assert "nothing had been saved yet: begun again" in capsys.readouterr().err
     assert weights(trained, 8) == want
@@ -104,6 +107,19 @@ def test_a_checkpoint_of_another_run_is_not_taken(
     train(workshop.run(), trained, resume=True)
     assert "step-00000009: of another run (seed: 1337 -> 7)" in capsys.readouterr().err
     assert checkpoint.folders(trained)[-1].name == "step-00000008"
+
+
+def test_a_config_that_was_edited_costs_no_checkpoint(workshop: Workshop, trained: Path) -> None:
+    """All of its checkpoints are of another run then, and none may be set aside."""
+    config = (trained / "config.yaml").read_text()
+    (trained / "config.yaml").write_text(config.replace("n_embd: 32", "n_embd: 16"))
+    before = [path.name for path in checkpoint.folders(trained)]
+    with pytest.raises(CheckpointError, match=r"config\.yaml: is not what its .* undo the change"):
+        train(workshop.run(model={"n_embd": 16}), trained, resume=True)
+    assert [path.name for path in checkpoint.folders(trained)] == before
+    (trained / "config.yaml").write_text(config)
+    train(workshop.run(train={"max_steps": 9}), trained, resume=True)
+    assert checkpoint.folders(trained)[-1].name == "step-00000009"
 
 
 def test_what_has_changed_around_a_run_is_said_and_strictly_refused(

@@ -145,7 +145,7 @@ def run_digest(run_dir: Path, step: int) -> str:
     """Names all that a run has made but its name: a checkpoint with its state, and the metrics."""
     folder = run_dir / "checkpoints" / f"step-{step:08d}"
     state = storage.unseal((folder / "state.json").read_text())
-    del state["run_id"], state["config"]["out_dir"]
+    del state["run_id"], state["config"]["out_dir"], state["wall_seconds"]
     parts = [(folder / name).read_bytes() for name in state["files"]]
     parts += [json.dumps(state).encode(), (run_dir / "metrics.jsonl").read_bytes()]
     return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
