@@ -57,7 +57,7 @@ def needs_known_end(run: RunConfig) -> Iterator[tuple[str, str]]:
     """What moves over a whole run, where only a clock knows how long that is."""
     if run.train.max_minutes is None:
         return
-    why = "cannot be told before train.max_minutes is over; {} or leave max_minutes out"
+    why = "has to know the last update, which train.max_minutes decides; {} or leave that out"
     if run.optim.schedule not in ("wsd", "constant"):
         yield "optim.schedule", f"{run.optim.schedule} {why.format('set wsd')}"
     if run.optim.weight_decay_schedule == "linear":

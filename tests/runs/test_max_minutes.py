@@ -108,7 +108,7 @@ def test_more_time_lets_a_run_go_on(
 def test_what_has_to_know_the_end_is_refused(
     workshop: Workshop, sections: dict[str, object], key: str
 ) -> None:
-    with pytest.raises(ConfigError, match=f"{key}.*train.max_minutes is over"):
+    with pytest.raises(ConfigError, match=f"{key}.*which train.max_minutes decides"):
         workshop.run(train={"max_minutes": 1.0}, **sections)
     with pytest.raises(ConfigError, match=r"train\.average_half_life: a share of the run"):
         workshop.run(optim=OPTIM, train={"max_minutes": 1.0, "average": "ema"})
