@@ -195,12 +195,13 @@ def evaluate(
         if world.first:
             tell_notes(trained)
         world.set_timeout(trained.run.distributed.timeout_seconds)
-        own = trained.run, trained.tokenizer, split, trained.state.data_digest
+        before = trained.state.data_digest
+        files = partial(open_split, trained.run, trained.tokenizer, split, before)
         results = suites.run_suites(
             trained,
             split,
             own_suites,
-            lambda: world.make_in_turn(partial(open_split, *own)),
+            partial(world.make_in_turn, files),
             effort=suites.FAST if fast else suites.FULL,
             dropout_active=dropout_active,
             world=world,

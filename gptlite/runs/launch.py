@@ -88,8 +88,10 @@ def make_launch(
             raise ConfigError(f"--minutes: {why}")
         run = load_run(configs, values)
         look_at_text(run)
-        where = choose_directory(run.out_dir, configs, resume)
-        return Launch(run, *((named, True) if named else where))
+        if named is not None:
+            return Launch(run, named, True)
+        directory, resumes = choose_directory(run.out_dir, configs, resume)
+        return Launch(run, directory, resumes)
     if not data:
         raise ConfigError("--config: missing option; give a file, a shipped config, or --data TEXT")
     name = Path(data[0]).name.partition(".")[0] or "text"

@@ -35,6 +35,14 @@ from gptlite.words import did_you_mean
 POINT = "point"
 """The axis of the named points."""
 RESERVED = {"seed": "list them under seeds", "out_dir": "the study names the directories"}
+ADDED_LATER = {
+    "data": ("train_from", "test_share"),
+    "optim": ("weight_decay_schedule",),
+    "train": ("average", "average_half_life", "max_minutes"),
+    "distill": ("teachers", "weight", "temperature"),
+}
+"""Keys that runs did not have when they were first named: left out of a name at their defaults, so
+that a study begun before finds its runs. Every new key of a config has to stand here."""
 Values = dict[str, Any]
 Suites = Annotated[
     tuple[
@@ -119,8 +127,15 @@ class Job:
     @property
     def name(self) -> str:
         """Of its directory; another config is another name."""
-        plain = json.dumps(self.run.model_dump(mode="json", exclude={"out_dir"}), sort_keys=True)
-        digest = hashlib.sha256(plain.encode()).hexdigest()[:8]
+        values = self.run.model_dump(mode="json", exclude={"out_dir"})
+        defaults = RunConfig().model_dump(mode="json")
+        for section, keys in ADDED_LATER.items():
+            for key in keys:
+                if values[section][key] == defaults[section][key]:
+                    del values[section][key]
+            if not values[section]:
+                del values[section]
+        digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
         slug = re.sub(r"[^A-Za-z0-9._=+-]+", "_", self.point.label)[:80]
         return f"{slug}-seed-{self.seed}-{digest}"
 

@@ -1,6 +1,7 @@
 """What an ensemble is worth: held against its definitions, and against averaged passes."""
 
 import math
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -91,12 +92,10 @@ def test_models_that_read_unlike_texts_are_refused(workshop: Workshop) -> None:
     chars = member(workshop, "chars")
     with pytest.raises(ConfigError, match="another tokenizer"):
         check_members([chars, member(workshop, "bytes", tokenizer={"kind": "byte"})])
-    documents = member(
-        workshop, "documents", tokenizer={"kind": "byte"}, data={"layout": "documents"}
-    )
-    stream = member(workshop, "stream", tokenizer={"kind": "byte"})
-    with pytest.raises(ConfigError, match=r"layout|tokenizer"):
-        check_members([stream, documents])
+    data = chars.run.data.model_copy(update={"layout": "documents"})
+    documents = replace(chars, run=chars.run.model_copy(update={"data": data}))
+    with pytest.raises(ConfigError, match=r"data\.layout documents, the first on stream"):
+        check_members([chars, documents])
 
 
 @pytest.mark.parametrize(

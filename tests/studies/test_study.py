@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from gptlite.cli.main import app
 from gptlite.config.reader import shipped_configs
+from gptlite.config.run import RunConfig
 from gptlite.core import device
 from gptlite.core.model import GPT
 from gptlite.data.batches import batch_at
@@ -29,7 +30,7 @@ from gptlite.runs import start
 from gptlite.runs.directory import hold_directory
 from gptlite.runs.session import watch_nothing
 from gptlite.studies import study
-from gptlite.studies.config import StudyConfig, load_study
+from gptlite.studies.config import Job, Point, StudyConfig, load_study
 from gptlite.studies.queue import Queue
 
 
@@ -46,6 +47,15 @@ def test_a_grid_is_the_product_of_its_axes_seed_by_seed(bench: Bench) -> None:
     assert [seed for _, seed in labels] == [1] * 8 + [2] * 8
     last = made.jobs[-1].run
     assert (last.dropout.rate, last.model.n_layer, last.optim.lr, last.seed) == (0.1, 2, 0.01, 2)
+
+
+def test_a_run_of_a_study_keeps_the_name_that_it_had_before_keys_were_added() -> None:
+    """Else a study begun with an earlier version would train all of its runs again."""
+    values = {"data": {"source": "text.txt"}, "train": {"max_steps": 10}, "seed": 3}
+    job = Job(Point({}, {}, "base"), 3, RunConfig.model_validate(values))
+    assert job.name == "base-seed-3-882e9ab7"
+    other = RunConfig.model_validate({**values, "distill": {"teachers": ["a"]}})
+    assert Job(job.point, 3, other).name != job.name
 
 
 def test_every_run_is_checked_first_and_all_problems_are_told(bench: Bench) -> None:

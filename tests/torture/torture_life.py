@@ -81,7 +81,7 @@ def send_second_signal(place: Workplace, rng: random.Random, n: int) -> Iterator
 
 def start_two_runs(place: Workplace, rng: random.Random, n: int) -> Iterator[Outcome]:
     """Two runs begun together in one directory: one goes on, the other says who."""
-    config = place.write_config("two", train={"max_steps": 40})
+    config = place.write_config("two", train={"max_steps": 400})
     for number in range(n):
         name = f"both-{number}"
         arguments = ["train", "-c", str(config), "--out-dir", str(place.folder / name)]
