@@ -36,14 +36,12 @@ def choose_runs(runs: list[str] | None, ensemble: bool, run: str | None) -> list
 
 
 def load_members(directories: list[Path], checkpoint: str) -> list[Any]:
-    """The models of several runs. Raises CheckpointError; ConfigError if they read unlike texts."""
-    from gptlite.measure.ensemble import check_members
+    """The models of several runs. Raises CheckpointError."""
     from gptlite.runs.trained import load_trained
 
     members = [load_trained(directory, checkpoint) for directory in directories]
     for member in members:
         tell_notes(member)
-    check_members(members)
     return members
 
 
@@ -108,6 +106,10 @@ def generate(
         from gptlite.core.generate import Generation, halve
 
         members = load_members(directories, checkpoint)
+        if ensemble:
+            from gptlite.measure.ensemble import check_members
+
+            check_members(members)
         for member in members:
             if member.run.dtype == "bfloat16":
                 halve(member.model)
