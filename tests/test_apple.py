@@ -21,7 +21,7 @@ from gptlite.planning import audit, plan
 from gptlite.runs.start import train
 from gptlite.runs.trained import Trained, load_trained
 
-SMALL = Effort(64, 32, (0, 0.5, 1), 2, (1, 3))
+SMALL = Effort(64, 32, 32, (0, 0.5, 1), 2, (1, 3))
 DROPOUT = EVERYWHERE.model_dump(mode="json")
 RUNS: dict[str, dict[str, Any]] = {
     "plain": {"dropout": {"preset": "none"}},

@@ -36,7 +36,8 @@ from gptlite.measure.intervals import (
     weighted_sums,
 )
 
-ABLATIONS = ("zero", "mean")
+ABLATIONS = ("mean", "zero")
+"""The mean first: zero is what dropout trains for, and favours it."""
 TOKENS_AT_ONCE = 4096
 """Tokens of a forward pass, over several masks if the text is short: what a CPU is fastest at."""
 
@@ -340,8 +341,37 @@ def knockout(
             "low": [bound["low"] for bound in bounds],
             "high": [bound["high"] for bound in bounds],
             **describe_skill(subject, losses, replicates, unigram_nats, fractions, n),
+            **describe_contribution(losses, replicates, fractions, n),
         }
     return found
+
+
+def contribution_left(losses: Floats) -> Floats:
+    """What is left of what all units of a kind do together: 1 with nothing removed, 0 with all.
+
+    Unlike retained skill it does not rise if the kind merely goes unused: (L(1) - L(f)) / (L(1) -
+    L(0)) for `losses` (..., F) from fraction 0 to 1.
+    """
+    last = losses[..., -1:]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return (last - losses) / (last - losses[..., :1])
+
+
+def describe_contribution(
+    losses: Floats, replicates: Floats, fractions: Sequence[float], n: int
+) -> dict[str, Any]:
+    """What is left of the kind's contribution along a curve, and the area under it, where its
+    units together are certainly of use."""
+    whole = interval(float(losses[-1] - losses[0]), replicates[:, -1] - replicates[:, 0], n)
+    certain = whole["low"] if whole["low"] is not None else whole["value"]
+    area, areas = (
+        np.trapezoid(contribution_left(each), fractions, axis=-1) for each in (losses, replicates)
+    )
+    return {
+        "contribution": whole,
+        "contribution_left": contribution_left(losses).tolist(),
+        "contribution_area": interval(float(area), areas, n) if (certain or 0) > 0 else UNKNOWN,
+    }
 
 
 def describe_skill(

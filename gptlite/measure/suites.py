@@ -53,6 +53,8 @@ class Effort(NamedTuple):
     """On which knock-outs and averaged passes are measured."""
     ranking_tokens: int
     """On which each unit is removed alone."""
+    neuron_tokens: int
+    """The same for neurons, of which there are hundreds of times as many."""
     fractions: tuple[float, ...]
     n_masks: int
     """Random masks per fraction, and sets of units for the backup ratio."""
@@ -64,8 +66,8 @@ class Effort(NamedTuple):
     """Of each split that are tried for being known by heart."""
 
 
-FULL = Effort(4096, 2048, (0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1), 20, (1, 2, 5, 10, 20, 50))
-FAST = Effort(2048, 384, (0, 0.1, 0.3, 0.5, 1), 8, (1, 2, 5, 10, 20), MOST_ROWS, 64)
+FULL = Effort(4096, 16384, 2048, (0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1), 20, (1, 2, 5, 10, 20, 50))
+FAST = Effort(2048, 384, 384, (0, 0.1, 0.3, 0.5, 1), 8, (1, 2, 5, 10, 20), MOST_ROWS, 64)
 
 
 class Measurement:
@@ -137,20 +139,23 @@ class Measurement:
         """What knock-out curves are measured on."""
         return Subject(self.model, self.run, self.spread_rows(self.effort.tokens, 0), self.watch)
 
-    @cached_property
-    def ranking(self) -> Subject:
+    def ranking(self, kind: str) -> Subject:
         """Other text, on which each unit is removed alone and the means of units are taken."""
-        run = self.run.model_copy(update={"dtype": "float32"})  # one neuron is less than bfloat16
-        batch = self.spread_rows(self.effort.ranking_tokens, 1)
-        return Subject(self.model, run, batch, self.watch)
+        effort = self.effort
+        return self.ranking_on(effort.neuron_tokens if kind == "neuron" else effort.ranking_tokens)
 
     @cache  # noqa: B019 - lives as long as the one measurement of a command
+    def ranking_on(self, tokens: int) -> Subject:
+        run = self.run.model_copy(update={"dtype": "float32"})  # one neuron is less than bfloat16
+        return Subject(self.model, run, self.spread_rows(tokens, 1), self.watch)
+
+    @cache  # noqa: B019
     def fills(self, kind: str, ablation: str) -> Sequence[Tensor] | None:
-        return self.ranking.means(kind) if ablation == "mean" else None
+        return self.ranking(kind).means(kind) if ablation == "mean" else None
 
     @cache  # noqa: B019
     def singles(self, kind: str, ablation: str) -> Floats:
-        return self.ranking.singles(kind, self.fills(kind, ablation))
+        return self.ranking(kind).singles(kind, self.fills(kind, ablation))
 
 
 def measure_loss(of: Measurement) -> dict[str, Any]:
@@ -232,18 +237,18 @@ def unigram_nats(of: Measurement, subject: Subject) -> Floats:
 
 def measure_importance(of: Measurement) -> dict[str, Any]:
     """Importance of single units, backup, and how equal and how spread weights and activity are."""
-    subject, n_layer = of.ranking, of.run.model.n_layer
+    n_layer = of.run.model.n_layer
     kinds: dict[str, Any] = {}
     for kind in KINDS:
+        subject = of.ranking(kind)
+        kinds[kind] = {"loss": subject.loss, "targets": int(subject.n_targets.sum())}
         for ablation in ABLATIONS:
             singles, fills = of.singles(kind, ablation), of.fills(kind, ablation)
-            kinds.setdefault(kind, {})[ablation] = {
+            kinds[kind][ablation] = {
                 **importance.importance(subject, singles, 1 if kind == "dimension" else n_layer),
                 "backup": importance.backup(subject, kind, singles, of.effort.n_masks, fills),
             }
     return {
-        "loss": subject.loss,
-        "targets": int(subject.n_targets.sum()),
         "kinds": kinds,
         "norm_variation": importance.norm_variation(of.model),
         "dimensionality": importance.dimensionality(of.subject),

@@ -142,7 +142,7 @@ def knockouts(run: RunFiles) -> Figures:
     found = run.evals["knockout"]
     for kind, name in KINDS.items():
         of_kind, series = found["kinds"][kind], []
-        for color, ablation in enumerate(("zero", "mean")):
+        for color, ablation in enumerate(("mean", "zero")):
             random = of_kind[ablation]["random"]
             low, high = random["low"], random["high"]
             label = f"to {ablation}, random"
@@ -153,18 +153,24 @@ def knockouts(run: RunFiles) -> Figures:
                 y = of_kind[ablation][order]["loss"]
                 series.append(Line(label, fractions, y, dashed=True, color=2 + place))
         unigram = [found["unigram_loss"]] * len(found["fractions"])
-        shown = [s for s in series if "random" in s.label or "zero" in s.label]
+        shown = [s for s in series if "random" in s.label or "mean" in s.label]
         shown.append(Line("unigrams", found["fractions"], unigram, dashed=True, color=5))
         title = f"Without some of its {name}"
         svg = charts.lines(
             title, shown, f"fraction of {of_kind['n_units']} removed", "nats per token"
         )
-        yield Figure(title, svg, "95 % intervals over rows of text and random masks.")
+        caption = "95 % intervals over rows of text and random masks."
+        random = of_kind["mean"]["random"]
+        if (without := random.get("contribution", {}).get("value")) is not None:
+            caption += f" All of them together are worth {without:.2f} nats"
+            area = random["contribution_area"]["value"]
+            caption += "." if area is None else f"; area of what is left of that: {area:.2f}."
+        yield Figure(title, svg, caption)
 
 
 def importances(run: RunFiles) -> Figures:
     kinds = run.evals["importance"]["kinds"]
-    heads = kinds["head"]["zero"]
+    heads = kinds["head"]["mean"]
     title = "Importance of heads"
     svg = charts.heat_map(title, heads["loss_increase"], "head", "layer")
     gini = heads["gini"]["value"]

@@ -32,7 +32,7 @@ from gptlite.runs.trained import Trained, load_trained
 from gptlite.studies import study
 
 CPU = torch.device("cpu")
-SMALL = Effort(64, 32, (0, 0.5, 1), 2, (1, 2))
+SMALL = Effort(64, 32, 32, (0, 0.5, 1), 2, (1, 2))
 
 
 class NoHalves(TorchDispatchMode):

@@ -18,7 +18,9 @@ from gptlite.measure import knockout
 from gptlite.measure.knockout import (
     KINDS,
     Subject,
+    contribution_left,
     curve,
+    describe_contribution,
     half_at,
     n_units,
     random_orders,
@@ -240,3 +242,27 @@ def test_a_curve_knows_what_matters(workshop: Workshop) -> None:
     assert found["random"]["low"][2] < found["random"]["loss"][2] < found["random"]["high"][2]
     assert found["random"]["retained"][0] == 1
     assert 0 < found["most_first"]["half_at"]["value"] < 0.05
+    whole = found["random"]["loss"][-1] - found["random"]["loss"][0]
+    assert found["random"]["contribution"]["value"] == pytest.approx(whole)
+    assert [found["most_first"]["contribution_left"][i] for i in (0, -1)] == [1, 0]
+
+
+def test_contribution_by_hand() -> None:
+    left = contribution_left(np.array([[2.0, 2.5, 3.5, 4.0], [1.0, 1.0, 1.5, 1.5]]))
+    assert left.tolist() == [[1.0, 0.75, 0.25, 0.0], [1.0, 1.0, 0.0, 0.0]]
+
+
+def test_units_that_do_nothing_keep_their_skill_and_have_no_contribution() -> None:
+    """Retained skill calls unused units dispensable; the contribution tells them from redundant
+    ones."""
+    rng = np.random.default_rng(0)
+    base = 2.0 + 0.01 * rng.standard_normal((1000, 1))
+    idle = np.tile(base, 4) + 1e-4 * rng.standard_normal((1000, 4))
+    fractions = [0, 0.3, 0.6, 1.0]
+    found = describe_contribution(np.full(4, 2.0), idle, fractions, 100)
+    assert found["contribution_area"]["value"] is None
+    used = base + [0, 0.1, 0.2, 0.5]
+    found = describe_contribution(np.array([2.0, 2.1, 2.2, 2.5]), used, fractions, 100)
+    expected = 0.3 * (1 + 0.8) / 2 + 0.3 * (0.8 + 0.6) / 2 + 0.4 * 0.6 / 2
+    assert found["contribution_area"]["value"] == pytest.approx(expected)
+    assert found["contribution_area"]["low"] <= expected <= found["contribution_area"]["high"]

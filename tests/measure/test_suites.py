@@ -28,7 +28,7 @@ from gptlite.runs.results import read_evals
 from gptlite.runs.start import train
 from gptlite.runs.trained import load_trained
 
-SMALL = Effort(64, 32, (0, 0.5, 1), 2, (1, 3))
+SMALL = Effort(64, 32, 32, (0, 0.5, 1), 2, (1, 3))
 
 
 @pytest.fixture(scope="module")
@@ -220,7 +220,7 @@ def test_single_units_are_measured_in_float32_whatever_the_run(run_dir: Path) ->
     trained = load_trained(run_dir, "best")
     half = replace(trained, run=trained.run.model_copy(update={"dtype": "bfloat16"}))
     of = Measurement(half, "val", lambda: prepare(half.run), effort=SMALL)
-    assert (of.ranking.run.dtype, of.subject.run.dtype) == ("float32", "bfloat16")
+    assert (of.ranking("head").run.dtype, of.subject.run.dtype) == ("float32", "bfloat16")
 
 
 def test_results_are_printed_with_their_intervals(run_dir: Path) -> None:
@@ -289,7 +289,7 @@ def test_no_number_lies_outside_of_its_interval(
     path.write_text(prose(60, seed=seed))
     files = opened(run_dir, str(path))
     suite = ["loss", "calibration", "knockout", "importance", "mc-dropout"]
-    effort = Effort(120, 120, (0, 0.2, 0.5, 1), 6, (1, 3))
+    effort = Effort(120, 120, 120, (0, 0.2, 0.5, 1), 6, (1, 3))
     found = suites.run_suites(trained, str(path), suite, lambda: files, effort=effort)
     assert outside(found) == []
     assert len(numbers(found)) > 200

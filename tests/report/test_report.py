@@ -20,7 +20,7 @@ from gptlite.report.network import network
 from gptlite.runs.start import train
 from gptlite.runs.trained import load_trained
 
-SMALL = Effort(64, 32, (0, 0.5, 1), 2, (1, 3))
+SMALL = Effort(64, 32, 32, (0, 0.5, 1), 2, (1, 3))
 HOSTILE = "</pre><script>alert(1)</script><img src=x onerror=alert(2)> $\\frac{ \x1b[31m \u202e"
 
 
