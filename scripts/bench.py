@@ -6,8 +6,8 @@
 Everything is interleaved; figures are medians, ratios medians of the ratios within a repeat.
 --lesser has a processor with AVX-512 work as one with AVX2 and no bfloat16 (LESSER of
 bench_peers.py). --write puts the tables into docs/benchmarks.md, between the marks of their
-sections, which end in -avx2 with --lesser. `--text` is
-tinyshakespeare: quality, minutes and numerics train on it, prepare reads it many times over.
+sections, which end in -avx2 with --lesser. `--text` is tinyshakespeare: quality, target, minutes
+and numerics train on it, prepare reads it many times over.
 """
 
 import argparse
@@ -47,6 +47,7 @@ from bench_peers import (
     time_in_turn,
     time_interleaved,
 )
+from bench_quality import bench_quality
 
 from gptlite.config.reader import validate
 from gptlite.config.run import ModelConfig, SampleConfig
@@ -138,7 +139,7 @@ def time_until(loss: float, args: list[str]) -> tuple[float, float, float]:
     return last, seconds, reached
 
 
-def bench_quality(options: argparse.Namespace) -> Iterator[str]:
+def bench_target(options: argparse.Namespace) -> Iterator[str]:
     """From the start of the command until a loss of 1.88 on the whole validation split is known."""
     plain = {"dtype": "float32", "attention": "math"}
     recipe, fast = "nanoGPT's recipe (lr 1e-3), float32", "`shakespeare_char_fast`"
@@ -329,6 +330,7 @@ def bench_start(options: argparse.Namespace) -> Iterator[str]:
 SECTIONS: dict[str, Callable[[argparse.Namespace], Iterator[str]]] = {
     "train": bench_train,
     "quality": bench_quality,
+    "target": bench_target,
     "loops": bench_loops,
     "sites": bench_sites,
     "busy": bench_busy,
@@ -360,6 +362,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--large-mb", type=int, default=2000, help="of text, for prepare's memory")
     parser.add_argument("--text", type=Path, default=Path("tinyshakespeare.txt"))
+    parser.add_argument("--short", type=Path, default=Path("the-verdict.txt"), help="20 kB")
+    parser.add_argument("--nanogpt", type=Path, help="a checkout of it, which quality trains with")
+    parser.add_argument("--minutes", type=float, nargs="+", default=[1, 5, 20], help="of quality")
     parser.add_argument("--lesser", action="store_true", help="as on a processor with AVX2 alone")
     parser.add_argument("--write", action="store_true", help="into docs/benchmarks.md")
     options = parser.parse_args()

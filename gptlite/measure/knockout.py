@@ -358,19 +358,19 @@ def contribution_left(losses: Floats) -> Floats:
 
 
 def describe_contribution(
-    losses: Floats, replicates: Floats, fractions: Sequence[float], n: int
+    losses: Floats, replicates: Floats, fractions: Any, n: int
 ) -> dict[str, Any]:
     """What is left of the kind's contribution along a curve, and the area under it, where its
     units together are certainly of use."""
     whole = interval(float(losses[-1] - losses[0]), replicates[:, -1] - replicates[:, 0], n)
     certain = whole["low"] if whole["low"] is not None else whole["value"]
-    area, areas = (
-        np.trapezoid(contribution_left(each), fractions, axis=-1) for each in (losses, replicates)
-    )
+    left, others = contribution_left(losses), contribution_left(replicates)
     return {
         "contribution": whole,
-        "contribution_left": contribution_left(losses).tolist(),
-        "contribution_area": interval(float(area), areas, n) if (certain or 0) > 0 else UNKNOWN,
+        "contribution_left": left.tolist(),
+        "contribution_area": UNKNOWN
+        if (certain or 0) <= 0
+        else interval(float(np.trapezoid(left, fractions)), np.trapezoid(others, fractions), n),
     }
 
 
