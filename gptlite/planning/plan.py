@@ -1,5 +1,6 @@
 """What a run would do, without doing it: sizes, cost, memory, choices, and every dropout site."""
 
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -137,12 +138,13 @@ def summary_lines(run: RunConfig, plan: dict[str, Any]) -> list[str]:
     update = f"{train.batch_size} x {model.context_length} tokens"
     if run.data.layout == "documents":
         update = f"{train.batch_size} documents"
+    timed = train.max_minutes is not None
     lines = [
         f"data: {', '.join(run.sources)}: {tokens} ({kind})",
         f"model: {shape}, context {model.context_length}: "
         f"{format_number(plan['parameters'])} parameters, "
         f"about {plan['memory_bytes_estimate'] / 2**30:.2g} GiB to train{each_rank}",
-        f"plan: {plan['steps']} updates of {update} = {plan['epochs']:.2f} epochs, "
+        f"plan: {'at most ' * timed}{plan['steps']} updates of {update} = {plan['epochs']:.2f} epochs, "
         f"{format_number(plan['flops'])}FLOP",
     ]
     lines += extra_lines(run, plan["steps"])
@@ -189,6 +191,7 @@ def plan_table(run: RunConfig, plan: dict[str, Any]) -> list[str]:
     lines.append(f"attention: {plan['attention']}")
     update, evaluation = plan["seconds_per_update"], plan["seconds_per_evaluation"]
     total = plan["steps"] * update + plan["evaluations"] * evaluation
+    total = min(total, 60 * (run.train.max_minutes or math.inf))
     each = plan["sequences_per_rank"]
     timed = "" if plan["timed_sequences"] == each else f" on {plan['timed_sequences']} of {each}"
     lines.append(

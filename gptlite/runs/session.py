@@ -195,9 +195,11 @@ class Session:
             return
         spent, last = self.wall_seconds(), 0
         left = 60 * minutes - self.follow_up_seconds - spent  # the last evaluation, and the sample
+        updates = max(1, int(left * trainer.step / spent))
+        foreseen = min(trainer.step + updates, trainer.max_steps)
+        self.records.set_total(foreseen)  # what is shown as left
         if left <= WSD_DECAY * (left + spent):
-            updates = max(1, int(left * trainer.step / spent))
-            last = min(trainer.step + updates, trainer.max_steps)
+            last = foreseen
         if last := self.world.largest(last if self.world.first else 0):
             trainer.end_at(last)
             self.records.set_total(last)

@@ -1,6 +1,7 @@
 """A run that is told its time: it anneals and ends in it, by a clock that the test moves."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,18 @@ def test_it_ends_in_its_time_with_the_rate_at_its_end(workshop: Workshop, clock:
     assert rates[-1] == 0
     falling = [a - b for a, b in zip(rates[begins:], rates[begins + 1 :], strict=False)]
     assert falling == pytest.approx([falling[0]] * len(falling))
+
+
+def test_what_is_left_is_shown_by_the_clock(
+    workshop: Workshop, clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """max_steps is not where such a run ends."""
+    summary = train(timed(workshop), workshop.folder / "run")
+    shown = capsys.readouterr().err
+    assert "plan: at most 100000 updates" in shown
+    totals = [int(total) for total in re.findall(r"^step \d+/(\d+)", shown, re.MULTILINE)]
+    assert totals[1:]
+    assert totals[1:] == pytest.approx([summary["steps"]] * len(totals[1:]), rel=0.2)
 
 
 def test_its_last_update_may_come_first(workshop: Workshop, clock: Clock) -> None:

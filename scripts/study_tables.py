@@ -1,0 +1,402 @@
+"""The tables and figures of docs/dropout-study.md, each from the runs of one study.
+
+A part of reproduce_dropout_study.py. A study here is what study.json has: axes, points, runs.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from gptlite.report import charts
+from gptlite.report.charts import Line
+from gptlite.studies import comparison
+
+DOCS = Path(__file__).resolve().parents[1] / "docs" / "dropout-study"
+KINDS = ("head", "neuron", "layer", "dimension")
+LIGHT = {
+    **{"var(--ink)": "#1d2433", "var(--line)": "#dfe1e6", "var(--c1)": "#2f62b8"},
+    **{"var(--c2)": "#c2571a", "var(--c3)": "#2b8051", "var(--c4)": "#8a4aa8"},
+    **{"var(--c5)": "#9a7400", "var(--c6)": "#7b8190"},
+}
+Study = dict[str, Any]
+
+
+def area(kind: str, ablation: str, what: str = "retained_area") -> str:
+    return f"knockout.kinds.{kind}.{ablation}.random.{what}"
+
+
+def runs_of(study: Study, label: str) -> dict[int, dict[str, float]]:
+    found = [run for run in study["runs"] if run["label"] == label and run["state"] == "done"]
+    return {run["seed"]: run["metrics"] for run in found}
+
+
+def mean(study: Study, label: str, metric: str) -> str:
+    """Mean ± half of the 95 % interval over seeds."""
+    values = [m[metric] for m in runs_of(study, label).values() if metric in m]
+    if not values:
+        return "–"
+    over = comparison.mean_over_seeds(values)
+    half = "" if over["low"] is None else f" ± {over['high'] - over['mean']:.3f}"
+    return f"{over['mean']:.3f}{half}"
+
+
+def difference(study: Study, label: str, other: str, metric: str, other_metric: str = "") -> Any:
+    """The paired difference to another point, perhaps by another metric."""
+    mine, theirs = runs_of(study, label), runs_of(study, other)
+    name = other_metric or metric
+    seeds = [s for s in mine if s in theirs and metric in mine[s] and name in theirs[s]]
+    if not seeds:
+        return None
+    found = comparison.paired_difference(
+        [mine[s][metric] for s in seeds], [theirs[s][name] for s in seeds]
+    )
+    return {**found, "metric": metric}
+
+
+def show(found: Any) -> str:
+    """A cell: text, or a difference, bold where it is above the noise of seeds."""
+    if isinstance(found, str):
+        return found
+    if found is None or found["p"] is None:
+        return "–"
+    text = f"{found['difference']:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}]"
+    return f"**{text}**" if found["above_seed_noise"] else text
+
+
+def table(head: list[str], rows: list[list[Any]]) -> str:
+    """Cells are texts or differences; those of one metric are tested together (Holm)."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for cell in (cell for row in rows for cell in row if isinstance(cell, dict)):
+        found.setdefault(cell["metric"], []).append(cell)
+    for of_metric in found.values():
+        comparison.mark_above_noise(of_metric)
+    lines = [head, ["---"] * len(head), *([show(cell) for cell in row] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def sweep(study: Study, name: str) -> Iterator[str]:
+    """Losses by rate and epochs, differences to rate 0, and the crossover."""
+    sizes, rates = study["axes"]["data.train_tokens"], study["axes"]["dropout.rate"]
+
+    def label(size: Any, rate: Any) -> str:
+        return f"train_tokens={size}, rate={rate:g}"
+
+    epochs = [
+        comparison.mean_over_seeds([m["epochs"] for m in runs_of(study, label(size, 0)).values()])[
+            "mean"
+        ]
+        for size in sizes
+    ]
+    head = [
+        "rate",
+        *(f"{n:.2g} epochs ({size:,} tokens)" for n, size in zip(epochs, sizes, strict=True)),
+    ]
+    for metric, title in (("best_val_loss", "Best"), ("val_loss", "Last")):
+        rows = [[f"{r:g}", *(mean(study, label(s, r), metric) for s in sizes)] for r in rates]
+        yield f"{title} validation loss, nats:\n\n{table(head, rows)}"
+    rows, series = [], []
+    for rate in rates[1:]:
+        found = [difference(study, label(s, rate), label(s, 0), "best_val_loss") for s in sizes]
+        rows.append([f"{rate:g}", *found, crossover(epochs, found)])
+        known = [(n, f) for n, f in zip(epochs, found, strict=True) if f is not None]
+        low, high = ([f[key] for _, f in known] for key in ("low", "high"))
+        y = [f["difference"] for _, f in known]
+        series.append(Line(f"rate {rate:g}", [n for n, _ in known], y, low, high))
+    caption = "Best validation loss minus that of rate 0 with the same seed"
+    yield f"{caption}, and the epochs at which it falls below 0:\n\n" + table(
+        [*head, "crossover"], rows
+    )
+    save(name, charts.lines(caption, series, "epochs over the text (log)", "nats", log_x=True))
+    yield f"![{caption}](dropout-study/{name}.svg)"
+
+
+def crossover(epochs: list[float], found: list[Any]) -> str:
+    """Where the difference falls below 0, and from where to where its interval has 0 in it."""
+    at, low, high = (crossing(epochs, found, key) for key in ("difference", "low", "high"))
+    if at is None:
+        return "none seen"
+    beyond = f"beyond {epochs[-1]:.0f}"
+    return f"{at:.0f} [{low or epochs[0]:.0f}, {beyond if high is None else f'{high:.0f}'}]"
+
+
+def crossing(epochs: list[float], found: list[Any], key: str) -> float | None:
+    """Where a value first falls below 0, on a logarithmic scale between two sizes."""
+    for i in range(1, len(epochs)):
+        if found[i - 1] is None or found[i] is None:
+            continue
+        a, b = found[i - 1][key], found[i][key]
+        if a > 0 >= b:
+            share = a / (a - b)
+            return math.exp((1 - share) * math.log(epochs[i - 1]) + share * math.log(epochs[i]))
+    return None
+
+
+def redundancy(study: Study) -> Iterator[str]:
+    labels = [point["label"] for point in study["points"]]
+    rows = [
+        [
+            label,
+            *(mean(study, label, m) for m in ("best_val_loss", "val_loss", "loss.dropout_penalty")),
+            mean(study, label, "calibration.ece"),
+        ]
+        for label in labels
+    ]
+    yield table(["", "best loss", "last loss", "penalty", "ECE"], rows)
+    for ablation in ("mean", "zero"):
+        for what, title in AREAS.items():
+            rows = [
+                [label, *(mean(study, label, area(kind, ablation, what)) for kind in KINDS)]
+                for label in labels
+            ]
+            yield f"{title}, random removal to {ablation}:\n\n" + table(["", *KINDS], rows)
+    yield from controls(study)
+    measures = ("split_half", "gini", "effective_share", "backup.8")
+    for kind in ("head", "neuron"):
+        base = f"importance.kinds.{kind}.mean."
+        rows = [
+            [
+                label,
+                *(mean(study, label, base + m) for m in measures),
+                mean(study, label, area(kind, "mean", "half_at")),
+            ]
+            for label in labels
+        ]
+        head = ["", "split-half", "Gini", "effective share", "backup of 8", "half at"]
+        yield f"Importance of {kind}s, removal to mean:\n\n" + table(head, rows)
+    rows = [[label, *(mean(study, label, f"mc-dropout.{m}") for m in MC)] for label in labels]
+    yield "Averaging passes with dropout on:\n\n" + table(["", *MC], rows)
+
+
+AREAS = {
+    "contribution_area": "What is left of the kind's own contribution (area)",
+    "retained_area": "Retained skill (area)",
+}
+MC = ("deterministic_loss", "averaged_minus_deterministic", "mutual_information")
+
+
+def controls(study: Study) -> Iterator[str]:
+    """Dropout against every point without it, in pairs of one seed."""
+    labels = [point["label"] for point in study["points"]]
+    alone = [label for label in labels if re.fullmatch(r"dropout [0-9.]+", label)]
+    others = [label for label in labels if "dropout" not in label]
+    for dropout in alone:
+        for what, title in AREAS.items():
+            rows = []
+            for other in others:
+                row = [f"{other} (loss {loss_of(study, other) - loss_of(study, dropout):+.3f})"]
+                for ablation in ("mean", "zero"):
+                    for kind in KINDS:
+                        row.append(difference(study, dropout, other, area(kind, ablation, what)))
+                rows.append(row)
+            head = [f"{kind}, {ablation}" for ablation in ("mean", "zero") for kind in KINDS]
+            yield f"{title} of {dropout} minus that of:\n\n" + table(["", *head], rows)
+
+
+def loss_of(study: Study, label: str) -> float:
+    values = [m["best_val_loss"] for m in runs_of(study, label).values()]
+    return sum(values) / len(values) if values else math.inf
+
+
+def placement(study: Study) -> Iterator[str]:
+    labels = [point["label"] for point in study["points"]]
+    rows = [
+        [
+            label,
+            mean(study, label, "best_val_loss"),
+            difference(study, label, "none", "best_val_loss"),
+            difference(study, label, "none", "val_loss"),
+            mean(study, label, "loss.dropout_penalty"),
+        ]
+        for label in labels
+    ]
+    yield table(["site at 0.2", "best loss", "minus none", "last loss minus none", "penalty"], rows)
+    for ablation in ("mean", "zero"):
+        for what, title in AREAS.items():
+            rows = [
+                [label, *(difference(study, label, "none", area(k, ablation, what)) for k in KINDS)]
+                for label in labels[1:]
+            ]
+            yield f"{title} minus that of none, removal to {ablation}:\n\n" + table(
+                ["trained with", *KINDS], rows
+            )
+
+
+def weights_or_context(study: Study) -> Iterator[str]:
+    rows = [
+        [
+            point["label"],
+            *(mean(study, point["label"], m) for m in ("best_val_loss", "val_loss")),
+            difference(study, point["label"], "none", "best_val_loss"),
+            mean(study, point["label"], "loss.dropout_penalty"),
+        ]
+        for point in study["points"]
+    ]
+    yield table(["", "best loss", "last loss", "best minus none", "penalty"], rows)
+    rows = [
+        [f"{r:g}", difference(study, f"weights {r:g}", f"context {r:g}", "best_val_loss")]
+        for r in (0.1, 0.2, 0.3, 0.5)
+    ]
+    yield "Weights minus context at one rate, best loss:\n\n" + table(["rate", "difference"], rows)
+
+
+def annealed(study: Study) -> Iterator[str]:
+    """Every length annealed: losses on the test half, and rates at the length that the validation
+    half chooses for each."""
+    lengths, rates = study["axes"]["train.max_steps"], study["axes"]["dropout.rate"]
+    for size in study["axes"]["data.train_tokens"]:
+
+        def label(steps: Any, rate: Any, size: Any = size) -> str:
+            return f"train_tokens={size}, max_steps={steps}, rate={rate:g}"
+
+        head = ["rate", *(f"{steps} updates" for steps in lengths)]
+        rows = [
+            [f"{rate:g}", *(mean(study, label(steps, rate), "loss.loss") for steps in lengths)]
+            for rate in rates
+        ]
+        yield f"Test loss of {size:,} tokens by run length, nats:\n\n{table(head, rows)}"
+        chosen = {rate: best_length(study, [label(n, rate) for n in lengths]) for rate in rates}
+        rows = []
+        for rate in rates:
+            own, none, longest = chosen[rate], chosen[rates[0]], label(lengths[-1], rate)
+            row = [f"{rate:g}", re.sub(r".*max_steps=(\d+).*", r"\1", own)]
+            row += [mean(study, own, metric) for metric in ("loss.loss", "epochs")]
+            row.append(difference(study, own, none, "loss.loss") if rate else "–")
+            row.append(difference(study, own, longest, "loss.loss"))
+            rows.append(row)
+        head = ["rate", "best length", "test loss", "epochs", "minus rate 0"]
+        head.append(f"minus the best step of {lengths[-1]} updates")
+        yield f"Each rate at its own length, {size:,} tokens:\n\n{table(head, rows)}"
+
+
+def best_length(study: Study, labels: list[str]) -> str:
+    """Of these, the one with the lowest mean of the best validation losses."""
+    return min(labels, key=lambda label: loss_of(study, label))
+
+
+def decay(study: Study) -> Iterator[str]:
+    """Weight decay by dropout rate, each against neither and against the best decay alone."""
+    decays, rates = study["axes"]["optim.weight_decay"], study["axes"]["dropout.rate"]
+    for size in study["axes"]["data.train_tokens"]:
+
+        def label(amount: Any, rate: Any, size: Any = size) -> str:
+            return f"train_tokens={size}, weight_decay={amount:g}, rate={rate:g}"
+
+        head = ["weight decay", *(f"rate {rate:g}" for rate in rates)]
+        rows = [
+            [f"{amount:g}", *(mean(study, label(amount, rate), "loss.loss") for rate in rates)]
+            for amount in decays
+        ]
+        yield f"Test loss of {size:,} tokens at the best step, nats:\n\n{table(head, rows)}"
+        rows = [
+            [
+                f"{amount:g}",
+                *(
+                    difference(study, label(amount, rate), label(amount, 0), "loss.loss")
+                    for rate in rates[1:]
+                ),
+                difference(study, label(amount, 0), label(decays[0], 0), "loss.loss")
+                if amount != decays[0]
+                else "–",
+            ]
+            for amount in decays
+        ]
+        head = ["weight decay", *(f"rate {rate:g} minus 0" for rate in rates[1:])]
+        head.append(f"rate 0 minus that of decay {decays[0]:g}")
+        yield f"What a rate adds to each decay, {size:,} tokens:\n\n{table(head, rows)}"
+
+
+def ensemble(study: Study) -> Iterator[str]:
+    """Five runs as one model, beside as many passes of one with dropout on."""
+    rows = []
+    for point in study["points"]:
+        label = point["label"]
+        row = [label, mean(study, label, "loss.loss")]
+        rows.append([*row, *(together(study, label, f"ensemble.{metric}") for metric in ENSEMBLE)])
+    head = ["", "one model", "mean of logits", "mean of probabilities", "minus one model"]
+    yield table([*head, "5 passes of one minus one pass", "their share of the gain"], rows)
+
+
+ENSEMBLE = (
+    *("mean_of_logits.loss", "mean_of_probabilities.loss", "mean_of_logits.minus_mean_member"),
+    *("mc_dropout.averaged_minus_deterministic", "mc_dropout.share_of_ensemble"),
+)
+
+
+def together(study: Study, label: str, metric: str) -> str:
+    """What the runs of a point are worth as one: of all seeds there is one number."""
+    for run in study["runs"]:
+        if run["label"] == label and run["state"] == "ensemble" and metric in run["metrics"]:
+            return f"{run['metrics'][metric]:.3f}"
+    return "–"
+
+
+def recipe(study: Study) -> Iterator[str]:
+    """Weight decay by dropout, for each size and number of passes."""
+    decays, rates = study["axes"]["optim.weight_decay"], study["axes"]["dropout.rate"]
+    names = dict.fromkeys(p["label"].split(", ", 2)[2] for p in study["points"])
+
+    def label(amount: Any, rate: Any, name: str) -> str:
+        return f"weight_decay={amount:g}, rate={rate:g}, {name}"
+
+    head = ["weight decay, rate", *names]
+    ways = [(amount, rate) for rate in rates for amount in decays]
+    for metric, title in {"loss.loss": "Test loss", "loss.bits_per_byte": "Bits per byte"}.items():
+        rows = [
+            [f"{a:g}, {r:g}", *(mean(study, label(a, r, n), metric) for n in names)]
+            for a, r in ways
+        ]
+        yield f"{title}:\n\n{table(head, rows)}"
+    first = ways[0]
+    rows = [
+        [
+            f"{a:g}, {r:g}",
+            *(difference(study, label(a, r, n), label(*first, n), "loss.loss") for n in names),
+        ]
+        for a, r in ways[1:]
+    ]
+    yield f"Minus decay {first[0]:g} without dropout:\n\n{table(head, rows)}"
+
+
+def quick(study: Study) -> Iterator[str]:
+    """The headlines."""
+    rows = [
+        [
+            point["label"],
+            *(mean(study, point["label"], m) for m in ("epochs", "loss.loss")),
+            difference(study, point["label"], "no dropout", "loss.loss"),
+            *(mean(study, point["label"], area("head", "mean", what)) for what in AREAS),
+        ]
+        for point in study["points"]
+    ]
+    head = [
+        "",
+        "passes",
+        "test loss",
+        "minus no dropout",
+        "heads: contribution left",
+        "heads: retained",
+    ]
+    yield table(head, rows)
+
+
+def save(name: str, svg: str) -> None:
+    for variable, color in LIGHT.items():
+        svg = svg.replace(variable, color)
+    paper = '<rect width="100%" height="100%" fill="#ffffff"/>'  # for pages that are dark
+    svg = re.sub(r"(<svg[^>]*>)", rf"\1{paper}", svg, count=1)
+    (DOCS / f"{name}.svg").write_text(svg)
+
+
+WRITERS: dict[str, Callable[[Study], Iterator[str]]] = {
+    "rates": lambda study: sweep(study, "rates"),
+    "redundancy": redundancy,
+    "placement": placement,
+    "weights_or_context": weights_or_context,
+    "annealed": annealed,
+    "decay": decay,
+    "ensemble": ensemble,
+    "recipe": recipe,
+    "quick": quick,
+}
