@@ -144,8 +144,8 @@ def summary_lines(run: RunConfig, plan: dict[str, Any]) -> list[str]:
         f"model: {shape}, context {model.context_length}: "
         f"{format_number(plan['parameters'])} parameters, "
         f"about {plan['memory_bytes_estimate'] / 2**30:.2g} GiB to train{each_rank}",
-        f"plan: {'at most ' * timed}{plan['steps']} updates of {update} = {plan['epochs']:.2f} epochs, "
-        f"{format_number(plan['flops'])}FLOP",
+        f"plan: {'at most ' * timed}{plan['steps']} updates of {update} = "
+        f"{plan['epochs']:.2f} epochs, {format_number(plan['flops'])}FLOP",
     ]
     lines += extra_lines(run, plan["steps"])
     if plan["ranks"] > 1:
