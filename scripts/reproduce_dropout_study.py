@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from study_tables import DOCS, WRITERS, Study
+from study_tables import DOCS, WRITERS, Study, is_empty
 
 from gptlite.studies.config import load_study
 
@@ -31,7 +31,7 @@ def write_tables(folder: Path) -> None:
         study = read_results(name, folder)
         if study is None:
             continue
-        lines = "\n\n".join(make(study))
+        lines = "\n\n".join(part for part in make(study) if not is_empty(part))
         begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
         before, _, rest = text.partition(begin)
         text = f"{before}{begin}\n\n{lines}\n\n{end}{rest.partition(end)[2]}"

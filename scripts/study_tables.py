@@ -76,6 +76,13 @@ def table(head: list[str], rows: list[list[Any]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def is_empty(text: str) -> bool:
+    """Whether a table has nothing but the names of its rows: these runs were not so measured."""
+    rows = [line for line in text.splitlines() if line.startswith("|")][2:]
+    cells = [cell.strip() for row in rows for cell in row.split("|")[2:-1]]
+    return bool(cells) and all(cell == "–" for cell in cells)
+
+
 def sweep(study: Study, name: str) -> Iterator[str]:
     """Losses by rate and epochs, differences to rate 0, and the crossover."""
     sizes, rates = study["axes"]["data.train_tokens"], study["axes"]["dropout.rate"]
