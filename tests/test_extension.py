@@ -140,12 +140,12 @@ SUITE: Edits = [
 ]
 KIND: Edits = [
     (
-        "measure/knockout.py",
+        "measure/units.py",
         "KINDS: dict",
         "def halves(model):\n    for layer, block in enumerate(blocks(model)):\n"
         "        yield UnitOutput(block.mlp, slice(layer, layer + 1), 0)\n\n\nKINDS: dict",
     ),
-    ("measure/knockout.py", '    "head": heads,\n', '    "head": heads,\n    "mlp": halves,\n'),
+    ("measure/units.py", '    "head": heads,\n', '    "head": heads,\n    "mlp": halves,\n'),
 ]
 COMMAND: Edits = [
     (

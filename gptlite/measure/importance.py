@@ -25,7 +25,7 @@ from gptlite.measure.intervals import (
     student_tail,
     weighted_sums,
 )
-from gptlite.measure.knockout import Subject, blocks, random_orders
+from gptlite.measure.units import Subject, blocks, random_orders
 
 CRITICAL_NATS = 0.01
 """What a critical unit costs at least; less is of no use to anyone, however certain."""

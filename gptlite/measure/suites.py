@@ -34,8 +34,8 @@ from gptlite.data.token_files import TokenFiles
 from gptlite.errors import ConfigError, DataError, add_step_to_errors
 from gptlite.measure import calibration, importance, knockout
 from gptlite.measure.intervals import Floats
-from gptlite.measure.knockout import ABLATIONS, KINDS, Subject
 from gptlite.measure.memorisation import memorisation
+from gptlite.measure.units import ABLATIONS, KINDS, Subject
 from gptlite.terminal import wants_bar
 from gptlite.words import did_you_mean
 

@@ -26,7 +26,7 @@ from gptlite.core.model import GPT, Attention, to_device
 from gptlite.core.precision import HALF, LossScaler, precision
 from gptlite.data.batches import Layout, batch_at
 from gptlite.errors import DivergedError
-from gptlite.planning.rates import pick_rate
+from gptlite.planning.regularisation import advise_decay, pick_rate
 
 STANDARD_ERRORS = 4
 """Further than this from its rate, a site is off."""
@@ -69,8 +69,8 @@ def site_plan(run: RunConfig, model: GPT, n_rows: int) -> list[dict[str, Any]]:
     return entries
 
 
-def advice(run: RunConfig, epochs: float) -> Iterator[str]:
-    """What is known of these rates; docs/dropout.md has the sources."""
+def advice(run: RunConfig, epochs: float, tokens_per_parameter: float) -> Iterator[str]:
+    """What is known of these rates and this decay; docs/dropout.md has the sources."""
     live = {site: rate for site, rate in run.dropout.rates().items() if rate > 0}
     rate, why = pick_rate(epochs)
     if live and not rate:
@@ -80,6 +80,9 @@ def advice(run: RunConfig, epochs: float) -> Iterator[str]:
     high = [f"{site} {value:g}" for site, value in live.items() if value >= 0.5]
     if high:
         yield f"half and more is much to drop: {', '.join(high)}"
+    optim = run.optim
+    if told := advise_decay(optim.name, optim.lr, optim.weight_decay, tokens_per_parameter):
+        yield told
 
 
 def mask_letters(site: str, locked: bool) -> str:

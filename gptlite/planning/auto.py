@@ -29,7 +29,7 @@ from gptlite.core.precision import HALF
 from gptlite.core.world import ALONE, World
 from gptlite.errors import ConfigError
 from gptlite.planning import memory
-from gptlite.planning.rates import pick_rate
+from gptlite.planning.regularisation import pick_rate
 
 BF16_GAIN = 1.1
 """A block must be this much faster in bfloat16 to be worth its rounding."""

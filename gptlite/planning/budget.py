@@ -75,12 +75,19 @@ class Rung(NamedTuple):
     """Of an update."""
     n_rows: int
     """Of an epoch."""
+    text_tokens: int
+    """Of all the training text."""
     seconds: float = 0.0
     """Of an update; 0 as long as it is not known."""
 
     def sees_enough(self, seconds: float) -> bool:
         """Whether it passes over enough text in this time."""
         return seconds / self.seconds * self.tokens >= TOKENS_PER_PARAMETER * self.n_parameters
+
+    @property
+    def text_per_parameter(self) -> float:
+        """Different tokens that there are for each parameter."""
+        return self.text_tokens / self.n_parameters
 
     @property
     def most_steps(self) -> int:
@@ -99,6 +106,7 @@ def make_rung(size: tuple[int, int, int], run: RunConfig, files: TokenFiles) -> 
         flops=float(flops_per_token(run, vocab_size) * tokens),
         tokens=tokens,
         n_rows=files.rows("train", context).n_rows,
+        text_tokens=files.n_tokens("train"),
     )
 
 

@@ -127,7 +127,7 @@ def run_page(run: RunFiles) -> Page:
         verdict=try_part(
             notes,
             "config.yaml or metrics.jsonl",
-            lambda: verdict(run.rows, run.config, run.plan.get("epochs")),
+            lambda: verdict(run.rows, run.config, run.plan),
             nothing,
         ),
         groups=run_figures(run),

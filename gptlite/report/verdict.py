@@ -7,7 +7,7 @@ a word: another seed or another validation text moves the loss as much.
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from gptlite.planning.rates import pick_rate
+from gptlite.planning.regularisation import advise_decay, pick_rate
 from gptlite.runs.results import Row, best_evaluation, evaluations, generalisation_gap, number
 
 NOTICEABLE = 0.02
@@ -22,26 +22,38 @@ class Verdict(NamedTuple):
     advice: list[str]
 
 
-def verdict(rows: Sequence[Row], config: dict[str, Any], epochs: float | None) -> Verdict:
-    """Of the rows of metrics.jsonl that have a validation loss."""
+def verdict(rows: Sequence[Row], config: dict[str, Any], plan: dict[str, Any]) -> Verdict:
+    """Of the rows of metrics.jsonl that have a validation loss; `plan` is plan.json."""
     evaluated, best = evaluations(rows), best_evaluation(rows)
     if best is None:
         return Verdict("Not evaluated", "No validation loss was logged.", [])
     last = evaluated[-1]
-    epochs = number(last.get("epoch")) or epochs or 0.0
+    epochs = number(last.get("epoch")) or number(plan.get("epochs")) or 0.0
     gap = generalisation_gap(last)
     drops = largest_rate(last) > 0
     rise = last["val/loss"] - best["val/loss"]
     if best is not last and rise > NOTICEABLE:
-        return overfitting(best, last, rise, gap, drops, config)
+        return overfitting(best, last, rise, gap, drops, decay_advice(config, plan))
     fall = recent_fall(evaluated)
     if fall > NOTICEABLE and (gap is None or gap < WIDE_GAP):
         return underfitting(fall, gap, drops, epochs)
     return plateau(gap, drops, epochs)
 
 
+def decay_advice(config: dict[str, Any], plan: dict[str, Any]) -> str:
+    """What to try, in figures where they are known for such a run."""
+    optim = config.get("optim") or {}
+    decay, lr = number(optim.get("weight_decay")), number(optim.get("lr"))
+    tokens, parameters = number(plan.get("train_tokens")), number(plan.get("parameters"))
+    if decay is not None and lr and tokens and parameters:
+        told = advise_decay(optim.get("name", ""), lr, decay, tokens / parameters)
+        if told:
+            return f"Try another weight decay: {told}."
+    return f"Try more weight decay (now {decay})."
+
+
 def overfitting(
-    best: Row, last: Row, rise: float, gap: float | None, drops: bool, config: dict[str, Any]
+    best: Row, last: Row, rise: float, gap: float | None, drops: bool, more_decay: str
 ) -> Verdict:
     at = f"step {best['step']}"
     epoch = number(best.get("epoch"))
@@ -50,13 +62,11 @@ def overfitting(
     found += (
         "." if gap is None else f", while the gap to training text has grown to {gap:.2f} nats."
     )
-    decay = (config.get("optim") or {}).get("weight_decay")
     advice = [
         "Use the best checkpoint, which is what every command takes unless told otherwise; "
         "train.early_stop saves the time after it.",
         "Raise the dropout rates." if drops else "Try dropout.rate 0.1 to 0.2.",
-        f"Try more weight decay (now {decay}): it is dropout's rival, so compare both "
-        "(gptlite study).",
+        f"{more_decay} It is dropout's rival, so compare both (gptlite study).",
         "More text helps more than either.",
     ]
     return Verdict(f"Overfitting since step {best['step']}", found, advice)

@@ -32,7 +32,7 @@ from gptlite.planning.budget import (
     guess_fit,
     make_rung,
 )
-from gptlite.planning.rates import pick_rate
+from gptlite.planning.regularisation import pick_decay, pick_rate
 from gptlite.planning.rehearsal import count_evaluated, rehearse
 from gptlite.runs.directory import create_directory
 from gptlite.runs.origin import given_tokenizer, inherit
@@ -65,6 +65,8 @@ LADDER = (
 )
 """(n_layer, n_embd, context_length), the smallest model first."""
 TOKENS_PER_UPDATE = 2048
+LR = 0.01
+"""Of Muon, for all sizes of the ladder."""
 CHOSEN_SHARE = 0.03
 """Of the time, for timing the model that was chosen; one to ten seconds."""
 
@@ -188,7 +190,7 @@ def size_choices(
     batch_size = max(8, TOKENS_PER_UPDATE // model["context_length"])
     yield Choice("train.batch_size", batch_size, f"about {TOKENS_PER_UPDATE} tokens")
     yield Choice("optim.name", "muon", "the same loss in less time than AdamW at these sizes")
-    yield Choice("optim.lr", 1e-2, "")
+    yield Choice("optim.lr", LR, "")
     yield Choice("optim.min_lr", 0.0, "falls to nothing at the end")
     yield Choice("optim.schedule", "linear", "")
 
@@ -247,6 +249,8 @@ def training_choices(rung: Rung, fitting: Fit) -> Iterator[Choice]:
     if fitting.eval_batches is not None:
         why = "spread over the validation text; all of it would take too much of the time"
         yield Choice("train.eval_batches", fitting.eval_batches, why)
+    decay, why = pick_decay(rung.text_per_parameter, LR)
+    yield Choice("optim.weight_decay", decay, why)
     rate, why = dropout_rate(fitting.steps, rung)
     yield Choice("dropout.preset", "gpt2" if rate else "none", why)
     if rate:

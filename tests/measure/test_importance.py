@@ -12,7 +12,7 @@ from gptlite.config.run import ModelConfig
 from gptlite.core.model import GPT
 from gptlite.measure import importance
 from gptlite.measure.importance import effective_share, gini, spectrum, top_share
-from gptlite.measure.knockout import Subject
+from gptlite.measure.units import Subject
 
 
 def test_one_critical_neuron_is_found(workshop: Workshop) -> None:

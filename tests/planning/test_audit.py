@@ -222,7 +222,7 @@ def test_native_sites_are_announced(workshop: Workshop) -> None:
         (
             {"preset": "gpt2"},
             0.9,
-            ["dropout in 0.9 epochs", "costs up to about 13, as measured in short runs (rate 0)"],
+            ["dropout in 0.9 epochs", "costs up to about 13 (rate 0)"],
         ),
         ({"preset": "gpt2"}, 20.0, []),
         ({"preset": "none"}, 2.0, []),
@@ -233,7 +233,7 @@ def test_native_sites_are_announced(workshop: Workshop) -> None:
 def test_advice_is_what_was_measured(
     workshop: Workshop, dropout: dict[str, Any], epochs: float, said: list[str]
 ) -> None:
-    lines = list(advice(workshop.run(dropout=dropout), epochs))
+    lines = list(advice(workshop.run(dropout=dropout), epochs, 1.0))
     assert len(lines) == (1 if said else 0)
     assert all(words in lines[0] for words in said)
 

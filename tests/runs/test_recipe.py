@@ -131,7 +131,7 @@ def test_a_short_text_is_not_read_more_often_than_it_helps(workshop: Workshop) -
     rows = prepare(run).rows("train", run.model.context_length).n_rows
     assert run.train.max_steps * run.train.batch_size / rows <= budget.MOST_EPOCHS + 1
     assert "60 passes over the text" in text
-    assert run.dropout.rate == 0.2
+    assert run.dropout.rate == 0.1
 
 
 def test_what_is_set_wins_and_is_noted(workshop: Workshop) -> None:
@@ -176,13 +176,14 @@ def test_another_dropout_rate_than_was_guessed_is_timed_again(
     tried = []
 
     def rehearse(run: RunConfig, *_: Any) -> Costs:
-        tried.append(run.dropout.rate)
+        tried.append(run.dropout.rate or 0.0)
         return Costs(0.0, 1.0, EvaluationPace(0.0, 64), 0.0, 0.0)
 
     monkeypatch.setattr(recipe, "rehearse", rehearse)
+    workshop.text.write_text(prose(6000))
     run, _ = composed(workshop, 0.5)
-    assert tried == [0.2, 0.1]
-    assert (run.train.max_steps, run.dropout.rate) == (30, 0.1)
+    assert tried == [0.1, 0.0]
+    assert (run.train.max_steps, run.dropout.preset) == (30, "none")
 
 
 def test_a_size_that_contradicts_what_is_asked_for_is_passed_over(workshop: Workshop) -> None:
