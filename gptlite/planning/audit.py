@@ -69,7 +69,7 @@ def site_plan(run: RunConfig, model: GPT, n_rows: int) -> list[dict[str, Any]]:
     return entries
 
 
-def advice(run: RunConfig, epochs: float, tokens_per_parameter: float) -> Iterator[str]:
+def advice(run: RunConfig, epochs: float, text_tokens: float) -> Iterator[str]:
     """What is known of these rates and this decay; docs/dropout.md has the sources."""
     live = {site: rate for site, rate in run.dropout.rates().items() if rate > 0}
     rate, why = pick_rate(epochs)
@@ -81,7 +81,7 @@ def advice(run: RunConfig, epochs: float, tokens_per_parameter: float) -> Iterat
     if high:
         yield f"half and more is much to drop: {', '.join(high)}"
     optim = run.optim
-    if told := advise_decay(optim.name, optim.lr, optim.weight_decay, tokens_per_parameter):
+    if told := advise_decay(optim.name, optim.lr, optim.weight_decay, text_tokens):
         yield told
 
 

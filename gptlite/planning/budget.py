@@ -85,11 +85,6 @@ class Rung(NamedTuple):
         return seconds / self.seconds * self.tokens >= TOKENS_PER_PARAMETER * self.n_parameters
 
     @property
-    def text_per_parameter(self) -> float:
-        """Different tokens that there are for each parameter."""
-        return self.text_tokens / self.n_parameters
-
-    @property
     def most_steps(self) -> int:
         """Updates after which more bring nothing."""
         return max(FEWEST_STEPS, math.ceil(MOST_EPOCHS * self.n_rows / self.run.train.batch_size))

@@ -154,8 +154,8 @@ def summary_lines(run: RunConfig, plan: dict[str, Any]) -> list[str]:
     lines += [f"auto: {name} = {why}" for name, why in plan["auto"].items()]
     sites = [f"{site['site']} {site['rate']:g}" for site in plan["dropout"] if site["rate"]]
     lines.append(f"dropout: {', '.join(sites) or 'none'}")
-    per_parameter = plan["train_tokens"] / plan["parameters"]
-    lines += [f"note: {line}" for line in advice(run, plan["epochs"], per_parameter)]
+    notes = advice(run, plan["epochs"], plan["train_tokens"])
+    lines += [f"note: {line}" for line in notes]
     reached = model.reached(plan["longest_row"])
     if reached and run.init_from is None:
         lines.append(

@@ -1,4 +1,4 @@
-"""From a text and a model to weight decay and dropout: the one rule, as it was measured. No torch.
+"""From a text and the passes over it to weight decay and dropout: the one rule. No torch.
 
 Measured with the models of `train --data` (docs/dropout-study.md, "What a recipe should choose").
 """
@@ -10,12 +10,12 @@ RATES = (
     (math.inf, 0.1, "the best rate from about 20 on, with weight decay and without"),
 )
 """Up to so many epochs, the rate, and why."""
-DECAY_AT_ONE, DECAY_EXPONENT = 1.8, -0.4
-"""The best weight decay at a learning rate of 0.01 where the text has one token per parameter, and
-how it falls with more."""
+DECAY_OF_A_MILLION = 0.64
+"""The best weight decay at a learning rate of 0.01 for a million tokens of text; it falls with the
+square root of more."""
 LEAST_DECAY, MOST_DECAY = 0.1, 8.0
 """Between which it was measured."""
-CLOSE = 2.0
+CLOSE = 2.5
 """Factor by which a decay may miss the best one before a word is said of it."""
 
 
@@ -25,26 +25,23 @@ def pick_rate(epochs: float) -> tuple[float, str]:
     return rate, f"{epochs:.3g} epochs: {why}"
 
 
-def pick_decay(tokens_per_parameter: float, lr: float) -> tuple[float, str]:
-    """The weight decay for so many different tokens of text per parameter, and why.
+def pick_decay(text_tokens: float, lr: float) -> tuple[float, str]:
+    """The weight decay for so many tokens of training text, and why.
 
     An update takes lr times it of a weight; that share is what was measured.
     """
-    at_usual = min(
-        MOST_DECAY, max(LEAST_DECAY, DECAY_AT_ONE * tokens_per_parameter**DECAY_EXPONENT)
-    )
+    at_usual = DECAY_OF_A_MILLION * math.sqrt(1e6 / text_tokens)
+    at_usual = min(MOST_DECAY, max(LEAST_DECAY, at_usual))
     decay = float(f"{at_usual * 0.01 / lr:.2g}")
-    share = f"{decay * lr:.2g} of a weight in an update"
-    return decay, f"{tokens_per_parameter:.2g} tokens of text per parameter: {share}"
+    share = f"{decay * lr:.1%} of a weight in an update"
+    return decay, f"{text_tokens:,.0f} tokens of text: {share}"
 
 
-def advise_decay(
-    optimizer: str, lr: float, weight_decay: float, tokens_per_parameter: float
-) -> str | None:
+def advise_decay(optimizer: str, lr: float, weight_decay: float, text_tokens: float) -> str | None:
     """A word on a weight decay that is far from the best; of Muon, with which it was measured."""
     if optimizer != "muon" or lr == 0:
         return None
-    best, why = pick_decay(tokens_per_parameter, lr)
+    best, why = pick_decay(text_tokens, lr)
     if best / CLOSE <= weight_decay <= best * CLOSE:
         return None
-    return f"optim.weight_decay {weight_decay:g}: about {best:g} was best at {why}"
+    return f"optim.weight_decay {weight_decay:g}: about {best:g} was best for {why}"

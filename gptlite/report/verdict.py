@@ -44,9 +44,9 @@ def decay_advice(config: dict[str, Any], plan: dict[str, Any]) -> str:
     """What to try, in figures where they are known for such a run."""
     optim = config.get("optim") or {}
     decay, lr = number(optim.get("weight_decay")), number(optim.get("lr"))
-    tokens, parameters = number(plan.get("train_tokens")), number(plan.get("parameters"))
-    if decay is not None and lr and tokens and parameters:
-        told = advise_decay(optim.get("name", ""), lr, decay, tokens / parameters)
+    tokens = number(plan.get("train_tokens"))
+    if decay is not None and lr and tokens:
+        told = advise_decay(optim.get("name", ""), lr, decay, tokens)
         if told:
             return f"Try another weight decay: {told}."
     return f"Try more weight decay (now {decay})."

@@ -249,7 +249,7 @@ def training_choices(rung: Rung, fitting: Fit) -> Iterator[Choice]:
     if fitting.eval_batches is not None:
         why = "spread over the validation text; all of it would take too much of the time"
         yield Choice("train.eval_batches", fitting.eval_batches, why)
-    decay, why = pick_decay(rung.text_per_parameter, LR)
+    decay, why = pick_decay(rung.text_tokens, LR)
     yield Choice("optim.weight_decay", decay, why)
     rate, why = dropout_rate(fitting.steps, rung)
     yield Choice("dropout.preset", "gpt2" if rate else "none", why)

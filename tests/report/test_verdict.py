@@ -33,11 +33,11 @@ def test_a_rising_validation_loss_is_overfitting_since_its_minimum() -> None:
 
 
 def test_a_decay_is_named_where_it_was_measured() -> None:
-    """With Muon, by the tokens of text per parameter; else only that there is more."""
-    plan = {"epochs": 20, "train_tokens": 30_000, "parameters": 300_000}
+    """With Muon, by the tokens of text; else only that there is more."""
+    plan = {"epochs": 20, "train_tokens": 30_000}
     muon = {"optim": {"name": "muon", "lr": 0.01, "weight_decay": 0.1}}
     rising = rows([3.0, 2.0, 2.2, 2.5], [3.0, 1.9, 1.5, 1.0])
-    best, _ = pick_decay(0.1, 0.01)
+    best, _ = pick_decay(30_000, 0.01)
     (told,) = (line for line in verdict(rising, muon, plan).advice if "weight_decay" in line)
     assert f"optim.weight_decay 0.1: about {best:g} was best" in told
     adamw = {"optim": {"name": "adamw", "lr": 0.01, "weight_decay": 0.1}}
