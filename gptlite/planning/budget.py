@@ -23,7 +23,8 @@ from gptlite.terminal import wants_bar
 
 TOKENS_PER_PARAMETER = 4
 """That a model sees at least, or a smaller one is better."""
-MOST_EPOCHS = 60
+MOST_EPOCHS = 40
+"""More gain nothing: of 40,000 tokens 60 are no better than 20 (docs/dropout-study.md)."""
 FEWEST_STEPS = 20
 LOOKS = 10
 """Evaluations of a run."""
