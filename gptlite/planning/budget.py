@@ -23,6 +23,8 @@ from gptlite.terminal import wants_bar
 
 TOKENS_PER_PARAMETER = 4
 """That a model sees at least, or a smaller one is better."""
+TEXT_PER_PARAMETER = 0.025
+"""Different ones of them: down to 0.05 a larger model was better, at 0.015 it was not."""
 MOST_EPOCHS = 40
 """More gain nothing: of 40,000 tokens 60 are no better than 20 (docs/dropout-study.md)."""
 FEWEST_STEPS = 20
@@ -82,8 +84,10 @@ class Rung(NamedTuple):
     """Of an update; 0 as long as it is not known."""
 
     def sees_enough(self, seconds: float) -> bool:
-        """Whether it passes over enough text in this time."""
-        return seconds / self.seconds * self.tokens >= TOKENS_PER_PARAMETER * self.n_parameters
+        """Whether it passes over enough text in this time, and there is enough."""
+        seen = seconds / self.seconds * self.tokens
+        there = self.text_tokens >= TEXT_PER_PARAMETER * self.n_parameters
+        return there and seen >= TOKENS_PER_PARAMETER * self.n_parameters
 
     @property
     def most_steps(self) -> int:

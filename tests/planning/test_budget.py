@@ -35,7 +35,8 @@ def _figures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def rung(workshop: Workshop, **train: Any) -> Rung:
     run = workshop.run(train={"save_interval": 1000, "eval_interval": 250, **train})
-    return make_rung((2, 32, 16), run, workshop.files())._replace(n_rows=10_000, seconds=0.05)
+    made = make_rung((2, 32, 16), run, workshop.files())
+    return made._replace(n_rows=10_000, text_tokens=1 << 60, seconds=0.05)
 
 
 def minutes(number: float, spent: float = 0.0) -> Budget:
@@ -183,6 +184,15 @@ def test_a_rung_that_may_just_fit_is_timed(
     timed, chosen = climbed(workshop, monkeypatch, growth=4, power=0.5)
     assert chosen == largest_that_fits(4, 0.5)
     assert chosen < timed <= chosen + 2
+
+
+def test_a_model_does_not_outgrow_its_text(workshop: Workshop) -> None:
+    """However long there is."""
+    one = rung(workshop)._replace(n_parameters=100_000)
+    assert one.sees_enough(1e9)
+    least = budget.TEXT_PER_PARAMETER * one.n_parameters
+    assert one._replace(text_tokens=int(least) + 1).sees_enough(1e9)
+    assert not one._replace(text_tokens=int(least) - 1).sees_enough(1e9)
 
 
 def test_the_first_rung_is_chosen_if_none_fits_and_one_model_is_timed_once(

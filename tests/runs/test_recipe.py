@@ -120,6 +120,7 @@ def test_a_word_a_line_is_a_list(workshop: Workshop, text: str) -> None:
 
 
 def test_more_time_means_a_larger_model_and_more_updates(workshop: Workshop) -> None:
+    workshop.text.write_text(prose(20_000))
     runs = [composed(workshop, minutes)[0] for minutes in (0.5, 5, 120)]
     widths = [run.model.n_embd for run in runs]
     assert widths == sorted(widths)
