@@ -12,7 +12,7 @@ from gptlite.planning.regularisation import (
 
 
 @pytest.mark.parametrize(
-    ("epochs", "rate"), [(0.5, 0.0), (13, 0.0), (14, 0.1), (50, 0.1), (1000, 0.2)]
+    ("epochs", "rate"), [(0.5, 0.0), (13, 0.0), (14, 0.1), (70, 0.1), (1000, 0.2)]
 )
 def test_the_rate_follows_the_epochs(epochs: float, rate: float) -> None:
     found, why = pick_rate(epochs)
