@@ -340,30 +340,23 @@ def together(study: Study, label: str, metric: str) -> str:
 
 
 def recipe(study: Study) -> Iterator[str]:
-    """Weight decay by dropout, for each size and number of passes."""
-    decays, rates = study["axes"]["optim.weight_decay"], study["axes"]["dropout.rate"]
-    names = dict.fromkeys(p["label"].split(", ", 2)[2] for p in study["points"])
+    """Weight decay for each text, number of passes and model."""
+    decays = study["axes"]["optim.weight_decay"]
+    names = dict.fromkeys(point["label"].split(", ", 1)[1] for point in study["points"])
 
-    def label(amount: Any, rate: Any, name: str) -> str:
-        return f"weight_decay={amount:g}, rate={rate:g}, {name}"
+    def label(amount: Any, name: str) -> str:
+        return f"weight_decay={amount:g}, {name}"
 
-    head = ["weight decay, rate", *names]
-    ways = [(amount, rate) for rate in rates for amount in decays]
-    for metric, title in {"loss.loss": "Test loss", "loss.bits_per_byte": "Bits per byte"}.items():
-        rows = [
-            [f"{a:g}, {r:g}", *(mean(study, label(a, r, n), metric) for n in names)]
-            for a, r in ways
-        ]
-        yield f"{title}:\n\n{table(head, rows)}"
-    first = ways[0]
+    head = ["", *(f"weight decay {amount:g}" for amount in decays)]
+    rows = [[n, *(mean(study, label(a, n), "loss.loss") for a in decays)] for n in names]
+    yield f"Test loss at the best step, nats:\n\n{table(head, rows)}"
+    usual, *others = decays
     rows = [
-        [
-            f"{a:g}, {r:g}",
-            *(difference(study, label(a, r, n), label(*first, n), "loss.loss") for n in names),
-        ]
-        for a, r in ways[1:]
+        [n, *(difference(study, label(a, n), label(usual, n), "loss.loss") for a in others)]
+        for n in names
     ]
-    yield f"Minus decay {first[0]:g} without dropout:\n\n{table(head, rows)}"
+    head = ["", *(f"weight decay {amount:g}" for amount in others)]
+    yield f"Minus that of weight decay {usual:g}:\n\n{table(head, rows)}"
 
 
 def quick(study: Study) -> Iterator[str]:
