@@ -14,7 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from study_tables import DOCS, WRITERS, Study, is_empty
+from study_cells import DOCS, Study, is_empty
+from study_tables import WRITERS
 
 from gptlite.studies.config import load_study
 

@@ -1,86 +1,31 @@
 """The tables and figures of docs/dropout-study.md, each from the runs of one study.
 
-A part of reproduce_dropout_study.py. A study here is what study.json has: axes, points, runs.
+A part of reproduce_dropout_study.py.
 """
 
-import math
+import itertools
 import re
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
+
+from study_cells import (
+    KINDS,
+    Study,
+    area,
+    best_length,
+    crossover,
+    difference,
+    loss_of,
+    mean,
+    runs_of,
+    save,
+    table,
+    together,
+)
 
 from gptlite.report import charts
 from gptlite.report.charts import Line
 from gptlite.studies import comparison
-
-DOCS = Path(__file__).resolve().parents[1] / "docs" / "dropout-study"
-KINDS = ("head", "neuron", "layer", "dimension")
-LIGHT = {
-    **{"var(--ink)": "#1d2433", "var(--line)": "#dfe1e6", "var(--c1)": "#2f62b8"},
-    **{"var(--c2)": "#c2571a", "var(--c3)": "#2b8051", "var(--c4)": "#8a4aa8"},
-    **{"var(--c5)": "#9a7400", "var(--c6)": "#7b8190"},
-}
-Study = dict[str, Any]
-
-
-def area(kind: str, ablation: str, what: str = "retained_area") -> str:
-    return f"knockout.kinds.{kind}.{ablation}.random.{what}"
-
-
-def runs_of(study: Study, label: str) -> dict[int, dict[str, float]]:
-    found = [run for run in study["runs"] if run["label"] == label and run["state"] == "done"]
-    return {run["seed"]: run["metrics"] for run in found}
-
-
-def mean(study: Study, label: str, metric: str) -> str:
-    """Mean ± half of the 95 % interval over seeds."""
-    values = [m[metric] for m in runs_of(study, label).values() if metric in m]
-    if not values:
-        return "–"
-    over = comparison.mean_over_seeds(values)
-    half = "" if over["low"] is None else f" ± {over['high'] - over['mean']:.3f}"
-    return f"{over['mean']:.3f}{half}"
-
-
-def difference(study: Study, label: str, other: str, metric: str, other_metric: str = "") -> Any:
-    """The paired difference to another point, perhaps by another metric."""
-    mine, theirs = runs_of(study, label), runs_of(study, other)
-    name = other_metric or metric
-    seeds = [s for s in mine if s in theirs and metric in mine[s] and name in theirs[s]]
-    if not seeds:
-        return None
-    found = comparison.paired_difference(
-        [mine[s][metric] for s in seeds], [theirs[s][name] for s in seeds]
-    )
-    return {**found, "metric": metric}
-
-
-def show(found: Any) -> str:
-    """A cell: text, or a difference, bold where it is above the noise of seeds."""
-    if isinstance(found, str):
-        return found
-    if found is None or found["p"] is None:
-        return "–"
-    text = f"{found['difference']:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}]"
-    return f"**{text}**" if found["above_seed_noise"] else text
-
-
-def table(head: list[str], rows: list[list[Any]]) -> str:
-    """Cells are texts or differences; those of one metric are tested together (Holm)."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for cell in (cell for row in rows for cell in row if isinstance(cell, dict)):
-        found.setdefault(cell["metric"], []).append(cell)
-    for of_metric in found.values():
-        comparison.mark_above_noise(of_metric)
-    lines = [head, ["---"] * len(head), *([show(cell) for cell in row] for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def is_empty(text: str) -> bool:
-    """Whether a table has nothing but the names of its rows: these runs were not so measured."""
-    rows = [line for line in text.splitlines() if line.startswith("|")][2:]
-    cells = [cell.strip() for row in rows for cell in row.split("|")[2:-1]]
-    return bool(cells) and all(cell == "–" for cell in cells)
 
 
 def sweep(study: Study, name: str) -> Iterator[str]:
@@ -117,27 +62,6 @@ def sweep(study: Study, name: str) -> Iterator[str]:
     )
     save(name, charts.lines(caption, series, "epochs over the text (log)", "nats", log_x=True))
     yield f"![{caption}](dropout-study/{name}.svg)"
-
-
-def crossover(epochs: list[float], found: list[Any]) -> str:
-    """Where the difference falls below 0, and from where to where its interval has 0 in it."""
-    at, low, high = (crossing(epochs, found, key) for key in ("difference", "low", "high"))
-    if at is None:
-        return "none seen"
-    beyond = f"beyond {epochs[-1]:.0f}"
-    return f"{at:.0f} [{low or epochs[0]:.0f}, {beyond if high is None else f'{high:.0f}'}]"
-
-
-def crossing(epochs: list[float], found: list[Any], key: str) -> float | None:
-    """Where a value first falls below 0, on a logarithmic scale between two sizes."""
-    for i in range(1, len(epochs)):
-        if found[i - 1] is None or found[i] is None:
-            continue
-        a, b = found[i - 1][key], found[i][key]
-        if a > 0 >= b:
-            share = a / (a - b)
-            return math.exp((1 - share) * math.log(epochs[i - 1]) + share * math.log(epochs[i]))
-    return None
 
 
 def redundancy(study: Study) -> Iterator[str]:
@@ -199,11 +123,6 @@ def controls(study: Study) -> Iterator[str]:
                 rows.append(row)
             head = [f"{kind}, {ablation}" for ablation in ("mean", "zero") for kind in KINDS]
             yield f"{title} of {dropout} minus that of:\n\n" + table(["", *head], rows)
-
-
-def loss_of(study: Study, label: str) -> float:
-    values = [m["best_val_loss"] for m in runs_of(study, label).values()]
-    return sum(values) / len(values) if values else math.inf
 
 
 def placement(study: Study) -> Iterator[str]:
@@ -277,11 +196,6 @@ def annealed(study: Study) -> Iterator[str]:
         yield f"Each rate at its own length, {size:,} tokens:\n\n{table(head, rows)}"
 
 
-def best_length(study: Study, labels: list[str]) -> str:
-    """Of these, the one with the lowest mean of the best validation losses."""
-    return min(labels, key=lambda label: loss_of(study, label))
-
-
 def decay(study: Study) -> Iterator[str]:
     """Weight decay by dropout rate, each against neither and against the best decay alone."""
     decays, rates = study["axes"]["optim.weight_decay"], study["axes"]["dropout.rate"]
@@ -331,14 +245,6 @@ ENSEMBLE = (
 )
 
 
-def together(study: Study, label: str, metric: str) -> str:
-    """What the runs of a point are worth as one: of all seeds there is one number."""
-    for run in study["runs"]:
-        if run["label"] == label and run["state"] == "ensemble" and metric in run["metrics"]:
-            return f"{run['metrics'][metric]:.3f}"
-    return "–"
-
-
 def recipe(study: Study) -> Iterator[str]:
     """Weight decay for each text, number of passes and model."""
     decays = study["axes"]["optim.weight_decay"]
@@ -357,6 +263,44 @@ def recipe(study: Study) -> Iterator[str]:
     ]
     head = ["", *(f"weight decay {amount:g}" for amount in others)]
     yield f"Minus that of weight decay {usual:g}:\n\n{table(head, rows)}"
+
+
+def grid(study: Study) -> Iterator[str]:
+    """Losses by dropout rate for every combination of the other axes, and each rate minus 0."""
+    axes = study["axes"]
+    rates, others = axes[RATE], {name: values for name, values in axes.items() if name != RATE}
+    places = [dict(zip(others, v, strict=True)) for v in itertools.product(*others.values())]
+
+    def label(place: dict[str, Any], rate: float) -> str:
+        values = {**place, RATE: rate}
+        return ", ".join(f"{name.rpartition('.')[2]}={values[name]:g}" for name in axes)
+
+    names = [", ".join(f"{n.rpartition('.')[2]} {v:g}" for n, v in p.items()) for p in places]
+    rows = [
+        [name, mean(study, label(place, 0), "epochs")]
+        + [mean(study, label(place, rate), "loss.loss") for rate in rates]
+        for name, place in zip(names, places, strict=True)
+    ]
+    head = ["", "passes", *(f"rate {rate:g}" for rate in rates)]
+    yield f"Test loss at the best step, nats:\n\n{table(head, rows)}"
+    rows = [
+        [name] + [difference(study, label(p, r), label(p, 0), "loss.loss") for r in rates if r]
+        for name, p in zip(names, places, strict=True)
+    ]
+    yield "Minus rate 0:\n\n" + table(["", *(f"rate {r:g}" for r in rates if r)], rows)
+
+
+RATE = "dropout.rate"
+
+
+def sizes(study: Study) -> Iterator[str]:
+    """Each against the longest run of its kind without dropout."""
+    rows = []
+    for point in study["points"]:
+        label, kind = point["label"], point["label"].partition(",")[0]
+        row = [label, mean(study, label, "epochs"), mean(study, label, "loss.loss")]
+        rows.append([*row, difference(study, label, f"{kind}, none", "loss.loss")])
+    yield table(["", "passes", "test loss", "minus none"], rows)
 
 
 def quick(study: Study) -> Iterator[str]:
@@ -381,14 +325,6 @@ def quick(study: Study) -> Iterator[str]:
     yield table(head, rows)
 
 
-def save(name: str, svg: str) -> None:
-    for variable, color in LIGHT.items():
-        svg = svg.replace(variable, color)
-    paper = '<rect width="100%" height="100%" fill="#ffffff"/>'  # for pages that are dark
-    svg = re.sub(r"(<svg[^>]*>)", rf"\1{paper}", svg, count=1)
-    (DOCS / f"{name}.svg").write_text(svg)
-
-
 WRITERS: dict[str, Callable[[Study], Iterator[str]]] = {
     "rates": lambda study: sweep(study, "rates"),
     "redundancy": redundancy,
@@ -398,5 +334,9 @@ WRITERS: dict[str, Callable[[Study], Iterator[str]]] = {
     "decay": decay,
     "ensemble": ensemble,
     "recipe": recipe,
+    "apart": grid,
+    "learning_rate": grid,
+    "below": grid,
+    "sizes": sizes,
     "quick": quick,
 }
