@@ -26,12 +26,12 @@ def contradictions(run: RunConfig) -> Iterator[tuple[str, str]]:
     """(key, problem) for all that single fields cannot know; nothing is allocated to find out."""
     model, train, optim = run.model, run.train, run.optim
     yield from bad_sources(run)
-    if model.n_embd % model.n_head:
+    if model.head_dim is None and model.n_embd % model.n_head:
         why = f"{model.n_embd} is not divisible by model.n_head {model.n_head}"
         yield "model.n_embd", why
-    elif model.position == "rope" and model.n_embd // model.n_head % 2:
-        why = f"position rope needs an even head width (got {model.n_embd // model.n_head})"
-        yield "model.n_embd", why
+    elif model.position == "rope" and model.head_width % 2:
+        key = "model.n_embd" if model.head_dim is None else "model.head_dim"
+        yield key, f"position rope needs an even head width (got {model.head_width})"
     if model.n_head % model.kv_heads:
         why = f"{model.kv_heads} does not divide model.n_head {model.n_head}"
         yield "model.n_kv_head", why

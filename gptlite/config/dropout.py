@@ -38,7 +38,7 @@ SITES = {
     "key": Kind("BHTS", "BHTS"),
     "attention_weights": Kind("BHTS", "BHTS"),
     "head": Kind("BHTD", "BH11"),
-    "attention_context": Kind("BTC", "BTC"),
+    "attention_context": Kind("BTZ", "BTZ"),
     "attention_output": Kind("BTC", "BTC"),
     "mlp_activation": Kind("BTF", "BTF"),
     "mlp_output": Kind("BTC", "BTC"),

@@ -91,15 +91,23 @@ class ModelConfig(Section):
     """Heads of keys and values, shared by groups of query heads; null: `n_head`."""
     n_embd: Count = 128
     """Width of the residual stream, in features."""
+    head_dim: Count | None = None
+    """Features of a head; null: n_embd / n_head."""
     context_length: Count = 128
     """Tokens the model sees at once."""
     position: Literal["learned", "rope"] = "learned"
     """Learned position embedding, or rotary embedding of queries and keys."""
+    rope_theta: float = Field(10_000.0, gt=1)
+    """Base of the wavelengths of rotary embeddings."""
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     """Normalisation before attention, before the MLP and before the logits."""
+    norm_eps: float = Field(1e-5, gt=0, lt=1)
+    """What norms add to the mean square before they divide by its root."""
     mlp: Literal["gelu", "gelu_exact", "swiglu", "relu2"] = "gelu"
-    """Activation; gelu is GPT-2's approximation, gelu_exact nanoGPT's. They and relu2 are 4 n_embd
-    wide, swiglu about 8/3 n_embd."""
+    """Activation; gelu is GPT-2's approximation, gelu_exact nanoGPT's."""
+    intermediate_size: Count | None = None
+    """Features between the two matrices of the MLP; null: 4 n_embd, with swiglu about 8/3 n_embd,
+    which pays for its third matrix."""
     bias: bool = True
     """Biases in linear layers and layernorm."""
     tie_embeddings: bool = True
@@ -115,9 +123,15 @@ class ModelConfig(Section):
         return self.n_kv_head or self.n_head
 
     @property
+    def head_width(self) -> int:
+        """Features of a head."""
+        return self.head_dim or self.n_embd // self.n_head
+
+    @property
     def mlp_width(self) -> int:
-        """Features between the two matrices of the MLP; swiglu's third matrix is paid for."""
-        return -(-8 * self.n_embd // 3 // 32) * 32 if self.mlp == "swiglu" else 4 * self.n_embd
+        """Features between the two matrices of the MLP."""
+        usual = -(-8 * self.n_embd // 3 // 32) * 32 if self.mlp == "swiglu" else 4 * self.n_embd
+        return self.intermediate_size or usual
 
     def reached(self, longest_row: int) -> int | None:
         """How many learned positions rows up to this long train; None: all, or none are learned."""
@@ -126,13 +140,13 @@ class ModelConfig(Section):
 
     def n_parameters(self, vocab_size: int) -> int:
         """Trainable numbers of the whole model, by arithmetic."""
-        c, kv, wide = self.n_embd, self.n_embd // self.n_head * self.kv_heads, self.mlp_width
-        bias = int(self.bias)
+        c, wide, bias = self.n_embd, self.mlp_width, int(self.bias)
+        q, kv = self.head_width * self.n_head, self.head_width * self.kv_heads
         norm = c * (1 + (bias if self.norm == "layernorm" else 0))
-        block = c * (c + 2 * kv) + bias * (c + 2 * kv) + c * c + bias * c + 2 * norm
+        block = (c + bias) * (q + 2 * kv) + q * c + bias * c + 2 * norm
         block += (3 if self.mlp == "swiglu" else 2) * c * wide
         block += bias * (c + (2 if self.mlp == "swiglu" else 1) * wide)
-        block += 2 * (c // self.n_head) * self.qk_norm
+        block += 2 * self.head_width * self.qk_norm
         tables = vocab_size * c * (1 if self.tie_embeddings else 2)
         tables += self.context_length * c if self.position == "learned" else 0
         return self.n_layer * block + tables + norm

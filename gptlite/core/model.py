@@ -1,7 +1,7 @@
 """The GPT: token ids in, logits out, readable from top to bottom.
 
 Shapes: B sequences, T new tokens, S tokens seen (T plus those in the cache), C features, H query
-heads, G heads of keys and values, D = C / H features per head, V tokens in the vocabulary.
+heads, G heads of keys and values, D features per head (usually C / H), V tokens in the vocabulary.
 
 GPT-2 by default (pre-norm, learned positions, GELU, biases, tied embedding), so that its weights
 load here and give its logits. Every other choice is one field of ModelConfig.
@@ -24,7 +24,6 @@ from gptlite.core.masks import MaskKeys, mask_keys
 from gptlite.data.batches import Batch
 from gptlite.keys import key
 
-ROPE_BASE = 10_000.0
 NO_DROPOUT = DropoutConfig(preset="none")
 
 
@@ -36,8 +35,7 @@ class KVCache:
 
     def __init__(self, model: "GPT", batch_size: int) -> None:
         config = model.config
-        width = config.n_embd // config.n_head
-        shape = (batch_size, config.kv_heads, config.context_length, width)
+        shape = (batch_size, config.kv_heads, config.context_length, config.head_width)
         device = model.token_embedding.weight.device
         self.keys = [torch.empty(shape, device=device) for _ in range(config.n_layer)]
         self.values = [torch.empty(shape, device=device) for _ in range(config.n_layer)]
@@ -75,14 +73,14 @@ class Attention(nn.Module):
         super().__init__()
         self.n_head, self.n_kv_head = config.n_head, config.kv_heads
         self.layer, self.kernel = layer, kernel
-        self.head_width = config.n_embd // config.n_head
+        self.head_width = config.head_width
         width = (config.n_head + 2 * config.kv_heads) * self.head_width
         self.qkv = Linear(config.n_embd, width, bias=config.bias)
-        self.output = Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.output = Linear(config.n_head * self.head_width, config.n_embd, bias=config.bias)
         self.qk_norm = config.qk_norm
         if self.qk_norm:
-            self.q_norm = nn.RMSNorm(self.head_width, eps=1e-5)
-            self.k_norm = nn.RMSNorm(self.head_width, eps=1e-5)
+            self.q_norm = nn.RMSNorm(self.head_width, eps=config.norm_eps)
+            self.k_norm = nn.RMSNorm(self.head_width, eps=config.norm_eps)
         self.drop_key = site("key", layer)
         self.drop_weights = site("attention_weights", layer)
         self.drop_head = site("head", layer)
@@ -90,7 +88,7 @@ class Attention(nn.Module):
         self.drop_output = site("attention_output", layer)
 
     def forward(self, x: Tensor, scene: Scene, cache: KVCache | None) -> Tensor:
-        B, T, C = x.shape
+        B, T, _ = x.shape
         H, G, D = self.n_head, self.n_kv_head, self.head_width
         qkv = self.qkv(x).view(B, T, H + 2 * G, D).transpose(1, 2)  # (B, H + 2G, T, D)
         q, k, v = qkv.split((H, G, G), dim=1)
@@ -101,7 +99,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, G, S, D)
         z = self.drop_head(self.attend(q, k, v, scene), scene.keys)  # (B, H, T, D)
-        z = self.drop_context(z.transpose(1, 2).reshape(B, T, C), scene.keys)
+        z = self.drop_context(z.transpose(1, 2).reshape(B, T, H * D), scene.keys)
         return self.drop_output(self.output(z), scene.keys, x.dtype)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scene: Scene) -> Tensor:
@@ -196,8 +194,8 @@ class Block(nn.Module):
 
 def make_norm(config: ModelConfig) -> nn.RMSNorm | nn.LayerNorm:
     if config.norm == "rmsnorm":
-        return nn.RMSNorm(config.n_embd, eps=1e-5)
-    return nn.LayerNorm(config.n_embd, bias=config.bias)
+        return nn.RMSNorm(config.n_embd, eps=config.norm_eps)
+    return nn.LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.bias)
 
 
 class GPT(nn.Module):
@@ -296,7 +294,7 @@ class GPT(nn.Module):
         if self.config.position == "learned":
             x = x + self.position_embedding(position)
         else:
-            rotation = angles(position, self.config.n_embd // self.config.n_head)
+            rotation = angles(position, self.config)
         return self.drop_embedding(x, keys), Scene(visible, rotation, keys)
 
     def run_blocks(
@@ -335,9 +333,10 @@ def place(ids: Tensor, real: Tensor | None, cache: KVCache | None) -> tuple[Tens
     return position, (past & seen[:, None, :])[:, None]  # (B, 1, T, S)
 
 
-def angles(position: Tensor, width: int) -> tuple[Tensor, Tensor]:
+def angles(position: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
     """cos and sin of the rotary angles, (B or 1, 1, T, D/2)."""
-    frequency = ROPE_BASE ** -(torch.arange(0, width, 2, device=position.device) / width)
+    share = torch.arange(0, config.head_width, 2, device=position.device) / config.head_width
+    frequency = config.rope_theta**-share
     turn = position[:, None, :, None].float() * frequency
     return turn.cos(), turn.sin()
 

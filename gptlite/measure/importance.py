@@ -136,7 +136,7 @@ def norm_variation(model: GPT) -> dict[str, Any]:
     of |W_v W_o| of heads. Dropout makes them equal in linear networks (Mianjy et al. 2018)."""
     config = model.config
     found: dict[str, list[float]] = {"neuron": [], "head": []}
-    width, group = config.n_embd // config.n_head, config.n_head // config.kv_heads
+    width, group = config.head_width, config.n_head // config.kv_heads
     for block in blocks(model):
         up, down = block.mlp.up.weight.float(), block.mlp.down.weight.float()
         into = up.view(-1, config.mlp_width, config.n_embd).square().sum((0, 2)).sqrt()

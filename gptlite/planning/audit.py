@@ -93,8 +93,9 @@ def tensor_shape(run: RunConfig, letters: str, part: int) -> list[int]:
     """A shape in numbers, for `part` sequences of full length."""
     model = run.model
     length = {"T": model.context_length, "S": model.context_length}
-    width = {"C": model.n_embd, "D": model.n_embd // model.n_head, "F": model.mlp_width}
-    return [{"B": part, "H": model.n_head, "1": 1, **length, **width}[s] for s in letters]
+    width = {"C": model.n_embd, "D": model.head_width, "F": model.mlp_width}
+    heads = {"H": model.n_head, "Z": model.n_head * model.head_width}
+    return [{"B": part, "1": 1, **heads, **length, **width}[s] for s in letters]
 
 
 def site_seconds(run: RunConfig, model: GPT, entry: dict[str, Any]) -> float:

@@ -233,7 +233,7 @@ def time_blocks(run: RunConfig, ways: list[tuple[str, str]]) -> dict[tuple[str, 
     rows = max(1, min(run.train.batch_size, TIMED_TOKENS // model.context_length))
     position = torch.arange(model.context_length)[None]
     keys = mask_keys(sample_keys(0, 0, np.arange(rows)), position, None)
-    rotation = angles(position, model.n_embd // model.n_head) if model.position == "rope" else None
+    rotation = angles(position, model) if model.position == "rope" else None
     steps = {}
     with torch.random.fork_rng(devices=[]):
         x = torch.randn(rows, model.context_length, model.n_embd, requires_grad=True)

@@ -39,7 +39,9 @@ def block_bytes(run: RunConfig) -> int:
     """What one block keeps of one token for the backward pass."""
     model, size = run.model, 4 if run.dtype == "float32" else 2
     residual = 4 * 2 * model.n_embd
-    read = 6 * model.n_embd + 2 * model.mlp_width  # what matrices read, and the activation's slope
+    heads = model.n_head * model.head_width
+    # What matrices read, and the activation's slope.
+    read = 2 * model.n_embd + 4 * heads + 2 * model.mlp_width
     loop = run.attention == "fused" and run.compile is not True  # none in a compiled graph
     rows_of_weights = 1 if loop else 0 if run.attention == "sdpa" else 2
     read += rows_of_weights * model.n_head * model.context_length
@@ -50,7 +52,8 @@ def mask_bytes(run: RunConfig) -> int:
     """Masks that a block keeps of one token: torch's own, in the dtype, and keyed ones in float32
     where neither loops.c nor a compiled graph draws them again."""
     model, rates = run.model, run.dropout.rates()
-    widths = dict.fromkeys(("attention_context", "attention_output", "mlp_output"), model.n_embd)
+    widths = dict.fromkeys(("attention_output", "mlp_output"), model.n_embd)
+    widths["attention_context"] = model.n_head * model.head_width
     widths["mlp_activation"] = model.mlp_width
     if run.attention != "sdpa":
         widths["attention_weights"] = model.n_head * model.context_length

@@ -32,7 +32,8 @@ def flops_per_token(run: RunConfig, vocab_size: int) -> int:
     looked_up = model.context_length * model.n_embd if model.position == "learned" else 0
     looked_up += 0 if model.tie_embeddings else vocab_size * model.n_embd
     weights = model.n_parameters(vocab_size) - looked_up
-    return 6 * weights + 12 * model.n_layer * model.n_embd * model.context_length
+    heads = model.n_head * model.head_width
+    return 6 * weights + 12 * model.n_layer * heads * model.context_length
 
 
 class Planned(NamedTuple):

@@ -37,6 +37,7 @@ POINT = "point"
 RESERVED = {"seed": "list them under seeds", "out_dir": "the study names the directories"}
 ADDED_LATER = {
     "data": ("train_from", "test_share"),
+    "model": ("head_dim", "rope_theta", "norm_eps", "intermediate_size"),
     "optim": ("weight_decay_schedule",),
     "train": ("average", "average_half_life", "max_minutes"),
     "distill": ("teachers", "weight", "temperature"),

@@ -307,7 +307,7 @@ def module_of(site: str, rate: float = 0.3, *, n_head: int = 2, **plan: Any) -> 
 
 
 def ones_for(site: str, n: int = 4) -> Tensor:
-    sizes = {"B": n, "H": 2, "T": 8, "S": 8, "D": 24, "C": 24, "F": 40}
+    sizes = {"B": n, "H": 2, "T": 8, "S": 8, "D": 24, "Z": 48, "C": 24, "F": 40}
     return torch.ones([sizes[letter] for letter in SITES[site].tensor])
 
 

@@ -129,6 +129,7 @@ MODELS = [
     {},
     {"position": "rope", "qk_norm": True},
     {"n_kv_head": 1, "norm": "rmsnorm", "mlp": "swiglu"},
+    {"head_dim": 24, "intermediate_size": 88, "norm_eps": 1e-3, "rope_theta": 500.0},
     {"mlp": "relu2", "bias": False},
 ]
 

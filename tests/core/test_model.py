@@ -28,6 +28,11 @@ OPTIONS = [
     )
     if not (mlp == "relu2" and n_kv_head == 2)
 ]
+OWN_SIZES = {"head_dim": 12, "intermediate_size": 40, "norm_eps": 1e-3, "rope_theta": 500.0}
+OPTIONS += [
+    {"position": "rope", "norm": "rmsnorm", "mlp": "swiglu", "n_kv_head": 2, **OWN_SIZES},
+    {"position": "learned", "norm": "layernorm", "mlp": "gelu", "n_kv_head": 4, **OWN_SIZES},
+]
 
 
 def config(**changes: object) -> ModelConfig:
@@ -173,7 +178,10 @@ def test_rotary_products_depend_on_distance_alone() -> None:
     q, k = torch.randn(1, 1, 1, 16), torch.randn(1, 1, 1, 16)
 
     def product(i: int, j: int) -> Tensor:
-        turned = [rotate(x, *angles(torch.tensor([[at]]), 16)) for x, at in ((q, i), (k, j))]
+        turned = [
+            rotate(x, *angles(torch.tensor([[at]]), config(head_dim=16)))
+            for x, at in ((q, i), (k, j))
+        ]
         return (turned[0] * turned[1]).sum()
 
     torch.testing.assert_close(product(9, 4), product(105, 100), rtol=1e-4, atol=1e-4)

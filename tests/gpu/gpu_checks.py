@@ -48,6 +48,7 @@ def sample_of(site: str, dtype: torch.dtype, device: str, *, small: bool, padded
     """The same values whatever the device: drawn on the CPU."""
     B, T = (3, 9) if small else (16, 129)
     sizes = {"B": B, "H": 3, "T": T, "S": T, "D": 7 if small else 65, "C": 21 if small else 771}
+    sizes["Z"] = sizes["C"]
     sizes["F"] = 4 * sizes["C"]
     generator = torch.Generator().manual_seed(0)
     x = torch.randn([sizes[letter] for letter in SITES[site].tensor], generator=generator)
