@@ -1,7 +1,7 @@
 """Hugging Face's weights ↔ ours: names, transposes, and the matrices that they keep apart.
 
 GPT-2's linear layers are stored transposed there (`Conv1D`), nanoGPT's under the same names are
-not. Llama has a matrix each for queries, keys, values, for the gate and for what it lets through.
+not. Others have a matrix each for queries, keys, values, for the gate and for what it lets through.
 Ours, not transformers' loading: that only warns of a weight that is missing or of no use.
 """
 
@@ -17,6 +17,7 @@ from gptlite import storage
 from gptlite.config.run import ModelConfig
 from gptlite.core.tensor_files import read_tensors
 from gptlite.errors import CheckpointError
+from gptlite.interchange.families import FAMILIES
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -24,43 +25,6 @@ MOST_INDEX_BYTES = 1 << 20
 PREFIXES = ("_orig_mod.", "module.")
 BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 """What some files hold beside weights."""
-TOP: dict[str, dict[str, str]] = {
-    "gpt2": {
-        "token_embedding": "transformer.wte",
-        "position_embedding": "transformer.wpe",
-        "norm": "transformer.ln_f",
-        "head": "lm_head",
-    },
-    "llama": {
-        "token_embedding": "model.embed_tokens",
-        "norm": "model.norm",
-        "head": "lm_head",
-    },
-}
-BLOCK: dict[str, dict[str, tuple[str, ...]]] = {
-    "gpt2": {
-        "norm_1": ("ln_1",),
-        "attention.qkv": ("attn.c_attn",),
-        "attention.output": ("attn.c_proj",),
-        "norm_2": ("ln_2",),
-        "mlp.up": ("mlp.c_fc",),
-        "mlp.down": ("mlp.c_proj",),
-    },
-    "llama": {
-        "norm_1": ("input_layernorm",),
-        "attention.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-        "attention.output": ("self_attn.o_proj",),
-        "norm_2": ("post_attention_layernorm",),
-        "mlp.up": ("mlp.gate_proj", "mlp.up_proj"),
-        "mlp.down": ("mlp.down_proj",),
-    },
-}
-LAYERS = {"gpt2": "transformer.h", "llama": "model.layers"}
-BARE = {
-    "gpt2": ("transformer.", ("wte.", "wpe.", "ln_f.", "h.")),
-    "llama": ("model.", ("embed_tokens.", "layers.", "norm.")),
-}
-"""What a model without a head leaves out of its names, and how those begin."""
 LINEAR = ("attention.qkv", "attention.output", "mlp.up", "mlp.down")
 
 
@@ -77,24 +41,25 @@ def tensor_names(
     model: ModelConfig, family: str, *, transposed: bool = True
 ) -> Iterator[TensorNames]:
     """Every tensor that a model may have; biases too, whether it has them or not."""
+    names_of = FAMILIES[family]
     for kind in ("weight", "bias"):
-        for ours, theirs in TOP[family].items():
+        for ours, theirs in names_of.top.items():
             yield TensorNames(f"{ours}.{kind}", (f"{theirs}.{kind}",), transposed=False)
         for layer in range(model.n_layer):
-            for ours, names in BLOCK[family].items():
-                flips = transposed and family == "gpt2" and ours in LINEAR and kind == "weight"
-                there = tuple(f"{LAYERS[family]}.{layer}.{name}.{kind}" for name in names)
+            for ours, names in names_of.block.items():
+                flips = transposed and names_of.transposed and ours in LINEAR and kind == "weight"
+                there = tuple(f"{names_of.layers}.{layer}.{name}.{kind}" for name in names)
                 yield TensorNames(f"blocks.{layer}.{ours}.{kind}", there, flips)
 
 
 def export_tensors(
     model: ModelConfig, family: str, tensors: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Our tensors under their names. GPT-2 always has biases: zeros where we have none."""
+    """Our tensors under their names. Zeros for biases that a family always has and we do not."""
     out: dict[str, Tensor] = {}
     for ours, theirs, transposed in tensor_names(model, family):
         tensor = tensors.get(ours)
-        if tensor is None and family == "gpt2" and is_gpt2_bias(ours):
+        if tensor is None and always_has(family, ours):
             tensor = torch.zeros(len(tensors[ours.replace("bias", "weight")]))
         if tensor is None:
             continue
@@ -108,14 +73,18 @@ def row_counts(model: ModelConfig, names: tuple[str, ...]) -> list[int] | None:
     """Rows of each matrix that is part of one of ours; None where there is but one."""
     if len(names) == 1:
         return None
-    width = model.n_embd // model.n_head
+    width = model.head_width
     heads = [model.n_head, model.kv_heads, model.kv_heads]
     return [width * n for n in heads] if len(names) == 3 else [model.mlp_width] * 2
 
 
-def is_gpt2_bias(name: str) -> bool:
-    """Whether GPT-2 has this bias."""
-    return name.endswith(".bias") and "embedding" not in name and not name.startswith("head")
+def always_has(family: str, name: str) -> bool:
+    """Whether a family has this bias, whatever a model says: those of LayerNorm, and where there
+    is no word for it those of linear layers."""
+    if not name.endswith(".bias") or "embedding" in name or name.startswith("head"):
+        return False
+    linear = name.removesuffix(".bias").endswith(LINEAR)
+    return not FAMILIES[family].biases if linear else "layernorm" in FAMILIES[family].needs["norm"]
 
 
 def import_tensors(
@@ -131,7 +100,7 @@ def import_tensors(
             parts = [left.pop(name) for name in theirs]
             rows = row_counts(model, theirs)
             if rows and [len(part) for part in parts] != rows:
-                sizes = "num_attention_heads, num_key_value_heads or intermediate_size"
+                sizes = "num_attention_heads, num_key_value_heads, head_dim or intermediate_size"
                 raise CheckpointError(f"{', '.join(theirs)}: {sizes} mean {rows} rows")
             whole = torch.cat([part.T if flips else part for part in parts])
             out[ours] = whole.float().contiguous()
@@ -154,8 +123,9 @@ def strip_wrapper(name: str, family: str) -> str:
     """A name without what wrappers put before it, and with what a bare model leaves out."""
     for prefix in PREFIXES:
         name = name.removeprefix(prefix)
-    first, names = BARE[family]
-    return first + name if name.startswith(names) else name
+    stem = FAMILIES[family].stem
+    outside = (stem, *(f"{theirs}." for theirs in FAMILIES[family].top.values()))
+    return name if name.startswith(outside) else stem + name
 
 
 def without_biases(tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
@@ -164,6 +134,13 @@ def without_biases(tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
     if any(tensors[name].any() for name in biases):
         return None
     return {name: tensor for name, tensor in tensors.items() if name not in biases}
+
+
+def with_all_biases(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights with zeros for the biases of linear layers that a file does not have."""
+    weights = {n: t for n, t in tensors.items() if n.removesuffix(".weight").endswith(LINEAR)}
+    zeros = {n.replace(".weight", ".bias"): torch.zeros(len(t)) for n, t in weights.items()}
+    return {**zeros, **tensors}
 
 
 def read_folder(folder: Path) -> dict[str, Tensor]:

@@ -1,8 +1,7 @@
 """Hugging Face's config.json ↔ the model and dropout sections of a run. No torch.
 
-GPT-2's architecture holds models with learned positions, Llama's those with rotary ones. What an
-architecture has no word for is refused by name on the way out and on the way in. `config.json`
-also carries our own two sections whole, so that nothing is lost on the way back.
+What a family of families.py has no word for is refused by name on the way out and on the way in.
+`config.json` also carries our own two sections whole, so that nothing is lost on the way back.
 """
 
 import json
@@ -16,39 +15,15 @@ from gptlite import __version__, storage
 from gptlite.config.dropout import DropoutConfig
 from gptlite.config.run import ModelConfig
 from gptlite.errors import ConfigError
+from gptlite.interchange.families import FAMILIES, Family, misfits, nearest_family
 
-ACTIVATIONS = {"gelu": "gelu_new", "gelu_exact": "gelu", "relu2": "relu2"}
-"""Ours → Hugging Face's, of GPT-2's architecture."""
-SAME_AS = {"gelu_pytorch_tanh": "gelu_new", "gelu_fast": "gelu_new"}
-NEEDS: dict[str, dict[str, tuple[str, ...]]] = {
-    "gpt2": {"norm": ("layernorm",), "mlp": tuple(ACTIVATIONS)},
-    "llama": {"norm": ("rmsnorm",), "mlp": ("swiglu",)},
-}
-"""The only values that an architecture knows."""
 COMMON: dict[str, Any] = {
     "is_decoder": False,
     "quantization_config": None,
     "add_cross_attention": False,
     "per_layer_config": None,
 }
-GPT2_ONLY = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
 """Values that every model here has, whether a file says so or not."""
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "gpt2": {
-        **{"vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12},
-        **{"n_inner": None, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5},
-        **{"embd_pdrop": 0.1, "attn_pdrop": 0.1, "resid_pdrop": 0.1},
-        **{"tie_word_embeddings": True, "eos_token_id": 50256},
-    },
-    "llama": {
-        **{"vocab_size": 32000, "max_position_embeddings": 2048, "hidden_size": 4096},
-        **{"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": None},
-        **{"head_dim": None, "intermediate_size": 11008, "hidden_act": "silu"},
-        **{"rms_norm_eps": 1e-6, "attention_bias": False, "mlp_bias": False},
-        **{"attention_dropout": 0.0, "tie_word_embeddings": False, "eos_token_id": 2},
-    },
-}
-"""What a family means where a file is silent."""
 ALIASES = {
     "hidden_size": "n_embd",
     "max_position_embeddings": "n_positions",
@@ -56,43 +31,26 @@ ALIASES = {
     "num_hidden_layers": "n_layer",
 }
 """Names that GPT-2 has for its own."""
-DERIVED = ("n_inner", "head_dim")
-"""Where null means the value that follows from the others."""
+SAME_AS = {"gelu_fast": "gelu_pytorch_tanh", "gelu_new": "gelu_pytorch_tanh"}
+"""Names of one activation."""
+OPTIONAL = {"kv_heads": "n_kv_head", "mlp_width": "intermediate_size", "head_width": "head_dim"}
+"""Properties of a model → the fields that say so where it does not follow from the others."""
 MOST_BYTES = 1 << 24
-NORM_EPSILON = 1e-5
-ROPE_BASE = 10_000.0
-PDROPS: dict[str, dict[str, tuple[str, ...]]] = {
-    "gpt2": {
-        "embd_pdrop": ("embedding",),
-        "attn_pdrop": ("attention_weights",),
-        "resid_pdrop": ("attention_output", "mlp_output"),
-    },
-    "llama": {"attention_dropout": ("attention_weights",)},
-}
-"""The rates that each architecture has, and the sites that they are the rates of."""
 
 
 def family_of(model: ModelConfig) -> str:
-    """`gpt2` or `llama`. Raises ConfigError with every field that rules both out."""
-    family = "gpt2" if model.position == "learned" else "llama"
-    name = {"gpt2": "GPT-2", "llama": "Llama"}[family]
-    beside = f"position {model.position} is exported as {name}"
-    problems = [
-        f"model.{field}: {getattr(model, field)} cannot be exported: {beside}, which has only "
-        f"{' or '.join(values)}"
-        for field, values in NEEDS[family].items()
-        if getattr(model, field) not in values
-    ]
-    if model.qk_norm:
-        problems.append(f"model.qk_norm: true cannot be exported: {beside}, which has none")
-    if family == "gpt2" and model.kv_heads != model.n_head:
-        problems.append(
-            f"model.n_kv_head: {model.kv_heads} cannot be exported: {beside}, whose heads all have "
-            f"keys and values (n_head {model.n_head})"
+    """The `model_type` that holds a model. Raises ConfigError with every field in the way."""
+    name, odd = nearest_family(model)
+    if odd:
+        beside = f"{FAMILIES[name].name}, the nearest that there is, has only"
+        raise ConfigError(
+            *(
+                f"model.{field}: {str(getattr(model, field)).lower()} cannot be exported: "
+                f"{beside} {values}"
+                for field, values in odd
+            )
         )
-    if problems:
-        raise ConfigError(*problems)
-    return family
+    return name
 
 
 def make_config(
@@ -115,52 +73,32 @@ def make_config(
 
 
 def shape_of(model: ModelConfig) -> dict[str, Any]:
-    return gpt2_shape(model) if family_of(model) == "gpt2" else llama_shape(model)
+    """What config.json says of the architecture."""
+    name = family_of(model)
+    family = FAMILIES[name]
+    shape = {
+        "architectures": [family.architecture],
+        "model_type": name,
+        family.activation: family.activations[model.mlp],
+        **{theirs: getattr(model, ours) for ours, theirs in family.sizes.items()},
+        **dict.fromkeys(family.biases, model.bias),
+    }
+    if name == "gpt2":
+        shape["n_ctx"] = model.context_length  # llama.cpp's converter reads it
+    if "rope_theta" in family.sizes:  # where newer versions look
+        shape["rope_parameters"] = {"rope_type": "default", "rope_theta": model.rope_theta}
+    return shape
 
 
 def pdrops(model: ModelConfig, dropout: DropoutConfig) -> dict[str, float]:
     """The rates that the architecture has; the smaller one where it has one for two sites."""
-    rates, carried = dropout.rates(), PDROPS[family_of(model)]
+    rates, carried = dropout.rates(), FAMILIES[family_of(model)].rates
     return {name: min(rates[site] for site in sites) for name, sites in carried.items()}
-
-
-def gpt2_shape(model: ModelConfig) -> dict[str, Any]:
-    return {
-        "architectures": ["GPT2LMHeadModel"],
-        "model_type": "gpt2",
-        "activation_function": ACTIVATIONS[model.mlp],
-        "n_layer": model.n_layer,
-        "n_head": model.n_head,
-        "n_embd": model.n_embd,
-        "n_inner": model.mlp_width,
-        "n_positions": model.context_length,
-        "n_ctx": model.context_length,  # llama.cpp's converter reads it
-        "layer_norm_epsilon": NORM_EPSILON,
-    }
-
-
-def llama_shape(model: ModelConfig) -> dict[str, Any]:
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_act": "silu",
-        "num_hidden_layers": model.n_layer,
-        "num_attention_heads": model.n_head,
-        "num_key_value_heads": model.kv_heads,
-        "head_dim": model.n_embd // model.n_head,
-        "hidden_size": model.n_embd,
-        "intermediate_size": model.mlp_width,
-        "max_position_embeddings": model.context_length,
-        "rms_norm_eps": NORM_EPSILON,
-        "rope_theta": ROPE_BASE,
-        "attention_bias": model.bias,
-        "mlp_bias": model.bias,
-    }
 
 
 def lost_sites(dropout: DropoutConfig, family: str) -> list[str]:
     """Sites that drop and have no rate of their own there, or more to them than a rate."""
-    plan, carried = dropout.plan(), PDROPS[family]
+    plan, carried = dropout.plan(), FAMILIES[family].rates
     home = {site: sites for sites in carried.values() for site in sites}
     lost = []
     for site, about in plan.items():
@@ -216,17 +154,23 @@ def read_end_tokens(folder: Path) -> EndTokens:
             raise ConfigError(f"{folder / name}: eos_token_id: {value!r:.40} is no id nor a list")
         if ids:
             return EndTokens(ids, explicit=True)
-    default = DEFAULTS.get(str(config.get("model_type")), {}).get("eos_token_id")
+    family = FAMILIES.get(str(config.get("model_type")))
+    default = None if family is None else family.defaults["eos_token_id"]
     ids = [] if default is None or "eos_token_id" in config else [default]
     return EndTokens(ids, explicit=False)
 
 
 def with_defaults(config: dict[str, Any]) -> dict[str, Any]:
-    """A config.json with what its family means where it is silent."""
-    family = config["model_type"]
-    renamed = ALIASES if family == "gpt2" else {}
+    """A config.json with what its family means where it is silent, and how positions turn at the
+    top, wherever a version of the file says it."""
+    name = config["model_type"]
+    renamed = ALIASES if name == "gpt2" else {}
     named = {renamed[name]: value for name, value in config.items() if name in renamed}
-    return {**DEFAULTS[family], **config, **named}
+    rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
+    if "type" in rope:
+        rope["rope_type"] = rope.pop("type")
+    usual = {} if "rope_theta" not in FAMILIES[name].sizes else {"rope_theta": 10_000.0}
+    return {**usual, **FAMILIES[name].defaults, **config, **named, **rope}
 
 
 def run_sections(config: dict[str, Any], place: str) -> dict[str, Any]:
@@ -235,88 +179,77 @@ def run_sections(config: dict[str, Any], place: str) -> dict[str, Any]:
     Raises ConfigError naming every field that no run can have.
     """
     family = config.get("model_type")
-    model_sections = {"gpt2": gpt2_section, "llama": llama_section}
-    if family not in model_sections:
-        raise ConfigError(f"{place}: model_type {family!r:.40}; gptlite reads gpt2 and llama")
+    if family not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        raise ConfigError(f"{place}: model_type {family!r:.40}; gptlite reads {known}")
     try:
         whole = with_defaults(config)
-        model = model_sections[family](whole)
+        model = model_section(whole, FAMILIES[family])
         silent = whole.keys() - config.keys()
         if problems := [f"{place}: {problem}" for problem in model_problems(whole, model, silent)]:
             raise ConfigError(*problems)
+        model = without_usual(model)
         return own_sections(whole, model) or {"model": model, "dropout": dropout_of(whole)}
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise ConfigError(f"{place}: not a config of {family} ({error!r:.100})") from None
 
 
-def gpt2_section(config: dict[str, Any]) -> dict[str, Any]:
-    activation = str(config["activation_function"])
-    theirs = {name: ours for ours, name in ACTIVATIONS.items()}
+def model_section(config: dict[str, Any], family: Family) -> dict[str, Any]:
+    """Our fields, of whatever value; what only one value can be of a family has that."""
+    activation = str(config[family.activation])
+    ours = {SAME_AS.get(theirs, theirs): ours for ours, theirs in family.activations.items()}
+    sizes = {OPTIONAL.get(ours, ours): config[theirs] for ours, theirs in family.sizes.items()}
     return {
-        **{name: config[name] for name in ("n_layer", "n_head", "n_embd")},
-        "context_length": config["n_positions"],
-        "position": "learned",
-        "norm": "layernorm",
-        "mlp": theirs.get(SAME_AS.get(activation, activation), f"activation_function {activation}"),
-        "bias": True,
+        **{field: values[0] for field, values in family.needs.items()},
+        **sizes,
+        "mlp": ours.get(SAME_AS.get(activation, activation), f"{family.activation} {activation}"),
+        "bias": config[family.biases[0]] if family.biases else True,
         "tie_embeddings": config["tie_word_embeddings"],
     }
 
 
-def llama_section(config: dict[str, Any]) -> dict[str, Any]:
-    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-    activation = config["hidden_act"]
-    return {
-        "n_layer": config["num_hidden_layers"],
-        "n_head": heads,
-        "n_kv_head": None if kv_heads == heads else kv_heads,
-        "n_embd": config["hidden_size"],
-        "context_length": config["max_position_embeddings"],
-        "position": "rope",
-        "norm": "rmsnorm",
-        "mlp": "swiglu" if activation == "silu" else f"hidden_act {activation}",
-        "bias": config["attention_bias"],
-        "tie_embeddings": config["tie_word_embeddings"],
-    }
+def without_usual(model: dict[str, Any]) -> dict[str, Any]:
+    """A section without the sizes that follow from the others."""
+    for ours, field in OPTIONAL.items():
+        rest = {name: value for name, value in model.items() if name != field}
+        if getattr(ModelConfig.model_validate(rest), ours) == model.get(field):
+            model = rest
+    return model
 
 
 def model_problems(
     config: dict[str, Any], model: dict[str, Any], silent: Collection[str]
 ) -> Iterator[str]:
     """Each field whose value no model here can have; of `silent` ones the file says nothing."""
+    family = FAMILIES[config["model_type"]]
     try:
         ours = ModelConfig.model_validate(model)
     except ValidationError as error:
+        theirs = {OPTIONAL.get(ours, ours): named for ours, named in family.sizes.items()}
         for detail in error.errors():
-            name = ".".join(map(str, detail["loc"]))
-            yield f"model.{name} would be {detail['input']!r:.40}, which gptlite does not have"
+            name, value = str(detail["loc"][0]), f"{detail['input']!r:.40}"
+            said = f"{theirs[name]} {value}: " if name in theirs else ""
+            yield f"{said}model.{name} would be {value}, which gptlite does not have"
         return
-    if ours.n_embd % ours.n_head or ours.n_head % ours.kv_heads:
+    divided = ours.head_dim is not None or ours.n_embd % ours.n_head == 0
+    if not divided or ours.n_head % ours.kv_heads:
         heads = f"{ours.n_head} heads ({ours.kv_heads} of keys and values)"
         yield f"n_head: model.n_embd would be {ours.n_embd}, which {heads} do not divide"
         return
-    expected = dict(COMMON)
-    if config["model_type"] == "gpt2":
-        expected |= GPT2_ONLY | {"n_inner": ours.mlp_width, "layer_norm_epsilon": NORM_EPSILON}
-    else:
-        expected |= {"rms_norm_eps": NORM_EPSILON, "intermediate_size": ours.mlp_width}
-        expected |= {"head_dim": ours.n_embd // ours.n_head}
-        expected |= {"rope_theta": ROPE_BASE, "rope_type": "default"}
-        # How positions turn, wherever a version of the file says it.
-        rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
-        kind = rope.pop("type", "default")
-        config = {"rope_theta": ROPE_BASE, **config, "rope_type": kind, **rope}
-        if config["mlp_bias"] != ours.bias:
-            each = f"attention_bias {ours.bias} with mlp_bias {config['mlp_bias']!r:.40}"
+    for field, values in misfits(ours, family):
+        yield f"model.{field} would be {getattr(ours, field)}, and {family.name} has only {values}"
+    for name in family.biases[1:]:
+        if config[name] != ours.bias:
+            each = f"{family.biases[0]} {ours.bias} with {name} {config[name]!r:.40}"
             yield f"{each} has no equivalent; gptlite has biases in both or in neither"
-    for name, value in expected.items():
+    for name, value in {**COMMON, **family.constants}.items():
         found = config.get(name, value)
-        if found != value and not (found is None and name in (*COMMON, *DERIVED)):
+        if found != value and not (found is None and name in COMMON):
             whose = ", the default where a file is silent," if name in silent else ""
             yield f"{name} {found!r:.40}{whose} has no equivalent; gptlite has {value}"
     if type(config["vocab_size"]) is not int or config["vocab_size"] < 1:
         yield f"vocab_size {config['vocab_size']!r:.40} is no number of tokens"
-    for name in PDROPS[config["model_type"]]:
+    for name in family.rates:
         if type(config[name]) not in (int, float) or not 0 <= config[name] < 1:
             yield f"{name} {config[name]!r:.40} is no rate of dropout below 1"
 
@@ -343,9 +276,9 @@ def own_sections(config: dict[str, Any], model: dict[str, Any]) -> dict[str, Any
 
 def dropout_of(config: dict[str, Any]) -> dict[str, Any]:
     """The preset with the rates that the file has."""
-    given = {name: float(config[name]) for name in PDROPS[config["model_type"]]}
-    if len(set(given.values())) == 1 and config["model_type"] == "gpt2":
+    carried = FAMILIES[config["model_type"]].rates
+    given = {name: float(config[name]) for name in carried}
+    if len(set(given.values())) == 1 and "embd_pdrop" in given:
         return {"preset": "gpt2", "rate": given["embd_pdrop"]}
-    carried = PDROPS[config["model_type"]]
     sites = {site: rate for name, rate in given.items() for site in carried[name]}
     return {"preset": "none", "sites": {site: rate for site, rate in sites.items() if rate}}

@@ -92,14 +92,15 @@ def convert_folder(folder: Path) -> Foreign:
         sections.pop("data", None)
     model = make_run_config(sections, tokenizer).model
     with name_source(folder):
-        tensors = hf.import_tensors(model, hf_config.family_of(model), hf.read_folder(folder))
+        tensors = hf.import_tensors(model, config["model_type"], hf.read_folder(folder))
         vocab_size = hf_config.with_defaults(config)["vocab_size"]
         context = model.context_length
         check_rows(tensors, "config.json", vocab_size=vocab_size, n_positions=context)
-    if not model.bias and hf_config.family_of(model) == "gpt2":
+    if not model.bias and model.norm == "layernorm":
         bare = hf.without_biases(tensors)
         if bare is None:  # trained on elsewhere: they are no longer zero
             sections["model"] = {**sections["model"], "bias": True}
+            tensors = hf.with_all_biases(tensors)
         tensors = tensors if bare is None else bare
     return Foreign(sections, tokenizer, crop_vocabulary(tensors, tokenizer.vocab_size, folder))
 

@@ -35,6 +35,10 @@ from gptlite.runs.importing import import_model
 from gptlite.runs.trained import Trained, load_trained
 
 LLAMA = {"position": "rope", "norm": "rmsnorm", "mlp": "swiglu"}
+RECIPE = {
+    **{"position": "rope", "norm": "rmsnorm", "mlp": "relu2", "bias": False, "qk_norm": True},
+}
+OWN_SIZES = {"head_dim": 12, "intermediate_size": 40, "norm_eps": 1e-3, "rope_theta": 500.0}
 SHAPES: dict[str, dict[str, Any]] = {
     "gpt2": {},
     "untied": {"tie_embeddings": False},
@@ -45,6 +49,17 @@ SHAPES: dict[str, dict[str, Any]] = {
     "llama, untied": {**LLAMA, "bias": False, "tie_embeddings": False},
     "llama, grouped keys": {**LLAMA, "bias": False, "n_kv_head": 1},
     "llama with biases": {**LLAMA, "n_kv_head": 2},
+    "llama of its own sizes": {**LLAMA, "bias": False, **OWN_SIZES},
+    "qwen3": {**LLAMA, "bias": False, "qk_norm": True, "n_kv_head": 2, **OWN_SIZES},
+    "qwen3, untied": {**LLAMA, "bias": False, "qk_norm": True, "tie_embeddings": False},
+    "apertus": RECIPE,
+    "apertus of its own sizes, untied": {**RECIPE, **OWN_SIZES, "tie_embeddings": False},
+    "apertus, gelu": {**RECIPE, "mlp": "gelu", "n_kv_head": 1},
+    "arcee": {**RECIPE, "qk_norm": False, **OWN_SIZES},
+    "arcee with biases": {**RECIPE, "qk_norm": False, "bias": True, "mlp": "gelu_exact"},
+    "starcoder2": {"position": "rope", "n_kv_head": 2, **OWN_SIZES},
+    "starcoder2 without biases": {"position": "rope", "bias": False, "mlp": "relu2"},
+    "starcoder2, untied": {"position": "rope", "mlp": "gelu_exact", "tie_embeddings": False},
 }
 
 
@@ -168,8 +183,11 @@ def test_what_was_changed_elsewhere_counts_more_than_what_we_wrote(workshop: Wor
     [
         ({"qk_norm": True}, ["model.qk_norm"]),
         ({"n_kv_head": 1}, ["model.n_kv_head"]),
-        ({"norm": "rmsnorm", "mlp": "swiglu"}, ["model.norm", "model.mlp"]),
-        ({"position": "rope"}, ["model.norm", "model.mlp"]),
+        ({"norm": "rmsnorm"}, ["model.norm"]),
+        ({"head_dim": 12}, ["model.head_dim"]),
+        ({"position": "rope", "mlp": "swiglu"}, ["model.norm"]),
+        ({**RECIPE, "bias": True}, ["model.bias"]),
+        ({"norm": "rmsnorm", "qk_norm": True, "bias": False}, ["model.position"]),
     ],
 )
 def test_what_has_no_equivalent_is_refused_by_name(
@@ -186,23 +204,22 @@ def test_what_has_no_equivalent_is_refused_by_name(
     ("shape", "change", "told"),
     [
         ("gpt2", {"activation_function": "silu"}, "activation_function silu"),
-        ("gpt2", {"n_inner": 96}, "n_inner 96 has no equivalent; gptlite has 128"),
-        ("gpt2", {"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon 1e-06"),
+        ("gpt2", {"n_inner": 96}, "6 weights do not fit this model: blocks.0.mlp.down"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
         ("gpt2", {"add_cross_attention": True}, "add_cross_attention"),
-        ("gpt2", {"model_type": "bloom"}, "model_type 'bloom'; gptlite reads gpt2 and llama"),
+        ("gpt2", {"model_type": "bloom"}, "model_type 'bloom'; gptlite reads gpt2, llama, qwen3"),
         ("gpt2", {"n_embd": None}, "n_embd"),
         ("gpt2", {"n_head": 5}, "5 heads (5 of keys and values) do not divide"),
-        ("llama", {"rope_theta": 500000.0}, "rope_theta 500000.0"),
         ("llama", {"rope_scaling": {"rope_type": "llama3"}}, "rope_type 'llama3'"),
-        ("llama", {"rope_parameters": {"rope_theta": 1e5}}, "rope_theta 100000.0"),
-        ("llama", {"intermediate_size": 100}, "intermediate_size 100"),
-        ("llama", {"rms_norm_eps": 1e-6}, "rms_norm_eps"),
-        ("llama", {"head_dim": 32}, "head_dim 32"),
+        ("llama", {"intermediate_size": 100}, "intermediate_size mean [100, 100] rows"),
+        ("llama", {"head_dim": 32}, "head_dim or intermediate_size mean [64, 64, 64] rows"),
+        ("apertus", {"rope_parameters": GONE, "rope_theta": GONE}, "rope_type 'llama3', the def"),
+        ("apertus", {"hidden_act": GONE}, "hidden_act xielu"),
+        ("qwen3", {"use_sliding_window": True}, "use_sliding_window True"),
+        ("starcoder2", {"sliding_window": 64}, "sliding_window 64"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act gelu"),
         ("llama", {"mlp_bias": True}, "attention_bias False with mlp_bias True"),
-        ("llama", {"rms_norm_eps": GONE}, "rms_norm_eps 1e-06, the default where a file is silent"),
-        ("llama", {"intermediate_size": GONE}, "intermediate_size 11008, the default"),
+        ("llama", {"intermediate_size": GONE}, "intermediate_size mean [11008, 11008] rows"),
         ("llama", {"attention_bias": True}, "attention_bias True with mlp_bias False"),
         (
             "llama",
@@ -227,6 +244,36 @@ def test_a_foreign_model_that_fits_nothing_here_is_refused_by_field(
     assert told in str(refused.value)
     assert str(path.parent) in str(refused.value)
     assert not (workshop.folder / "back").exists()
+
+
+@pytest.mark.parametrize(
+    ("shape", "change", "field", "value"),
+    [
+        ("gpt2", {"layer_norm_epsilon": 1e-2}, "norm_eps", 1e-2),
+        ("llama", {"rope_parameters": GONE, "rope_theta": 500.0}, "rope_theta", 500.0),
+        (
+            "llama",
+            {"rope_theta": GONE, "rope_parameters": {"rope_theta": 50.0}},
+            "rope_theta",
+            50.0,
+        ),
+        ("llama", {"rms_norm_eps": 1e-2}, "norm_eps", 1e-2),
+        ("llama", {"rms_norm_eps": GONE}, "norm_eps", 1e-6),
+        ("qwen3", {"rms_norm_eps": 1e-2}, "norm_eps", 1e-2),
+        ("starcoder2", {"norm_epsilon": 1e-2}, "norm_eps", 1e-2),
+        ("apertus", {"rms_norm_eps": 1e-2}, "norm_eps", 1e-2),
+    ],
+)
+def test_what_a_file_says_or_its_family_means_is_taken(
+    workshop: Workshop, shape: str, change: dict[str, Any], field: str, value: float
+) -> None:
+    _, folder = exported(workshop, model=SHAPES[shape])
+    write_over(folder / "config.json", change)
+    back = load_trained(import_model(str(folder), workshop.folder / "back", None), "best")
+    assert getattr(back.run.model, field) == value
+    ids = some_ids(back)
+    with torch.no_grad():
+        assert (theirs(folder)(ids).logits - back.model(ids)).abs().max() <= 1e-5
 
 
 def test_weights_that_are_missing_too_many_or_of_another_shape_are_refused(
