@@ -20,7 +20,8 @@ FLOORS = (
     "config",
     "data",
     "core",
-    "planning measure interchange distributed",
+    "measure interchange distributed",
+    "planning",
     "runs",
     "studies report",
     "cli",
@@ -30,7 +31,8 @@ one package, import each other without a circle."""
 GROUND = frozenset(FLOORS[0].split())
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names.split()}
 TORCH_FREE = (
-    "cli config data interchange.foreign_config interchange.foreign_tokenizer "
+    "cli config data interchange.families interchange.foreign_config "
+    "interchange.foreign_tokenizer "
     "interchange.hf_config interchange.hf_tokenizer "
     "report runs.directory runs.interrupts runs.launch runs.origin runs.results studies.config "
     "studies.queue"

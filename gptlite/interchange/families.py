@@ -243,3 +243,14 @@ def nearest_family(model: ModelConfig) -> tuple[str, list[tuple[str, str]]]:
     found = {name: list(misfits(model, family)) for name, family in FAMILIES.items()}
     nearest = min(found, key=lambda name: len(found[name]))
     return nearest, found[nearest]
+
+
+def describe_export(model: ModelConfig) -> str:
+    """What a model will be on Hugging Face, or which fields stand in the way."""
+    name, odd = nearest_family(model)
+    if not odd:
+        return f"exports as {FAMILIES[name].name}"
+    fields = ", ".join(
+        f"model.{field} {str(getattr(model, field)).lower()}, not {values}" for field, values in odd
+    )
+    return f"no export to Hugging Face ({FAMILIES[name].name} comes nearest: {fields})"

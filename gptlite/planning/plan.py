@@ -14,6 +14,7 @@ from gptlite.data.batches import Layout
 from gptlite.data.prepare import prepare
 from gptlite.data.token_files import TokenFiles
 from gptlite.data.tokenizers import Tokenizer
+from gptlite.interchange.families import describe_export
 from gptlite.planning.audit import advice, site_plan, site_seconds
 from gptlite.planning.auto import check_ranks, check_warmup, resolve_run
 from gptlite.planning.memory import refuse_too_large, training_bytes
@@ -144,7 +145,8 @@ def summary_lines(run: RunConfig, plan: dict[str, Any]) -> list[str]:
         f"data: {', '.join(run.sources)}: {tokens} ({kind})",
         f"model: {shape}, context {model.context_length}: "
         f"{format_number(plan['parameters'])} parameters, "
-        f"about {plan['memory_bytes_estimate'] / 2**30:.2g} GiB to train{each_rank}",
+        f"about {plan['memory_bytes_estimate'] / 2**30:.2g} GiB to train{each_rank}; "
+        f"{describe_export(model)}",
         f"plan: {'at most ' * timed}{plan['steps']} updates of {update} = "
         f"{plan['epochs']:.2f} epochs, {format_number(plan['flops'])}FLOP",
     ]

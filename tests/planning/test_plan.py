@@ -66,3 +66,23 @@ def test_a_compiled_run_is_counted_with_all_its_logits(workshop: Workshop) -> No
     whole = 64 * 16 * 10**6 * (4 + 4 + 2)
     assert estimate(resolved) < whole / 4
     assert estimate(compiled) - estimate(resolved) > 0.9 * whole
+
+
+@pytest.mark.parametrize(
+    ("model", "told"),
+    [
+        ({}, "exports as GPT-2"),
+        ({"position": "rope"}, "exports as StarCoder2"),
+        ({"position": "rope", "norm": "rmsnorm", "mlp": "relu2"}, "exports as Arcee"),
+        (
+            {"norm": "rmsnorm"},
+            "no export to Hugging Face (GPT-2 comes nearest: model.norm rmsnorm, not layernorm)",
+        ),
+    ],
+)
+def test_it_says_before_training_what_a_model_will_be(
+    workshop: Workshop, model: dict[str, object], told: str
+) -> None:
+    planned = plan_run(workshop.run(model=model))
+    (line,) = (one for one in plan_table(planned.run, planned.plan) if one.startswith("model: "))
+    assert line.endswith(f"to train; {told}")
