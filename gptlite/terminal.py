@@ -43,9 +43,15 @@ def tell_lines(text: str) -> None:
     print(escape_controls(text.rstrip("\n"), keep="\n"), file=sys.stderr)
 
 
+def in_notebook() -> bool:
+    """Whether this is a cell of a notebook, which shows bars though it is no terminal."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return type(shell).__name__ == "ZMQInteractiveShell"
+
+
 def wants_bar(progress: str, stream: TextIO) -> bool:
     """A bar only where someone can see it move."""
-    return progress == "bar" or (progress == "auto" and is_watched(stream))
+    return progress == "bar" or (progress == "auto" and (is_watched(stream) or in_notebook()))
 
 
 def format_number(number: float) -> str:

@@ -1,6 +1,7 @@
 """Every command in the documentation is run as it stands there, on something small."""
 
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -144,3 +145,19 @@ def test_names_are_completed(desk: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_there_are_commands_to_run() -> None:
     assert sum(len(commands(page)) for page in PAGES) > 12
     assert "gptlite eval --run runs/NAME --suite all --fast" in commands("docs/measuring.md")
+
+
+def test_the_notebook_runs_from_top_to_bottom(
+    desk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its blocks one after the other, as in a notebook; the last lines are values."""
+    blocks = re.findall(
+        r"^```python\n(.*?)^```", (ROOT / "docs/notebook.md").read_text(), re.MULTILINE | re.DOTALL
+    )
+    assert len(blocks) > 6
+    short = "\n".join(blocks).replace('"max_steps": 500, "eval_interval": 100', '"max_steps": 12')
+    (desk / "notebook.py").write_text(short)
+    runpy.run_path(str(desk / "notebook.py"))
+    shown = capsys.readouterr().out
+    assert "True False" in shown
+    assert "temperature: must be" in shown

@@ -65,13 +65,13 @@ TOKENIZER: Edits = [
     ("config/run.py", '{"byte": 257,', '{"reversed": 257, "byte": 257,'),
     (
         "data/tokenizers.py",
-        "class CharTokenizer:",
+        "class CharTokenizer(Decoder):",
         'class ReversedTokenizer(ByteTokenizer):\n    kind = "reversed"\n\n'
         "    def encode_array(self, text):\n"
         "        return 255 - super().encode_array(text)\n\n"
         "    def token_bytes(self, token):\n"
         '        return b"" if token == self.eot else bytes([255 - token])\n\n\n'
-        "class CharTokenizer:",
+        "class CharTokenizer(Decoder):",
     ),
     (
         "data/tokenizers.py",

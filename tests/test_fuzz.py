@@ -215,7 +215,7 @@ def use(document: Any, text: str, *, exactly: bool) -> None:
         assert len(str(error)) < 1500  # noqa: PT017
         return
     assert all(0 <= token < built.vocab_size for token in ids)
-    decoded = tokenizers.decode(built, ids)
+    decoded = built.decode(ids)
     assert not exactly or getattr(built, "unknown", "error") != "error" or decoded == text
 
 

@@ -1,9 +1,12 @@
 """What a terminal would obey is shown, not obeyed, wherever the text comes from."""
 
+import io
 import json
 import os
 import re
+import sys
 import threading
+import types
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ import pytest
 import yaml
 from test_bad_input import invoke
 
+from gptlite import terminal
 from gptlite.cli.main import app
 from gptlite.words import CONTROL, escape_controls
 
@@ -228,3 +232,19 @@ def test_an_error_in_a_file_has_no_colour_unless_it_is_forced(
     assert "\x1b" not in invoke("config", "check", "--config", "no.yaml").stderr
     monkeypatch.setenv("FORCE_COLOR", "1")
     assert invoke("config", "check", "--config", "no.yaml").stderr.count("\x1b") == 2
+
+
+def test_a_notebook_has_bars_though_it_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    class ZMQInteractiveShell:
+        pass
+
+    stream = io.StringIO()
+    assert not terminal.in_notebook()
+    assert not terminal.wants_bar("auto", stream)
+    notebook = types.SimpleNamespace(get_ipython=ZMQInteractiveShell)
+    monkeypatch.setitem(sys.modules, "IPython", notebook)
+    assert terminal.wants_bar("auto", stream)
+    assert not terminal.wants_bar("plain", stream)
+    prompt = types.SimpleNamespace(get_ipython=lambda: object())
+    monkeypatch.setitem(sys.modules, "IPython", prompt)
+    assert not terminal.wants_bar("auto", stream)

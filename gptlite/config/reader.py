@@ -119,13 +119,21 @@ def sample_options(run_dir: Path, given: dict[str, Any]) -> SampleConfig:
     Raises ConfigError naming the options that are out of range.
     """
     stored = validate(read_layers([str(run_dir / "config.yaml")], []), to_train=False).sample
+    return lay_sample_options(stored, given, "--")
+
+
+def lay_sample_options(
+    stored: SampleConfig, given: dict[str, Any], prefix: str = ""
+) -> SampleConfig:
+    """Sampling options with those that are given laid over them; errors name them `prefix`NAME."""
     laid = {name: value for name, value in given.items() if value is not None}
     try:
         return SampleConfig.model_validate({**stored.model_dump(), **laid})
     except ValidationError as error:
         schema, document = SampleConfig.model_json_schema(), Document(laid)
         names = dict.fromkeys(str(detail["loc"][0]) for detail in error.errors())
-        options = {name: "--" + name.replace("_", "-") for name in names}
+        dash = "-" if prefix else "_"
+        options = {name: prefix + name.replace("_", dash) for name in names}
         words = {name: explain((name,), "", document, schema) for name in names}
         raise ConfigError(*(f"{options[name]}: {words[name]}" for name in names)) from None
 

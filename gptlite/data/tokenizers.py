@@ -8,6 +8,7 @@ import base64
 import hashlib
 import json
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from functools import cached_property
 from pathlib import Path
@@ -84,12 +85,20 @@ class Tokenizer(Protocol):
         """The UTF-8 bytes of one id; none for the end-of-text token."""
         ...
 
+    def decode(self, ids: Iterable[int]) -> str: ...
+
     def to_json(self) -> dict[str, Any]: ...
 
 
-def decode(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
-    """Text of the ids; bytes that are no UTF-8 show as U+FFFD."""
-    return b"".join(map(tokenizer.token_bytes, ids)).decode("utf-8", errors="replace")
+class Decoder(ABC):
+    """What all tokenizers do in the same way."""
+
+    @abstractmethod
+    def token_bytes(self, token: int) -> bytes: ...
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of the ids; bytes that are no UTF-8 show as U+FFFD."""
+        return b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
 
 
 def token_lengths(tokenizer: Tokenizer) -> list[int]:
@@ -125,7 +134,7 @@ def cut_pieces(text: str, *, final: bool) -> tuple[list[str], str]:
     return pieces, rest
 
 
-class ByteTokenizer:
+class ByteTokenizer(Decoder):
     kind = "byte"
 
     def __init__(self, *, eot: bool, marks: Marks = NO_MARKS) -> None:
@@ -150,7 +159,7 @@ class ByteTokenizer:
         return cls(eot=require_one_of(saved["eot"], True, False), marks=Marks.from_json(saved))
 
 
-class CharTokenizer:
+class CharTokenizer(Decoder):
     kind = "char"
 
     def __init__(
@@ -212,7 +221,7 @@ class CharTokenizer:
         return cls(characters, eot=eot, unknown=unknown, marks=Marks.from_json(saved))
 
 
-class BPETokenizer:
+class BPETokenizer(Decoder):
     """A byte-level BPE run by tiktoken, trained here or one of OpenAI's."""
 
     def __init__(
@@ -285,7 +294,7 @@ class BPETokenizer:
         if eot not in (None, *ids[len(ranks) :]):
             raise ValueError("its end-of-text token has no name")
         made = cls(saved["kind"], saved["name"], saved["pattern"], ranks, eot, marks)
-        if len(made.pattern) > MOST_PATTERN or decode(made, made.encode(PROBE)) != PROBE:
+        if len(made.pattern) > MOST_PATTERN or made.decode(made.encode(PROBE)) != PROBE:
             raise ValueError("its pattern loses text")
         return made
 

@@ -1,6 +1,7 @@
 """`gptlite import`: a model made elsewhere → a run directory, which every command then takes.
 
-From a Hugging Face directory or the Hub (GPT-2 and Llama shapes), or a checkpoint of nanoGPT.
+From a Hugging Face directory or the Hub (the families of interchange/families.py), or a checkpoint
+of nanoGPT.
 """
 
 import re
@@ -34,6 +35,7 @@ from gptlite.runs.directory import (
     hold_directory,
 )
 from gptlite.runs.origin import tokenizer_section
+from gptlite.runs.trained import Trained
 from gptlite.terminal import is_watched, tell
 
 TORCH_FILES = (".pt", ".pth", ".ckpt")
@@ -178,8 +180,16 @@ def make_run_config(sections: dict[str, Any], tokenizer: Tokenizer) -> RunConfig
     return validate(Document(values), to_train=False)
 
 
-def write_run(foreign: Foreign, directory: Path, source: str) -> None:
-    """config.yaml last: until then the directory is no run."""
+def open_foreign(folder: Path) -> Trained:
+    """The model of a directory of Hugging Face's, as it is, without a run directory.
+
+    Raises ConfigError, CheckpointError.
+    """
+    return make_trained(convert_folder(folder), str(folder))
+
+
+def make_trained(foreign: Foreign, source: str) -> Trained:
+    """The model in our words, as if it had been trained here."""
     run, text = make_run_config(foreign.sections, foreign.tokenizer), foreign.tokenizer
     use_threads(run)
     model = GPT(run.model, text.vocab_size)
@@ -199,15 +209,23 @@ def write_run(foreign: Foreign, directory: Path, source: str) -> None:
         config=run.model_dump(mode="json"),
         environment={"imported": source},
     )
+    return Trained(
+        run, model.eval(), text, step=0, trained_length=None, state=state, problems=[], notes=[]
+    )
+
+
+def write_run(foreign: Foreign, directory: Path, source: str) -> None:
+    """config.yaml last: until then the directory is no run."""
+    made = make_trained(foreign, source)
     create_directory(directory)
     try:
         with hold_directory(directory):
             storage.write_json(directory / "env.json", describe_environment())
-            saved = storage.seal(text.to_json())
+            saved = storage.seal(made.tokenizer.to_json())
             storage.write_text(directory / "tokenizer" / "tokenizer.json", saved)
-            checkpoint.save(directory, {FILES[0]: model_tensors(model)}, state)
+            checkpoint.save(directory, {FILES[0]: model_tensors(made.model)}, made.state)
             for name in ("best", "last"):
                 checkpoint.write_pointer(directory, name, 0)
-            storage.write_text(directory / "config.yaml", dump(run))
+            storage.write_text(directory / "config.yaml", dump(made.run))
     except OSError as error:
         raise StorageError(f"--out {directory}: {error.strerror}") from None

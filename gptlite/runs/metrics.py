@@ -15,13 +15,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from gptlite import storage
 from gptlite.errors import StorageError, UserError
 from gptlite.runs.results import parse_row
 from gptlite.storage import write_bytes
-from gptlite.terminal import format_duration, format_number, wants_bar
+from gptlite.terminal import format_duration, format_number, in_notebook, wants_bar
 from gptlite.words import escape_controls
 
 SECONDS_BETWEEN_LINES = 5.0
@@ -119,7 +119,7 @@ class Console:
             initial=start,
             unit="step",
             disable=not shown,
-            ncols=screen.columns,
+            ncols=None if in_notebook() else screen.columns,
             nrows=screen.lines,
             file=sys.stderr,
             bar_format="{percentage:3.0f}% {bar:20} {n_fmt}/{total_fmt}{postfix} "

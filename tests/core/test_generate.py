@@ -26,7 +26,7 @@ from gptlite.core.generate import (
     probabilities,
 )
 from gptlite.core.model import GPT
-from gptlite.data.tokenizers import ByteTokenizer, CharTokenizer, decode
+from gptlite.data.tokenizers import ByteTokenizer, CharTokenizer
 from gptlite.errors import ConfigError, DivergedError
 
 LOGITS = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
@@ -185,7 +185,7 @@ def test_prompts_begin_where_documents_begin() -> None:
     assert encode_prompt(LETTERS, "a", documents=False) == [0]
     assert encode_prompt(LETTERS, "", documents=False) == [eot]
     bare = CharTokenizer("a\n", eot=False, unknown="error")
-    assert decode(bare, encode_prompt(bare, "", documents=False)) == "\n"
+    assert bare.decode(encode_prompt(bare, "", documents=False)) == "\n"
 
 
 def test_draws_are_even() -> None:

@@ -338,7 +338,7 @@ def documents_of(files: TokenFiles, split: str) -> list[str]:
     ends = [i for i, token in enumerate(ids) if token == files.meta["eot"]]
     starts = [0, *(end + 1 for end in ends[:-1])]
     parts = [ids[start:end] for start, end in zip(starts, ends, strict=True)]
-    return [tokenizers.decode(files.tokenizer, part) for part in parts]
+    return [files.tokenizer.decode(part) for part in parts]
 
 
 BYTE = {"kind": "byte"}

@@ -19,7 +19,7 @@ from tokenizers import trainers
 from gptlite.config.run import TokenizerConfig
 from gptlite.data import bpe, encoding, tokenizers, workers
 from gptlite.data.prepare import prepare
-from gptlite.data.tokenizers import EOT, ByteTokenizer, CharTokenizer, cut_pieces, decode
+from gptlite.data.tokenizers import EOT, ByteTokenizer, CharTokenizer, cut_pieces
 from gptlite.errors import ConfigError, DataError
 
 PROSE = "\n\n".join(text for _, text in sorted(topics.items()))
@@ -74,7 +74,7 @@ def char(text: str, **options: object) -> CharTokenizer:
 @given(text=texts)
 def test_every_text_survives_its_tokens(built, text):
     ids = built.encode(text)
-    assert decode(built, ids) == text
+    assert built.decode(ids) == text
     assert all(0 <= token < built.vocab_size for token in ids)
 
 
@@ -83,7 +83,7 @@ def test_every_text_survives_its_tokens(built, text):
 def test_every_text_survives_a_vocabulary_of_its_characters(text):
     built = char(text)
     ids = built.encode(text)
-    assert decode(built, ids) == text
+    assert built.decode(ids) == text
     assert len(ids) == len(text)
 
 
@@ -101,7 +101,7 @@ def test_the_end_of_text_token_has_no_bytes_and_is_the_last(built):
     if built.eot is not None:
         assert built.eot == built.vocab_size - 1
         assert built.token_bytes(built.eot) == b""
-        assert decode(built, [*built.encode("a"), built.eot, *built.encode("b")]) == "ab"
+        assert built.decode([*built.encode("a"), built.eot, *built.encode("b")]) == "ab"
 
 
 @pytest.mark.parametrize("text", [EOT, f"a{EOT}b", f"{EOT}\n{EOT}", EOT * 3])
@@ -110,25 +110,25 @@ def test_the_end_of_text_marker_in_a_text_stays_text(built, text):
     for each in (built, char(text)):
         ids = each.encode(text)
         assert each.eot not in ids
-        assert decode(each, ids) == text
+        assert each.decode(ids) == text
 
 
 def test_a_million_spaces_are_no_problem(built):
     """tiktoken alone raises on them (its issue 15)."""
     text = " " * 1_000_000 + "x"
     for each in (built, char(text)):
-        assert decode(each, each.encode(text)) == text
+        assert each.decode(each.encode(text)) == text
 
 
 @pytest.mark.parametrize("run", ["\n", "a"])
 def test_a_million_of_the_same_character_are_encoded(by_words, run):
     text = run * 1_000_000 + "x"
     ids = by_words.encode(text)
-    assert decode(by_words, ids) == text
+    assert by_words.decode(ids) == text
 
 
 def test_bytes_that_are_no_text_show_as_a_replacement_character():
-    assert decode(ByteTokenizer(eot=False), [0x61, 0xFF, 0x62]) == "a\ufffdb"
+    assert ByteTokenizer(eot=False).decode([0x61, 0xFF, 0x62]) == "a\ufffdb"
 
 
 def fed(text: str, sizes: list[int]) -> list[str]:
@@ -258,7 +258,7 @@ def test_a_trained_bpe_has_exactly_the_tokens_asked_for(vocab_size):
 def test_a_bpe_of_too_little_text_is_smaller_than_asked(training):
     ours = tokenizers.train_bpe(training, 1000)
     assert 257 <= ours.vocab_size < 270
-    assert decode(ours, ours.encode(PROSE[:1000])) == PROSE[:1000]
+    assert ours.decode(ours.encode(PROSE[:1000])) == PROSE[:1000]
 
 
 ALL = {
@@ -310,14 +310,14 @@ def test_an_unknown_character_is_an_error_that_names_it():
 
 def test_an_unknown_character_can_be_skipped():
     built = char("abc", unknown="skip")
-    assert decode(built, built.encode("aébéc")) == "abc"
+    assert built.decode(built.encode("aébéc")) == "abc"
 
 
 @pytest.mark.parametrize("eot", [True, False])
 def test_an_unknown_character_can_be_replaced(eot):
     built = char("abc", unknown="replace", eot=eot)
     ids = built.encode("aébéc")
-    assert decode(built, ids) == "a\ufffdb\ufffdc"
+    assert built.decode(ids) == "a\ufffdb\ufffdc"
     assert built.vocab_size == 4 + eot
     assert built.eot not in ids
 

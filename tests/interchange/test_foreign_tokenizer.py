@@ -14,7 +14,6 @@ from gptlite.data.tokenizers import (
     GPT2_PATTERN,
     CharTokenizer,
     Tokenizer,
-    decode,
     from_json,
     train_bpe,
 )
@@ -271,7 +270,7 @@ def test_a_text_ends_where_the_model_says(tmp_path: Path, case: str, file: str) 
     made = read(tmp_path, plain_bpe(*names), **files)
     assert (made.eot, made.vocab_size) == (N + eot, N + len(names))
     assert made.specials == {name: N + i for i, name in enumerate(names)}
-    assert decode(made, made.specials.values()) == ""
+    assert made.decode(made.specials.values()) == ""
     for number, _ in enumerate(names):
         stream = TextStream(made, [])
         stream.feed(N + number)
