@@ -40,15 +40,14 @@ def mean(study: Study, label: str, metric: str) -> str:
     return f"{over['mean']:.3f}{half}"
 
 
-def difference(study: Study, label: str, other: str, metric: str, other_metric: str = "") -> Any:
-    """The paired difference to another point, perhaps by another metric."""
+def difference(study: Study, label: str, other: str, metric: str) -> Any:
+    """The paired difference to another point."""
     mine, theirs = runs_of(study, label), runs_of(study, other)
-    name = other_metric or metric
-    seeds = [s for s in mine if s in theirs and metric in mine[s] and name in theirs[s]]
+    seeds = [s for s in mine if s in theirs and metric in mine[s] and metric in theirs[s]]
     if not seeds:
         return None
     found = comparison.paired_difference(
-        [mine[s][metric] for s in seeds], [theirs[s][name] for s in seeds]
+        [mine[s][metric] for s in seeds], [theirs[s][metric] for s in seeds]
     )
     return {**found, "metric": metric}
 

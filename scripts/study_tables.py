@@ -197,11 +197,19 @@ def annealed(study: Study) -> Iterator[str]:
 
 
 def decay(study: Study) -> Iterator[str]:
-    """Weight decay by dropout rate, each against neither and against the best decay alone."""
-    decays, rates = study["axes"]["optim.weight_decay"], study["axes"]["dropout.rate"]
+    """Weight decay by dropout rate, and what each decay alone gains on the usual one."""
+    yield from grid(study)
+    usual, *others = study["axes"]["optim.weight_decay"]
+    rows = []
     for size in study["axes"]["data.train_tokens"]:
+        labels = {n: f"train_tokens={size:g}, weight_decay={n:g}, rate=0" for n in (usual, *others)}
+        found = [difference(study, labels[n], labels[usual], "loss.loss") for n in others]
+        rows.append([f"{size:,} tokens", *found])
+    head = ["", *(f"weight decay {amount:g}" for amount in others)]
+    yield f"Without dropout, minus weight decay {usual:g}:\n\n" + table(head, rows)
 
-        def label(amount: Any, rate: Any, size: Any = size) -> str:
+
+def label(amount: Any, rate: Any, size: Any = size) -> str:
             return f"train_tokens={size}, weight_decay={amount:g}, rate={rate:g}"
 
         head = ["weight decay", *(f"rate {rate:g}" for rate in rates)]

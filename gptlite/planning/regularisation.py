@@ -15,7 +15,7 @@ DECAY_OF_A_MILLION = 0.64
 """The best weight decay at a learning rate of 0.01 for a million tokens of text; it falls with the
 square root of more."""
 LEAST_DECAY, MOST_DECAY = 0.1, 8.0
-"""Between which it was measured."""
+"""Within what was measured."""
 CLOSE = 2.5
 """Factor by which a decay may miss the best one before a word is said of it."""
 
@@ -45,4 +45,4 @@ def advise_decay(optimizer: str, lr: float, weight_decay: float, text_tokens: fl
     best, why = pick_decay(text_tokens, lr)
     if best / CLOSE <= weight_decay <= best * CLOSE:
         return None
-    return f"optim.weight_decay {weight_decay:g}: about {best:g} was best for {why}"
+    return f"optim.weight_decay {weight_decay:g}: the rule of train --data says {best:g} for {why}"

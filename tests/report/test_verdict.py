@@ -39,7 +39,7 @@ def test_a_decay_is_named_where_it_was_measured() -> None:
     rising = rows([3.0, 2.0, 2.2, 2.5], [3.0, 1.9, 1.5, 1.0])
     best, _ = pick_decay(30_000, 0.01)
     (told,) = (line for line in verdict(rising, muon, plan).advice if "weight_decay" in line)
-    assert f"optim.weight_decay 0.1: about {best:g} was best" in told
+    assert f"optim.weight_decay 0.1: the rule of train --data says {best:g} for" in told
     adamw = {"optim": {"name": "adamw", "lr": 0.01, "weight_decay": 0.1}}
     assert any("more weight decay (now 0.1)" in x for x in verdict(rising, adamw, plan).advice)
     enough = {"optim": {**muon["optim"], "weight_decay": best}}
