@@ -209,33 +209,6 @@ def decay(study: Study) -> Iterator[str]:
     yield f"Without dropout, minus weight decay {usual:g}:\n\n" + table(head, rows)
 
 
-def label(amount: Any, rate: Any, size: Any = size) -> str:
-            return f"train_tokens={size}, weight_decay={amount:g}, rate={rate:g}"
-
-        head = ["weight decay", *(f"rate {rate:g}" for rate in rates)]
-        rows = [
-            [f"{amount:g}", *(mean(study, label(amount, rate), "loss.loss") for rate in rates)]
-            for amount in decays
-        ]
-        yield f"Test loss of {size:,} tokens at the best step, nats:\n\n{table(head, rows)}"
-        rows = [
-            [
-                f"{amount:g}",
-                *(
-                    difference(study, label(amount, rate), label(amount, 0), "loss.loss")
-                    for rate in rates[1:]
-                ),
-                difference(study, label(amount, 0), label(decays[0], 0), "loss.loss")
-                if amount != decays[0]
-                else "–",
-            ]
-            for amount in decays
-        ]
-        head = ["weight decay", *(f"rate {rate:g} minus 0" for rate in rates[1:])]
-        head.append(f"rate 0 minus that of decay {decays[0]:g}")
-        yield f"What a rate adds to each decay, {size:,} tokens:\n\n{table(head, rows)}"
-
-
 def ensemble(study: Study) -> Iterator[str]:
     """Five runs as one model, beside as many passes of one with dropout on."""
     rows = []
