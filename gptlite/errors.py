@@ -4,6 +4,7 @@
 6 run directory in use | 128 + n stopped by signal n (130 SIGINT, 143 SIGTERM), checkpoint saved
 """
 
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -22,6 +23,15 @@ class ConfigError(UserError):
     """A config, an option or a prompt that cannot be meant."""
 
     exit_code = 2
+
+
+class MissingPackages(ConfigError):
+    """What an extra brings is not installed. The fix names the packages themselves: `gptlite` on
+    PyPI is another project's."""
+
+    def __init__(self, place: str, *packages: str) -> None:
+        install = " ".join(map(shlex.quote, packages))
+        super().__init__(f"{place} needs {' and '.join(packages)}: pip install {install}")
 
 
 class DataError(UserError):

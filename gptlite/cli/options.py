@@ -30,7 +30,10 @@ EXAMPLES = {
     "plan": ("gptlite plan --config quickstart --audit",),
     "study": ("gptlite study rates.yaml --workers 2",),
     "report": ("gptlite report", "gptlite report runs/quickstart runs/faster --out both.html"),
-    "export": ("gptlite export --run runs/names --out names-hf",),
+    "export": (
+        "gptlite export --run runs/names --out names-hf",
+        "gptlite export --run runs/names --to gguf --type q8_0 --out names-gguf",
+    ),
     "import": ("gptlite import names-hf --out runs/back", "gptlite import gpt2"),
 }
 """By command; each is run by a test, in this order."""

@@ -21,7 +21,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from gptlite.config.run import DataConfig
-from gptlite.errors import DataError, UserError
+from gptlite.errors import DataError, MissingPackages
 
 SUFFIXES = (".txt", ".md", ".jsonl", ".csv", ".parquet")
 """What a folder is searched for."""
@@ -133,8 +133,7 @@ def import_arrow(path: Path) -> Any:
     try:
         import pyarrow.parquet
     except ImportError:
-        needs = "needs pyarrow: pip install 'gptlite[data]'"
-        raise UserError(f"data.source: {path}: {needs}") from None
+        raise MissingPackages(f"data.source: {path}:", "pyarrow") from None
     return pyarrow
 
 

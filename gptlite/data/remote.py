@@ -24,7 +24,7 @@ from tqdm import tqdm
 from gptlite import locks, storage
 from gptlite.config.run import DataConfig
 from gptlite.data.readers import CHUNK, is_searched
-from gptlite.errors import ConfigError, DataError, StorageError, UserError
+from gptlite.errors import ConfigError, DataError, MissingPackages, StorageError, UserError
 
 TIMEOUT_SECONDS = 10
 MAX_DOWNLOAD = 1 << 37
@@ -42,7 +42,8 @@ def fetch(url: str, data: DataConfig) -> list[Path]:
     except (UserError, KeyboardInterrupt):
         raise
     except ImportError as error:
-        raise UserError(f"data.source: {url}: {error}") from None
+        lacks = error.name or getattr(error.__cause__, "name", None) or str(error)
+        raise MissingPackages(f"data.source: {url}:", lacks) from None
     except Exception as error:  # noqa: BLE001 - each kind of storage has errors of its own
         raise fetch_failure(url, error) from None
 
@@ -112,9 +113,7 @@ def fetch_dataset(url: str, field: str, cache: Path) -> Path:
     try:
         import datasets
     except ImportError:
-        raise UserError(
-            f"data.source: {url}: needs datasets: pip install 'gptlite[data]'"
-        ) from None
+        raise MissingPackages(f"data.source: {url}:", "datasets") from None
     stream = datasets.load_dataset(
         address.netloc + address.path,
         options.get("config"),

@@ -60,6 +60,8 @@ class Family(NamedTuple):
     """Ours → theirs, of modules outside the blocks."""
     block: dict[str, tuple[str, ...]]
     """Of those in a block; what is one matrix here may be several there, one below the other."""
+    gguf: dict[str, tuple[Any, ...]] = {}
+    """Ours → the only values that llama.cpp computes of it."""
     layers: str = "model.layers"
     stem: str = "model."
     """What a model without its head leaves out of all names."""
@@ -96,6 +98,7 @@ FAMILIES = {
             **{"token_embedding": "transformer.wte", "position_embedding": "transformer.wpe"},
             **{"norm": "transformer.ln_f", "head": "lm_head"},
         },
+        gguf={"mlp": ("gelu",)},
         block={
             **{"norm_1": ("ln_1",), "attention.qkv": ("attn.c_attn",)},
             **{"attention.output": ("attn.c_proj",), "norm_2": ("ln_2",)},
@@ -168,6 +171,7 @@ FAMILIES = {
             **{"rope_theta": 12_000_000.0, "rope_type": "llama3"},
         },
         top=TOP,
+        gguf={"mlp": ("relu2",)},
         block={
             **{"norm_1": ("attention_layernorm",), "norm_2": ("feedforward_layernorm",)},
             **{**ATTENTION, **QK_NORM, **PLAIN_MLP},
@@ -191,6 +195,7 @@ FAMILIES = {
             **{"attention_dropout": 0.0, "tie_word_embeddings": False, "eos_token_id": 128001},
         },
         top=TOP,
+        gguf={"mlp": ("relu2",), "bias": (False,)},
         block={**NORMS, **ATTENTION, **PLAIN_MLP},
     ),
     "starcoder2": Family(
@@ -216,6 +221,7 @@ FAMILIES = {
             **{"tie_word_embeddings": True, "eos_token_id": 50256},
         },
         top=TOP,
+        gguf={"mlp": ("gelu",), "head_dim": (None,)},
         block={
             **{**NORMS, **ATTENTION},
             **{"mlp.up": ("mlp.c_fc",), "mlp.down": ("mlp.c_proj",)},
@@ -227,15 +233,21 @@ FAMILIES = {
 
 def misfits(model: ModelConfig, family: Family) -> Iterator[tuple[str, str]]:
     """(field, values) where a family has only these values, and not the model's."""
-    for field, values in family.needs.items():
-        if getattr(model, field) not in values:
-            yield field, " or ".join(str(value).lower() for value in values)
+    yield from unlike(model, family.needs)
     if model.mlp not in family.activations:
         yield "mlp", " or ".join(family.activations)
     if "kv_heads" not in family.sizes and model.kv_heads != model.n_head:
         yield "n_kv_head", f"{model.n_head}: every head has its own keys and values"
     if "head_width" not in family.sizes and model.head_width * model.n_head != model.n_embd:
         yield "head_dim", f"n_embd / n_head ({model.n_embd / model.n_head:g})"
+
+
+def unlike(model: ModelConfig, needs: dict[str, tuple[Any, ...]]) -> Iterator[tuple[str, str]]:
+    """(field, values) of what is needed and the model does not have."""
+    for field, values in needs.items():
+        if getattr(model, field) not in values:
+            named = ("null" if value is None else str(value).lower() for value in values)
+            yield field, " or ".join(named)
 
 
 def nearest_family(model: ModelConfig) -> tuple[str, list[tuple[str, str]]]:
@@ -246,11 +258,19 @@ def nearest_family(model: ModelConfig) -> tuple[str, list[tuple[str, str]]]:
 
 
 def describe_export(model: ModelConfig) -> str:
-    """What a model will be on Hugging Face, or which fields stand in the way."""
+    """What a model will be elsewhere, or which fields stand in the way."""
     name, odd = nearest_family(model)
-    if not odd:
-        return f"exports as {FAMILIES[name].name}"
-    fields = ", ".join(
+    family = FAMILIES[name]
+    if odd:
+        nearest = f"{family.name} comes nearest: {name_fields(model, odd)}"
+        return f"no export to Hugging Face ({nearest})"
+    if odd := list(unlike(model, family.gguf)):
+        return f"exports as {family.name}, not as GGUF ({name_fields(model, odd)})"
+    return f"exports as {family.name} and as GGUF"
+
+
+def name_fields(model: ModelConfig, odd: list[tuple[str, str]]) -> str:
+    """Fields with the model's value and those that are possible."""
+    return ", ".join(
         f"model.{field} {str(getattr(model, field)).lower()}, not {values}" for field, values in odd
     )
-    return f"no export to Hugging Face ({FAMILIES[name].name} comes nearest: {fields})"

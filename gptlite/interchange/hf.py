@@ -17,7 +17,7 @@ from gptlite import storage
 from gptlite.config.run import ModelConfig
 from gptlite.core.tensor_files import read_tensors
 from gptlite.errors import CheckpointError
-from gptlite.interchange.families import FAMILIES
+from gptlite.interchange.families import Family
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -38,22 +38,21 @@ class TensorNames(NamedTuple):
 
 
 def tensor_names(
-    model: ModelConfig, family: str, *, transposed: bool = True
+    model: ModelConfig, family: Family, *, transposed: bool = True
 ) -> Iterator[TensorNames]:
     """Every tensor that a model may have; biases too, whether it has them or not."""
-    names_of = FAMILIES[family]
     for kind in ("weight", "bias"):
-        for ours, theirs in names_of.top.items():
+        for ours, theirs in family.top.items():
             yield TensorNames(f"{ours}.{kind}", (f"{theirs}.{kind}",), transposed=False)
         for layer in range(model.n_layer):
-            for ours, names in names_of.block.items():
-                flips = transposed and names_of.transposed and ours in LINEAR and kind == "weight"
-                there = tuple(f"{names_of.layers}.{layer}.{name}.{kind}" for name in names)
+            for ours, names in family.block.items():
+                flips = transposed and family.transposed and ours in LINEAR and kind == "weight"
+                there = tuple(f"{family.layers}.{layer}.{name}.{kind}" for name in names)
                 yield TensorNames(f"blocks.{layer}.{ours}.{kind}", there, flips)
 
 
 def export_tensors(
-    model: ModelConfig, family: str, tensors: Mapping[str, Tensor]
+    model: ModelConfig, family: Family, tensors: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """Our tensors under their names. Zeros for biases that a family always has and we do not."""
     out: dict[str, Tensor] = {}
@@ -78,17 +77,17 @@ def row_counts(model: ModelConfig, names: tuple[str, ...]) -> list[int] | None:
     return [width * n for n in heads] if len(names) == 3 else [model.mlp_width] * 2
 
 
-def always_has(family: str, name: str) -> bool:
+def always_has(family: Family, name: str) -> bool:
     """Whether a family has this bias, whatever a model says: those of LayerNorm, and where there
     is no word for it those of linear layers."""
     if not name.endswith(".bias") or "embedding" in name or name.startswith("head"):
         return False
     linear = name.removesuffix(".bias").endswith(LINEAR)
-    return not FAMILIES[family].biases if linear else "layernorm" in FAMILIES[family].needs["norm"]
+    return not family.biases if linear else "layernorm" in family.needs["norm"]
 
 
 def import_tensors(
-    model: ModelConfig, family: str, tensors: Mapping[str, Tensor], *, transposed: bool = True
+    model: ModelConfig, family: Family, tensors: Mapping[str, Tensor], *, transposed: bool = True
 ) -> dict[str, Tensor]:
     """Their tensors under our names, in float32. Raises CheckpointError naming what is odd."""
     left = {strip_wrapper(name, family): tensor for name, tensor in tensors.items()}
@@ -119,13 +118,12 @@ def import_tensors(
     return out
 
 
-def strip_wrapper(name: str, family: str) -> str:
+def strip_wrapper(name: str, family: Family) -> str:
     """A name without what wrappers put before it, and with what a bare model leaves out."""
     for prefix in PREFIXES:
         name = name.removeprefix(prefix)
-    stem = FAMILIES[family].stem
-    outside = (stem, *(f"{theirs}." for theirs in FAMILIES[family].top.values()))
-    return name if name.startswith(outside) else stem + name
+    outside = (family.stem, *(f"{theirs}." for theirs in family.top.values()))
+    return name if name.startswith(outside) else family.stem + name
 
 
 def without_biases(tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:

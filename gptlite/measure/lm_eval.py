@@ -19,7 +19,13 @@ from gptlite.core.evaluate import eval_rows
 from gptlite.core.generate import Generation, encode_prompt, encode_text
 from gptlite.core.language_model import LanguageModel
 from gptlite.core.precision import precision
-from gptlite.errors import ConfigError, DivergedError, UserError, add_step_to_errors
+from gptlite.errors import (
+    ConfigError,
+    DivergedError,
+    MissingPackages,
+    UserError,
+    add_step_to_errors,
+)
 from gptlite.terminal import wants_bar
 
 try:
@@ -27,7 +33,7 @@ try:
     from lm_eval.api.model import TemplateLM
     from lm_eval.tasks import TaskManager
 except ImportError:
-    raise UserError("--suite lm-eval needs: pip install 'gptlite[eval]'") from None
+    raise MissingPackages("--suite lm-eval", "lm-eval") from None
 
 MOST_NEW_TOKENS = 256
 """Where a task does not say how long an answer may be; as in the harness."""

@@ -26,7 +26,7 @@ from gptlite.runs.results import (
 )
 from gptlite.words import escape_controls
 
-HINT = "figures need matplotlib: pip install 'gptlite[plot]'"
+HINT = "figures need matplotlib: pip install matplotlib"
 
 Part = TypeVar("Part")
 

@@ -24,6 +24,7 @@ from gptlite.data import tokenizers
 from gptlite.data.tokenizers import Tokenizer
 from gptlite.errors import CheckpointError, ConfigError, StorageError
 from gptlite.interchange import foreign_tokenizer, hf, hf_config, nanogpt
+from gptlite.interchange.families import FAMILIES
 from gptlite.keys import key
 from gptlite.runs import checkpoint
 from gptlite.runs.checkpoint import RunState
@@ -94,7 +95,8 @@ def convert_folder(folder: Path) -> Foreign:
         sections.pop("data", None)
     model = make_run_config(sections, tokenizer).model
     with name_source(folder):
-        tensors = hf.import_tensors(model, config["model_type"], hf.read_folder(folder))
+        family = FAMILIES[config["model_type"]]
+        tensors = hf.import_tensors(model, family, hf.read_folder(folder))
         vocab_size = hf_config.with_defaults(config)["vocab_size"]
         context = model.context_length
         check_rows(tensors, "config.json", vocab_size=vocab_size, n_positions=context)
@@ -111,7 +113,7 @@ def convert_nanogpt(path: Path, meta: Path | None) -> Foreign:
     sections, vocab_size, tokenizer, tensors = nanogpt.read_checkpoint(path, meta)
     model = make_run_config(sections, tokenizer).model
     with name_source(path):
-        ours = hf.import_tensors(model, "gpt2", tensors, transposed=False)
+        ours = hf.import_tensors(model, FAMILIES["gpt2"], tensors, transposed=False)
         context = model.context_length
         check_rows(ours, "model_args", vocab_size=vocab_size, block_size=context)
     return Foreign(sections, tokenizer, crop_vocabulary(ours, tokenizer.vocab_size, path))

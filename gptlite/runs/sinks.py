@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 
 from gptlite.config.reader import dump
 from gptlite.config.run import RunConfig
-from gptlite.errors import UserError
+from gptlite.errors import MissingPackages
 from gptlite.words import escape_controls
 
 
@@ -121,9 +121,7 @@ def check_installed(names: tuple[str, ...]) -> None:
     """Raises UserError for each package that is not there, before anything is trained."""
     missing = [name for name in names if find_spec(name) is None]
     if missing:
-        raise UserError(
-            *(f"log.sinks: {name} needs: pip install 'gptlite[{name}]'" for name in missing)
-        )
+        raise MissingPackages("log.sinks", *missing)
 
 
 class Sinks:

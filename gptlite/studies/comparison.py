@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from gptlite.errors import UserError
+from gptlite.errors import MissingPackages
 from gptlite.measure.intervals import LEVEL, Floats, holm, percentiles, resamples
 
 NOISE = 0.02
@@ -23,7 +23,7 @@ def student_t() -> Any:
     try:
         from scipy.stats import t
     except ImportError:
-        raise UserError("studies need scipy and optuna: pip install 'gptlite[study]'") from None
+        raise MissingPackages("gptlite study", "optuna", "scipy") from None
     return t
 
 

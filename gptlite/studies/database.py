@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from gptlite.errors import ConfigError, StorageError, UserError
+from gptlite.errors import ConfigError, MissingPackages, StorageError
 from gptlite.words import mask_passwords, passwords
 
 CONNECT = {
@@ -30,7 +30,7 @@ def optuna() -> Any:
     try:
         import optuna
     except ImportError:
-        raise UserError("studies need scipy and optuna: pip install 'gptlite[study]'") from None
+        raise MissingPackages("gptlite study", "optuna", "scipy") from None
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     return optuna
 
@@ -87,7 +87,7 @@ class StudyStorage:
             raise ConfigError(f"--storage {self}: no database URL ({self.reason(error)})") from None
         except ImportError as error:
             package = DRIVERS.get(error.name or "", error.name or "")
-            raise UserError(f"--storage {self}: needs: pip install '{package}'") from None
+            raise MissingPackages(f"--storage {self}:", package) from None
         known = CONNECT.get(kind, {}) if driver in ("pysqlite", "psycopg", "psycopg2") else {}
         given = {name: value for name, value in known.items() if name not in parts.query}
         # A file is opened anew each time: a kept connection nobody would close.

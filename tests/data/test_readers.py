@@ -104,7 +104,7 @@ def test_a_missing_package_is_one_line_with_the_way_to_it(
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     for name in ("a.parquet", "a.txt.zst"):
         (tmp_path / name).write_bytes(b"x")
-        with pytest.raises(UserError, match=r"needs pyarrow: pip install 'gptlite\[data\]'"):
+        with pytest.raises(UserError, match=r"needs pyarrow: pip install pyarrow"):
             documents(tmp_path / name, "stream")
 
 

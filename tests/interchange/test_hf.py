@@ -1,94 +1,42 @@
 """Hugging Face in and out: the same logits, the same text, the same ids, and nothing lost."""
 
 import json
-import random
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from conftest import Workshop, merged, prose, state_at
+from conftest import Workshop, prose
+from exports import (
+    CHARACTERS,
+    LEARNED,
+    LLAMA,
+    OURS,
+    RECIPE,
+    SHAPES,
+    make_run,
+    some_ids,
+    strange_texts,
+)
 from safetensors.torch import save_file
 
 from gptlite import storage
-from gptlite.config.reader import dump
 from gptlite.core import tensor_files
 from gptlite.core.generate import Generation
-from gptlite.core.model import GPT
-from gptlite.core.weights import FILES, model_tensors
-from gptlite.data import tokenizers
+from gptlite.core.weights import model_tensors
 from gptlite.data.tokenizers import (
-    GPT2_PATTERN,
-    BPETokenizer,
-    ByteTokenizer,
-    CharTokenizer,
-    Tokenizer,
     train_bpe,
 )
 from gptlite.errors import CheckpointError, ConfigError, DataError, UserError
 from gptlite.interchange import foreign_tokenizer, hf_tokenizer
-from gptlite.runs import checkpoint
-from gptlite.runs.directory import create_directory
-from gptlite.runs.export import export_model
+from gptlite.runs.export import prepare_hf, save
 from gptlite.runs.importing import import_model
 from gptlite.runs.trained import Trained, load_trained
-
-LLAMA = {"position": "rope", "norm": "rmsnorm", "mlp": "swiglu"}
-RECIPE = {
-    **{"position": "rope", "norm": "rmsnorm", "mlp": "relu2", "bias": False, "qk_norm": True},
-}
-OWN_SIZES = {"head_dim": 12, "intermediate_size": 40, "norm_eps": 1e-3, "rope_theta": 500.0}
-SHAPES: dict[str, dict[str, Any]] = {
-    "gpt2": {},
-    "untied": {"tie_embeddings": False},
-    "without biases": {"bias": False},
-    "exact gelu": {"mlp": "gelu_exact"},
-    "relu2": {"mlp": "relu2"},
-    "llama": {**LLAMA, "bias": False},
-    "llama, untied": {**LLAMA, "bias": False, "tie_embeddings": False},
-    "llama, grouped keys": {**LLAMA, "bias": False, "n_kv_head": 1},
-    "llama with biases": {**LLAMA, "n_kv_head": 2},
-    "llama of its own sizes": {**LLAMA, "bias": False, **OWN_SIZES},
-    "qwen3": {**LLAMA, "bias": False, "qk_norm": True, "n_kv_head": 2, **OWN_SIZES},
-    "qwen3, untied": {**LLAMA, "bias": False, "qk_norm": True, "tie_embeddings": False},
-    "apertus": RECIPE,
-    "apertus of its own sizes, untied": {**RECIPE, **OWN_SIZES, "tie_embeddings": False},
-    "apertus, gelu": {**RECIPE, "mlp": "gelu", "n_kv_head": 1},
-    "arcee": {**RECIPE, "qk_norm": False, **OWN_SIZES},
-    "arcee with biases": {**RECIPE, "qk_norm": False, "bias": True, "mlp": "gelu_exact"},
-    "starcoder2": {"position": "rope", "n_kv_head": 2, **OWN_SIZES},
-    "starcoder2 without biases": {"position": "rope", "bias": False, "mlp": "relu2"},
-    "starcoder2, untied": {"position": "rope", "mlp": "gelu_exact", "tie_embeddings": False},
-}
-
-
-def make_run(workshop: Workshop, name: str = "run", **sections: Any) -> Path:
-    """A run directory whose weights are random, biases and norms too."""
-    run = workshop.run(**merged({"attention": "math"}, sections))
-    files = workshop.files(**sections)
-    model = GPT.of_run(run, files.meta["vocab_size"])
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-    directory = workshop.folder / name
-    create_directory(directory)
-    text = files.tokenizer
-    state = state_at(
-        *(3,), tokenizer_sha256=tokenizers.digest(text), config=run.model_dump(mode="json")
-    )
-    checkpoint.save(directory, {FILES[0]: model_tensors(model)}, state)
-    checkpoint.write_pointer(directory, "best", 3)
-    saved = storage.seal(text.to_json())
-    storage.write_text(directory / "tokenizer" / "tokenizer.json", saved)
-    storage.write_text(directory / "config.yaml", dump(run))
-    return directory
 
 
 def exported(workshop: Workshop, **sections: Any) -> tuple[Trained, Path]:
     trained = load_trained(make_run(workshop, **sections), "best")
-    export_model(trained, workshop.folder / "hf")
+    save(prepare_hf(trained), workshop.folder / "hf")
     return trained, workshop.folder / "hf"
 
 
@@ -104,12 +52,6 @@ def write_over(path: Path, change: dict[str, Any]) -> None:
 def theirs(folder: Path) -> Any:
     transformers = pytest.importorskip("transformers", reason="the dev extra is not installed")
     return transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
-
-
-def some_ids(trained: Trained, rows: int = 3) -> torch.Tensor:
-    rng = np.random.default_rng(0)
-    size = (rows, trained.run.model.context_length)
-    return torch.from_numpy(rng.integers(0, trained.tokenizer.vocab_size, size))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -141,7 +83,7 @@ def test_out_in_and_out_again_loses_nothing(workshop: Workshop, shape: str) -> N
     ours, again = model_tensors(trained.model), model_tensors(back.model)
     assert ours.keys() == again.keys()
     assert all(torch.equal(ours[name], again[name]) for name in ours)
-    export_model(back, workshop.folder / "hf2")
+    save(prepare_hf(back), workshop.folder / "hf2")
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"):
         assert (workshop.folder / "hf2" / name).read_bytes() == (folder / name).read_bytes(), name
 
@@ -150,11 +92,15 @@ def test_rates_are_carried_and_what_has_no_word_is_told(workshop: Workshop) -> N
     dropout = {"preset": "none", "sites": {"embedding": 0.1, "attention_weights": 0.2}}
     dropout["sites"] |= {"attention_output": 0.3, "mlp_output": 0.4, "head": 0.05}  # type: ignore[operator]
     trained = load_trained(make_run(workshop, dropout=dropout), "best")
-    told = export_model(trained, workshop.folder / "hf")
+    made = prepare_hf(trained)
+    save(made, workshop.folder / "hf")
     config = json.loads((workshop.folder / "hf" / "config.json").read_text())
     rates = {name: config[name] for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop")}
     assert rates == {"embd_pdrop": 0.1, "attn_pdrop": 0.2, "resid_pdrop": 0.3}
-    assert told == ["head 0.05", "mlp_output 0.4 (one rate for attention_output and mlp_output)"]
+    assert made.note == (
+        "config.json has no word for this dropout: head 0.05, mlp_output 0.4 (one rate for "
+        "attention_output and mlp_output)"
+    )
     card = (workshop.folder / "hf" / "README.md").read_text()
     assert "head 0.05" in card
     assert trained.state.data_digest in card
@@ -195,7 +141,7 @@ def test_what_has_no_equivalent_is_refused_by_name(
 ) -> None:
     trained = load_trained(make_run(workshop, model=model), "best")
     with pytest.raises(ConfigError) as refused:
-        export_model(trained, workshop.folder / "hf")
+        save(prepare_hf(trained), workshop.folder / "hf")
     assert [problem.partition(":")[0] for problem in refused.value.problems] == fields
     assert not (workshop.folder / "hf").exists()
 
@@ -316,29 +262,6 @@ def test_weights_in_several_files_and_with_other_prefixes_are_read(workshop: Wor
     assert all(torch.equal(ours[name], again[name]) for name in ours)
 
 
-CL100K = (
-    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
-    r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
-)
-"""How cl100k_base splits words."""
-LEARNED = train_bpe([prose() + "12345 " * 300], 400)
-WHOLE = {**LEARNED.ranks, b" xyz": LEARNED.eot}
-"""With a word that no merges make: tiktoken finds it whole."""
-CHARACTERS = "".join(sorted({*prose(), *"0123 é漢\n\t"}))
-OURS: dict[str, Tokenizer] = {
-    "byte": ByteTokenizer(eot=True),
-    "byte, one document": ByteTokenizer(eot=False),
-    "char, skip": CharTokenizer(CHARACTERS, eot=True, unknown="skip"),
-    "char, replace": CharTokenizer(CHARACTERS, eot=False, unknown="replace"),
-    "char with the sign of replacement": CharTokenizer(
-        CHARACTERS + "\ufffd", eot=True, unknown="replace"
-    ),
-    "bpe": LEARNED,
-    "bpe, a whole word": BPETokenizer("bpe", "x", GPT2_PATTERN, WHOLE, LEARNED.eot + 1),
-    "bpe, cl100k's words": BPETokenizer("bpe", "x", CL100K, LEARNED.ranks, LEARNED.eot),
-}
-
-
 @pytest.fixture(scope="module")
 def hugging_face(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Each of OURS as AutoTokenizer loads it."""
@@ -350,18 +273,6 @@ def hugging_face(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             storage.write_json(folder / file, value)
         loaded[name] = transformers.AutoTokenizer.from_pretrained(folder)
     return loaded
-
-
-def strange_texts(n: int) -> list[str]:
-    """Letters, spaces of all kinds, what patterns treat by itself, and any character there is."""
-    rng = random.Random(0)
-    letters = [chr(point) for point in range(33, 127)]
-    spaces = [*" \t\n\r\x0b\x1c\x85\xa0\u2028\u3000", "  ", "\r\n", " \n"]
-    odd = ["'s", "'LL", "'\u017f", "\u00b2", "\u0663", "12345", "\u6f22", "\U0001f600", "\ufffd"]
-    anything = [chr(point) for point in range(0x110000) if not 0xD800 <= point < 0xE000]
-    pools = [letters, letters, spaces, odd, anything]
-    lengths = [rng.randrange(40) for _ in range(n)]
-    return ["".join(rng.choice(rng.choice(pools)) for _ in range(size)) for size in lengths]
 
 
 @pytest.mark.parametrize("name", OURS)
@@ -555,7 +466,7 @@ def test_documents_begin_there_and_back_as_here(workshop: Workshop, kind: str) -
     back = load_trained(import_model(str(folder), workshop.folder / "back", None), "best")
     assert back.run.data.layout == "documents"
     assert texts(back) == ours
-    export_model(back, workshop.folder / "hf2")
+    save(prepare_hf(back), workshop.folder / "hf2")
     for file in (
         "config.json",
         "generation_config.json",

@@ -9,7 +9,7 @@ from conftest import WORDS, Workshop
 from typer.testing import CliRunner
 
 from gptlite.cli.main import app
-from gptlite.runs.export import export_model
+from gptlite.runs.export import prepare_hf, save
 from gptlite.runs.start import train
 from gptlite.runs.trained import load_trained
 
@@ -100,7 +100,7 @@ def test_a_run_and_its_export_get_the_same_numbers(workshop: Workshop, kind: str
     result = CliRunner().invoke(app, [*command, *asked])
     assert result.exit_code == 0, result.output
     ours = json.loads(result.stdout)["lm-eval"]
-    export_model(load_trained(workshop.folder / "run", "best"), workshop.folder / "hf")
+    save(prepare_hf(load_trained(workshop.folder / "run", "best")), workshop.folder / "hf")
     theirs: dict[str, Any] = evaluator.simple_evaluate(
         HFLM(pretrained=str(workshop.folder / "hf"), device="cpu", dtype="float32", batch_size=4),
         tasks=list(TASKS),

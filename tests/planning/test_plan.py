@@ -71,9 +71,13 @@ def test_a_compiled_run_is_counted_with_all_its_logits(workshop: Workshop) -> No
 @pytest.mark.parametrize(
     ("model", "told"),
     [
-        ({}, "exports as GPT-2"),
-        ({"position": "rope"}, "exports as StarCoder2"),
-        ({"position": "rope", "norm": "rmsnorm", "mlp": "relu2"}, "exports as Arcee"),
+        ({}, "exports as GPT-2 and as GGUF"),
+        ({"position": "rope"}, "exports as StarCoder2 and as GGUF"),
+        ({"mlp": "relu2"}, "exports as GPT-2, not as GGUF (model.mlp relu2, not gelu)"),
+        (
+            {"position": "rope", "norm": "rmsnorm", "mlp": "relu2"},
+            "exports as Arcee, not as GGUF (model.bias true, not false)",
+        ),
         (
             {"norm": "rmsnorm"},
             "no export to Hugging Face (GPT-2 comes nearest: model.norm rmsnorm, not layernorm)",

@@ -19,7 +19,7 @@ from gptlite.core.dropout import Dropout, dropouts
 from gptlite.core.masks import sample_keys
 from gptlite.data.batches import batch_at
 from gptlite.errors import ConfigError, DataError
-from gptlite.runs.export import export_model
+from gptlite.runs.export import prepare_hf, save
 from gptlite.runs.opened import Run
 from gptlite.runs.start import train
 
@@ -172,7 +172,7 @@ def test_where_a_run_may_be(opened: Run, tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "runs" / "one").symlink_to(opened.directory)
     monkeypatch.chdir(tmp_path)
     assert gptlite.load("latest").step == opened.step
-    export_model(opened.trained, tmp_path / "hf")
+    save(prepare_hf(opened.trained), tmp_path / "hf")
     foreign = gptlite.load(tmp_path / "hf")
     assert foreign.directory is None
     assert foreign.metrics() == []

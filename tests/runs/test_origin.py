@@ -21,7 +21,7 @@ from gptlite.data.prepare import prepare
 from gptlite.data.token_files import TokenFiles
 from gptlite.errors import ConfigError, DataError
 from gptlite.runs import origin, recipe
-from gptlite.runs.export import export_model
+from gptlite.runs.export import prepare_hf, save
 from gptlite.runs.importing import import_model
 from gptlite.runs.origin import load_run
 from gptlite.runs.start import train
@@ -68,7 +68,7 @@ def prepare_with_origin(run: RunConfig) -> TokenFiles:
 def sources(first: Path) -> dict[str, Path]:
     """Everything that `init_from` can name, of one model."""
     hugging_face = first.parent / "hf"
-    export_model(load_trained(first, "best"), hugging_face)
+    save(prepare_hf(load_trained(first, "best")), hugging_face)
     imported = import_model(str(hugging_face), first.parent / "imported", None)
     checkpoint = first / "checkpoints" / "step-00000008"
     return {"run": first, "checkpoint": checkpoint, "hf": hugging_face, "imported": imported}

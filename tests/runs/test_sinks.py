@@ -106,9 +106,9 @@ def test_a_missing_package_is_one_line_before_anything_is_trained(
     with pytest.raises(UserError) as refused:
         train(run, workshop.folder / "run")
     assert refused.value.problems == (
-        "log.sinks: wandb needs: pip install 'gptlite[wandb]'",
-        "log.sinks: tensorboard needs: pip install 'gptlite[tensorboard]'",
+        "log.sinks needs wandb and tensorboard: pip install wandb tensorboard",
     )
+    assert refused.value.exit_code == 2
     assert not (workshop.folder / "run").exists()
 
 

@@ -58,7 +58,8 @@ def test_a_driver_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(UserError) as refused:
         store.open_study("tiny")
     assert refused.value.problems == (
-        "--storage postgresql+psycopg://me:***@h/db: needs: pip install 'psycopg[binary]'",
+        "--storage postgresql+psycopg://me:***@h/db: needs psycopg[binary]: "
+        "pip install 'psycopg[binary]'",
     )
 
 
