@@ -222,6 +222,48 @@ def test_what_a_file_says_or_its_family_means_is_taken(
         assert (theirs(folder)(ids).logits - back.model(ids)).abs().max() <= 1e-5
 
 
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "TinyLlama": {
+        **{"model_type": "llama", "hidden_size": 2048, "intermediate_size": 5632},
+        **{"num_attention_heads": 32, "num_key_value_heads": 4, "num_hidden_layers": 22},
+        **{"max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "rope_theta": 10000.0},
+        "tie_word_embeddings": False,
+    },
+    "SmolLM": {
+        **{"model_type": "llama", "hidden_size": 576, "intermediate_size": 1536},
+        **{"num_attention_heads": 9, "num_key_value_heads": 3, "num_hidden_layers": 30},
+        **{"max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "rope_theta": 10000.0},
+        "tie_word_embeddings": True,
+    },
+    "Qwen3-0.6B": {
+        **{"model_type": "qwen3", "hidden_size": 1024, "intermediate_size": 3072},
+        **{"num_attention_heads": 16, "num_key_value_heads": 8, "num_hidden_layers": 28},
+        **{"max_position_embeddings": 40960, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0},
+        **{"head_dim": 128, "tie_word_embeddings": True},
+    },
+}
+"""Sizes of models that people have, as their config.json says them, but for the vocabulary."""
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_sizes_of_published_models_come_in_and_go_out(workshop: Workshop, name: str) -> None:
+    """One of their layers: all would take gigabytes, and are the same."""
+    transformers = pytest.importorskip("transformers", reason="the dev extra is not installed")
+    _, folder = exported(workshop)
+    tokenizer = workshop.files().tokenizer
+    sizes = {**PUBLISHED[name], "num_hidden_layers": 1, "vocab_size": tokenizer.vocab_size}
+    config = transformers.AutoConfig.for_model(**sizes, bos_token_id=None, eos_token_id=None)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    back = load_trained(import_model(str(folder), workshop.folder / "back", None), "best")
+    ids = torch.arange(32)[None] % tokenizer.vocab_size
+    with torch.no_grad():
+        assert (theirs(folder)(ids).logits - back.model(ids)).abs().max() <= 1e-5
+    save(prepare_hf(back), workshop.folder / "out")
+    said = json.loads((workshop.folder / "out" / "config.json").read_text())
+    rope = said["rope_parameters"]["rope_theta"]
+    assert {name: {**said, "rope_theta": rope}[name] for name in sizes} == sizes
+
+
 def test_weights_that_are_missing_too_many_or_of_another_shape_are_refused(
     workshop: Workshop,
 ) -> None:
