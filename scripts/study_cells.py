@@ -32,7 +32,11 @@ def runs_of(study: Study, label: str) -> dict[int, dict[str, float]]:
 
 def mean(study: Study, label: str, metric: str) -> str:
     """Mean ± half of the 95 % interval over seeds."""
-    values = [m[metric] for m in runs_of(study, label).values() if metric in m]
+    return interval([m[metric] for m in runs_of(study, label).values() if metric in m])
+
+
+def interval(values: list[float]) -> str:
+    """Mean ± half of the 95 % interval."""
     if not values:
         return "–"
     over = comparison.mean_over_seeds(values)

@@ -4,17 +4,20 @@ A part of reproduce_dropout_study.py.
 """
 
 import itertools
+import json
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from study_cells import (
+    DOCS,
     KINDS,
     Study,
     area,
     best_length,
     crossover,
     difference,
+    interval,
     loss_of,
     mean,
     runs_of,
@@ -221,9 +224,27 @@ def ensemble(study: Study) -> Iterator[str]:
 
 
 ENSEMBLE = (
-    *("mean_of_logits.loss", "mean_of_probabilities.loss", "mean_of_logits.minus_mean_member"),
+    *("mean_of_logits.loss", "mean_of_probabilities.loss"),
+    "mean_of_probabilities.minus_mean_member",
     *("mc_dropout.averaged_minus_deterministic", "mc_dropout.share_of_ensemble"),
 )
+
+
+def student(study: Study) -> Iterator[str]:
+    """What a student of `ensemble`'s models has of their mean, which is in that study's numbers."""
+    lines = (DOCS / "ensemble.jsonl").read_text().splitlines()
+    teachers: Study = {"runs": [json.loads(line) for line in lines]}
+    one = [run["loss.loss"] for run in runs_of(teachers, TEACHERS).values()]
+    alone = sum(one) / len(one)
+    gain = alone - float(together(teachers, TEACHERS, "ensemble.mean_of_probabilities.loss"))
+    rows = []
+    for label in (point["label"] for point in study["points"]):
+        kept = [(alone - run["loss.loss"]) / gain for run in runs_of(study, label).values()]
+        rows.append([label, mean(study, label, "loss.loss"), interval(kept)])
+    yield table(["", "test loss", "share of the gain"], rows)
+
+
+TEACHERS = "weight_decay=3, rate=0"
 
 
 def recipe(study: Study) -> Iterator[str]:
@@ -314,6 +335,8 @@ WRITERS: dict[str, Callable[[Study], Iterator[str]]] = {
     "annealed": annealed,
     "decay": decay,
     "ensemble": ensemble,
+    "best": ensemble,
+    "student": student,
     "recipe": recipe,
     "apart": grid,
     "learning_rate": grid,

@@ -121,6 +121,7 @@ def generate(
             stops=stop or [],
             documents=first.run.data.layout == "documents",
             context=min(member.context_length for member in members),
+            unseen=sorted(set.intersection(*(set(member.unseen) for member in members))),
         )
         if interactive:
             talk(make_generation, options, seed)

@@ -78,8 +78,7 @@ def native_precisions(device: torch.device) -> set[str]:
         own.add("bfloat16")
     if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0):
         own.add("float16")
-    has_onednn = torch.backends.mkldnn.is_available()  # not in every build for Apple
-    if device.type == "cpu" and has_onednn and torch.ops.mkldnn._is_mkldnn_fp16_supported():
+    if device.type == "cpu" and cpu_has_float16():
         own.add("float16")
     return own
 
@@ -98,6 +97,12 @@ def cpu_has_bfloat16() -> bool:
         return False
     own = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return own or platform.machine() not in X86
+
+
+def cpu_has_float16() -> bool:
+    """Not every build for Apple has oneDNN."""
+    has_onednn = torch.backends.mkldnn.is_available()
+    return has_onednn and torch.ops.mkldnn._is_mkldnn_fp16_supported()
 
 
 @cache

@@ -7,8 +7,8 @@ batch: each draw is one number from a key.
 import codecs
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,8 +63,13 @@ def keep_min_p(logits: Tensor, p: float) -> Tensor:
     return logits.masked_fill(probability < least, -math.inf)
 
 
-def probabilities(logits: Tensor, seen: Tensor, options: SampleConfig) -> Tensor:
-    """(B, V) logits → (B, V) probabilities; `seen` marks tokens already in the text."""
+def probabilities(
+    logits: Tensor, seen: Tensor, options: SampleConfig, unseen: Tensor | None = None
+) -> Tensor:
+    """(B, V) logits → (B, V) probabilities; `seen` (B, V) marks tokens already in the text,
+    `unseen` (V,) those that the training text never had."""
+    if unseen is not None:
+        logits = logits.masked_fill(unseen, -math.inf)
     if options.repetition_penalty != 1:
         logits = penalise(logits, seen, options.repetition_penalty)
     if options.temperature == 0:
@@ -126,12 +131,13 @@ def continuations(
     names: Sequence[int],
     options: SampleConfig,
     context: int | None = None,
+    unseen: Sequence[int] = (),
 ) -> Iterator[list[int]]:
     """The next token of every row, step by step; `names` keys the draws of each row.
 
     When a row's context is full, its last half context is read anew and generation goes on; the
     other rows keep what they have seen, so a row does not depend on its company. `context` is how
-    much of the model's was trained (None: all).
+    much of the model's was trained (None: all), `unseen` what is never drawn.
     """
     device, length = next(model.parameters()).device, model.config.context_length
     context = min(context or length, length)
@@ -139,6 +145,10 @@ def continuations(
     seen = torch.zeros(len(rows), model.vocab_size, dtype=torch.bool, device=device)
     for i, row in enumerate(rows):
         seen[i, row] = True
+    never = None
+    if unseen:
+        never = torch.zeros(model.vocab_size, dtype=torch.bool, device=device)
+        never[list(unseen)] = True
     begins = [max(0, len(row) - context) for row in rows]
     caches: list[KVCache] = []
     sites = dropouts(model)
@@ -161,7 +171,7 @@ def continuations(
             steps = np.arange(step, step + CHANCES)
             drawn = np.stack([uniform(name, steps) for name in names], axis=1)  # (CHANCES, B)
             chances = torch.from_numpy(drawn)
-        tokens = draw(probabilities(logits, seen, options), chances[step % CHANCES])
+        tokens = draw(probabilities(logits, seen, options, never), chances[step % CHANCES])
         ids, real = tokens[:, None].to(device), None
         if options.repetition_penalty != 1:
             seen.scatter_(1, ids, True)
@@ -241,10 +251,11 @@ class Generation:
         stops: Sequence[str] = (),
         documents: bool = False,
         context: int | None = None,
+        unseen: Sequence[int] = (),
     ) -> None:
         self.model, self.options, self.context = model, options, context
-        self.prompts = prompts
-        ids = [encode_prompt(text, prompt, documents) for prompt in prompts]
+        self.prompts, self.unseen = prompts, unseen
+        ids = [encode_prompt(text, prompt, documents, unseen=unseen) for prompt in prompts]
         self.index = [(p, s) for p in range(len(prompts)) for s in range(num_samples)]
         self.rows = [ids[p] for p, _ in self.index]
         texts = [hashlib.blake2b(np.array(row).tobytes()).hexdigest() for row in ids]
@@ -253,7 +264,9 @@ class Generation:
 
     def pieces(self) -> Iterator[Piece]:
         """Text as it becomes certain; ends when every continuation has ended."""
-        step = continuations(self.model, self.rows, self.names, self.options, self.context)
+        step = continuations(
+            self.model, self.rows, self.names, self.options, self.context, self.unseen
+        )
         for tokens in step:
             for (p, s), stream, token in zip(self.index, self.streams, tokens, strict=True):
                 if text := stream.feed(token):
@@ -298,9 +311,15 @@ def encode_text(text: Tokenizer, prompt: str, place: str) -> list[int]:
 
 
 def encode_prompt(
-    text: Tokenizer, prompt: str, documents: bool, *, place: str = "prompt"
+    text: Tokenizer,
+    prompt: str,
+    documents: bool,
+    *,
+    place: str = "prompt",
+    unseen: Collection[int] = (),
 ) -> list[int]:
-    """Ids of a prompt, after the token that every text begins with, if there is one.
+    """Ids of a prompt, after the token that every text begins with, if there is one. An empty one
+    is the end-of-text token, a new line, or the first token that the training text had.
 
     Raises ConfigError naming `place` and the character that the tokenizer does not know.
     """
@@ -309,9 +328,8 @@ def encode_prompt(
         return [first, *ids]
     if ids:
         return ids
-    if text.eot is not None:
-        return [text.eot]
-    try:
-        return text.encode("\n")
-    except ConfigError:
-        return [0]
+    with suppress(ConfigError):
+        for begin in ([] if text.eot is None else [text.eot], text.encode("\n")):
+            if begin and not set(begin).intersection(unseen):
+                return begin
+    return [next(i for i in range(text.vocab_size) if i not in unseen)]

@@ -69,6 +69,10 @@ class JoinedTokens:
         return np.concatenate(pieces) if pieces else np.empty(0, self.dtype)
 
 
+MOST_COUNTED, COUNTED_AT_ONCE = 200_000_000, 1 << 24
+"""Tokens of a training split that are counted, and how many of them at once."""
+
+
 @dataclass(frozen=True)
 class TokenFiles:
     folder: Path
@@ -136,6 +140,19 @@ class TokenFiles:
                 parts.append(np.fromfile(path, dtype, count, offset=offset))
             begin, left = begin - skipped, left - count
         return parts[0] if len(parts) == 1 else JoinedTokens(parts)
+
+    def unseen_tokens(self) -> tuple[int, ...]:
+        """Ids that the training split never has; none where counting takes more than a moment."""
+        tokens, n = self.tokens("train"), self.meta["vocab_size"]
+        if len(tokens) > MOST_COUNTED:
+            return ()
+        counts = np.zeros(n, dtype=np.int64)
+        for at in range(0, len(tokens), COUNTED_AT_ONCE):
+            piece = np.asarray(tokens[at : at + COUNTED_AT_ONCE], dtype=np.int64)
+            counts += np.bincount(piece, minlength=n)
+        if self.meta["layout"] == "documents":
+            counts[self.meta["eot"]] += 1  # each row begins with it
+        return tuple(np.flatnonzero(counts == 0).tolist())
 
     def rows(self, split: str, context_length: int) -> Layout:
         tokens = self.tokens(split)

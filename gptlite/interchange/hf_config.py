@@ -160,6 +160,15 @@ def read_end_tokens(folder: Path) -> EndTokens:
     return EndTokens(ids, explicit=False)
 
 
+def read_suppressed(folder: Path, vocab_size: int) -> tuple[int, ...]:
+    """Tokens that generation_config.json never lets come. Raises ConfigError."""
+    path = folder / "generation_config.json"
+    ids = (read_mapping(path) or {}).get("suppress_tokens") or []
+    if not isinstance(ids, list) or not all(type(i) is int for i in ids):
+        raise ConfigError(f"{path}: suppress_tokens: {ids!r:.40} is no list of ids")
+    return tuple(sorted({i for i in ids if 0 <= i < vocab_size}))
+
+
 def with_defaults(config: dict[str, Any]) -> dict[str, Any]:
     """A config.json with what its family means where it is silent, and how positions turn at the
     top, wherever a version of the file says it."""

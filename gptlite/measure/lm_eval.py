@@ -135,6 +135,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
                 seed=0,
                 stops=stops,
                 context=self.context_length,
+                unseen=self.trained.unseen,
             )
             (result,) = generation.results()
             answers.append(result["text"])

@@ -95,9 +95,10 @@ class Haystack:
 def draw_samples(of: LanguageModel, n: int, length: int) -> list[Ids]:
     """Texts from nothing, as the run samples them, up to their end."""
     options = of.run.sample.model_copy(update={"max_new_tokens": length})
-    first = encode_prompt(of.tokenizer, "", of.run.data.layout == "documents")
+    documents, unseen = of.run.data.layout == "documents", of.unseen
+    first = encode_prompt(of.tokenizer, "", documents, unseen=unseen)
     names = [key(of.run.seed, "memorisation", sample) for sample in range(n)]
-    steps = list(continuations(of.model, [first] * n, names, options, of.context_length))
+    steps = list(continuations(of.model, [first] * n, names, options, of.context_length, unseen))
     return [before_end(row, of.tokenizer.eot) for row in np.array(steps).T]
 
 

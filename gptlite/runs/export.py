@@ -49,10 +49,11 @@ def prepare_hf(trained: Trained) -> Export:
     family = hf_config.family_of(run.model)
     begin = first_token(text, run.data.layout == "documents")
     ends = {"eos_token_id": end_ids(text), "bos_token_id": text.eot if begin is None else begin}
+    suppressed = {"suppress_tokens": list(trained.unseen)} if trained.unseen else {}
     config = hf_config.make_config(run.model, run.dropout, text.vocab_size, run.data.layout)
     files: dict[str, Any] = {
         "config.json": config | ends,
-        "generation_config.json": ends | {"pad_token_id": text.eot},
+        "generation_config.json": ends | {"pad_token_id": text.eot} | suppressed,
         **hf_tokenizer.make_files(text, run.model.context_length, begin),
     }
     tensors = hf.export_tensors(run.model, FAMILIES[family], model_tensors(trained.model.cpu()))
@@ -73,6 +74,7 @@ def prepare_gguf(trained: Trained, type_: str, name: str) -> Export:
     vocabulary = gguf_tokenizer.make_vocabulary(text)
     begin = first_token(text, run.data.layout == "documents")
     tokens = gguf_tokenizer.vocabulary_fields(vocabulary, begin)
+    tokens["suppress_tokens"] = list(trained.unseen)
     sampling = gguf_file.sampling_fields(run.sample)
     fields = {
         "general.name": name,

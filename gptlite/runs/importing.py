@@ -36,7 +36,7 @@ from gptlite.runs.directory import (
     hold_directory,
 )
 from gptlite.runs.origin import tokenizer_section
-from gptlite.runs.trained import Trained
+from gptlite.runs.trained import Trained, write_tokenizer
 from gptlite.terminal import is_watched, tell
 
 TORCH_FILES = (".pt", ".pth", ".ckpt")
@@ -64,6 +64,7 @@ class Foreign(NamedTuple):
     """`model` and `dropout`, as in YAML."""
     tokenizer: Tokenizer
     tensors: dict[str, Tensor]
+    unseen: tuple[int, ...] = ()
 
 
 def import_model(source: str, out: Path | None, meta: Path | None) -> Path:
@@ -106,7 +107,9 @@ def convert_folder(folder: Path) -> Foreign:
             sections["model"] = {**sections["model"], "bias": True}
             tensors = hf.with_all_biases(tensors)
         tensors = tensors if bare is None else bare
-    return Foreign(sections, tokenizer, crop_vocabulary(tensors, tokenizer.vocab_size, folder))
+    tensors = crop_vocabulary(tensors, tokenizer.vocab_size, folder)
+    unseen = hf_config.read_suppressed(folder, tokenizer.vocab_size)
+    return Foreign(sections, tokenizer, tensors, unseen)
 
 
 def convert_nanogpt(path: Path, meta: Path | None) -> Foreign:
@@ -212,7 +215,15 @@ def make_trained(foreign: Foreign, source: str) -> Trained:
         environment={"imported": source},
     )
     return Trained(
-        run, model.eval(), text, step=0, trained_length=None, state=state, problems=[], notes=[]
+        run,
+        model.eval(),
+        text,
+        step=0,
+        trained_length=None,
+        unseen=foreign.unseen,
+        state=state,
+        problems=[],
+        notes=[],
     )
 
 
@@ -223,8 +234,7 @@ def write_run(foreign: Foreign, directory: Path, source: str) -> None:
     try:
         with hold_directory(directory):
             storage.write_json(directory / "env.json", describe_environment())
-            saved = storage.seal(made.tokenizer.to_json())
-            storage.write_text(directory / "tokenizer" / "tokenizer.json", saved)
+            write_tokenizer(directory, made.tokenizer, made.unseen)
             checkpoint.save(directory, {FILES[0]: model_tensors(made.model)}, made.state)
             for name in ("best", "last"):
                 checkpoint.write_pointer(directory, name, 0)

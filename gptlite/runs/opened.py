@@ -98,6 +98,7 @@ class Run:
             stops=list(stop),
             documents=self.config.data.layout == "documents",
             context=self.trained.context_length,
+            unseen=self.trained.unseen,
         )
         pieces = (piece.text for piece in generation.pieces())
         return pieces if stream else "".join(pieces)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gptlite.config.reader import dump
+from gptlite.config.run import RunConfig
 from gptlite.core.evaluate import TRAIN_SUBSET_ROWS, byte_lengths, eval_rows, measure
 from gptlite.core.generate import Generation
 from gptlite.core.optim import WSD_DECAY
@@ -35,6 +36,11 @@ Watch = Callable[[int, int, float], None]
 
 def watch_nothing(step: int, max_steps: int, val_loss: float) -> None:
     pass
+
+
+def unseen_tokens(run: RunConfig, files: TokenFiles) -> tuple[int, ...]:
+    """Tokens that the model cannot have learned; of one from elsewhere this text does not say."""
+    return files.unseen_tokens() if run.init_from is None else ()
 
 
 class Session:
@@ -87,7 +93,7 @@ class Session:
         self.val_rows = files.rows("val", run.model.context_length)
         self.lengths = byte_lengths(files.tokenizer, files.meta["splits"]["val"])
         self.verified = False
-        self.teachers = teachers or {}
+        self.teachers, self.unseen = teachers or {}, unseen_tokens(run, files)
         self.began = time.perf_counter()
         self.wall_before = 0.0 if saved is None else saved.wall_seconds
         self.follow_up_seconds = 0.0
@@ -324,6 +330,7 @@ class Session:
                 num_samples=8 if documents else 1,
                 documents=documents,
                 context=trainer.trained_length,
+                unseen=self.unseen,
             )
             text = "\n".join(result["prompt"] + result["text"] for result in generation.results())
         self.records.write_sample(trainer.step, text)

@@ -21,7 +21,6 @@ from gptlite.core.weights import fill
 from gptlite.core.world import ALONE, World, unlike_first
 from gptlite.data.prepare import prepare
 from gptlite.data.token_files import TokenFiles
-from gptlite.data.tokenizers import Tokenizer
 from gptlite.distributed.agreement import agree
 from gptlite.errors import DataError
 from gptlite.planning import auto
@@ -38,10 +37,10 @@ from gptlite.runs.directory import (
 from gptlite.runs.interrupts import Interrupts
 from gptlite.runs.origin import given_tokenizer, load_run
 from gptlite.runs.resume import find_start, initial_weights, keep_auto
-from gptlite.runs.session import Session, Watch, watch_nothing
+from gptlite.runs.session import Session, Watch, unseen_tokens, watch_nothing
 from gptlite.runs.sinks import check_installed
 from gptlite.runs.teachers import Teachers, load_teachers
-from gptlite.runs.trained import load_tokenizer
+from gptlite.runs.trained import load_tokenizer, write_tokenizer
 
 
 def train(
@@ -92,7 +91,7 @@ def train(
         trainer = make_trainer(resolved, files, found, initial, teachers, world)
         plan = make_plan(resolved, trainer.model, files, trainer.rows, reasons, world.size)
         if world.first:
-            write_description(trainer.run, files.tokenizer, directory, plan)
+            write_description(trainer.run, files, directory, plan)
         saved = found.state if found else None
         session = Session(trainer, files, directory, saved, interrupts, watch, teachers.digests)
         try:
@@ -156,10 +155,10 @@ def make_trainer(
 
 
 def write_description(
-    run: RunConfig, text: Tokenizer, directory: Path, plan: dict[str, Any]
+    run: RunConfig, files: TokenFiles, directory: Path, plan: dict[str, Any]
 ) -> None:
     """config.yaml, env.json, plan.json and the tokenizer: what the run is."""
     storage.write_json(directory / "env.json", describe_environment())
     storage.write_json(directory / "plan.json", plan)
-    storage.write_text(directory / "tokenizer" / "tokenizer.json", storage.seal(text.to_json()))
+    write_tokenizer(directory, files.tokenizer, unseen_tokens(run, files))
     storage.write_text(directory / "config.yaml", dump(run))

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from gptlite import storage
 from gptlite.core.device import adapt, use_threads
 from gptlite.core.language_model import LanguageModel
 from gptlite.core.model import GPT
@@ -14,6 +15,7 @@ from gptlite.runs import checkpoint
 from gptlite.runs.checkpoint import Checkpoint, RunState
 from gptlite.runs.origin import load_run
 
+TOKENIZER, UNSEEN = "tokenizer/tokenizer.json", "tokenizer/unseen.json"
 READS = 5
 """Times to look again where a run saves and prunes meanwhile."""
 
@@ -81,14 +83,35 @@ def load_checkpoint(run_dir: Path, found: Checkpoint) -> Trained:
         text,
         step=state.step,
         trained_length=state.trained_length,
+        unseen=load_unseen(run_dir, text.vocab_size),
         state=state,
         problems=problems,
         notes=notes,
     )
 
 
+def write_tokenizer(run_dir: Path, text: Tokenizer, unseen: tuple[int, ...]) -> None:
+    """The tokenizer, and which of its tokens the training text never had."""
+    storage.write_text(run_dir / TOKENIZER, storage.seal(text.to_json()))
+    storage.write_text(run_dir / UNSEEN, storage.seal({"unseen": list(unseen)}))
+
+
+def load_unseen(run_dir: Path, vocab_size: int) -> tuple[int, ...]:
+    """None where a run of an earlier version does not say. Raises CheckpointError."""
+    path = run_dir / UNSEEN
+    try:
+        ids = storage.unseal(storage.read_regular(path, tokenizers.MOST_BYTES))["unseen"]
+    except FileNotFoundError:
+        return ()
+    except (DataError, OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: damaged ({error!r:.100})") from None
+    if not all(type(i) is int and 0 <= i < vocab_size for i in ids) or len(ids) >= vocab_size:
+        raise CheckpointError(f"{path}: damaged (not ids of this tokenizer)")
+    return tuple(ids)
+
+
 def load_tokenizer(run_dir: Path) -> Tokenizer:
-    path = run_dir / "tokenizer" / "tokenizer.json"
+    path = run_dir / TOKENIZER
     try:
         return tokenizers.read_tokenizer(path)
     except DataError as error:

@@ -55,8 +55,9 @@ class NoHalves(TorchDispatchMode):
 
 @pytest.fixture
 def lacking(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A CPU that has no bfloat16 products."""
+    """A CPU that has no half precision."""
     monkeypatch.setattr(devices, "cpu_has_bfloat16", lambda: False)
+    monkeypatch.setattr(devices, "cpu_has_float16", lambda: False)
 
 
 def having(monkeypatch: pytest.MonkeyPatch) -> None:

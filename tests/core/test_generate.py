@@ -188,6 +188,35 @@ def test_prompts_begin_where_documents_begin() -> None:
     assert bare.decode(encode_prompt(bare, "", documents=False)) == "\n"
 
 
+def test_what_the_training_text_never_had_is_never_drawn() -> None:
+    unseen = torch.tensor([False, True, False, True])
+    found = probabilities(LOGITS, NOTHING_SEEN, options(), unseen)
+    assert found[0, unseen].tolist() == [0, 0]
+    assert found.sum() == pytest.approx(1)
+    likeliest = torch.tensor([True, False, False, False])
+    greedy = options(temperature=0)
+    assert probabilities(LOGITS, NOTHING_SEEN, greedy, likeliest).tolist() == [[0, 1, 0, 0]]
+    never = [LETTERS.ids[c] for c in "bdfh"]
+    many = options(max_new_tokens=200)
+    steps = continuations(model(), [[0], [2]], [1, 2], many, unseen=never)
+    assert not {token for step in steps for token in step}.intersection(never)
+
+
+def test_an_empty_prompt_begins_with_what_the_training_text_had() -> None:
+    eot, line = LETTERS.eot, LETTERS.ids["\n"]
+    assert encode_prompt(LETTERS, "", False, unseen=[eot]) == [line]
+    assert encode_prompt(LETTERS, "", False, unseen=[eot, line, 0]) == [1]
+    assert encode_prompt(LETTERS, "a", False, unseen=[0]) == [0]  # as it was asked for
+    ((_, text),) = [
+        (result["finished"], result["text"])
+        for result in Generation(
+            model(), LETTERS, [""], options(max_new_tokens=99), seed=1, unseen=[eot, 0, 1]
+        ).results()
+    ]
+    assert len(text) == 99
+    assert not set(text) & set("ab")
+
+
 def test_draws_are_even() -> None:
     from gptlite.keys import uniform
 

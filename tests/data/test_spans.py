@@ -93,6 +93,19 @@ def test_a_run_is_measured_on_text_that_none_of_its_choices_saw(workshop: Worksh
     assert losses["test"]["targets"] == pytest.approx(losses["val"]["targets"], abs=20)
 
 
+def test_the_tokens_that_training_never_has_are_counted(workshop: Workshop) -> None:
+    (workshop.folder / "two.jsonl").write_text('{"text": "abc"}\n{"text": "abd"}\n' * 99)
+    for layout in ("stream", "documents"):
+        data = {"source": str(workshop.folder / "two.jsonl"), "layout": layout}
+        files = workshop.files(data=data, tokenizer={"kind": "byte"})
+        tokens = set(files.tokens("train").tolist()) | {256}  # between documents, or before each
+        assert set(files.unseen_tokens()) == set(range(257)) - tokens
+        assert len(tokens) >= 4
+    files = workshop.files(data={"train_tokens": 64}, tokenizer={"kind": "byte"})
+    assert ord("z") in files.unseen_tokens()
+    assert set(files.unseen_tokens()) == set(range(256)) - set(files.tokens("train"))
+
+
 def test_what_cannot_be_meant_is_refused(workshop: Workshop) -> None:
     with pytest.raises(ConfigError, match=r"data\.train_from: seed means nothing"):
         workshop.run(data={"train_from": "seed"})

@@ -102,7 +102,7 @@ ASCII = "".join(c for c in CHARACTERS if c.isascii()) + "\\"
 OURS: dict[str, Tokenizer] = {
     "byte": ByteTokenizer(eot=True),
     "byte, one document": ByteTokenizer(eot=False),
-    "char of ASCII": CharTokenizer(ASCII, eot=False, unknown="error"),
+    "char of ASCII": CharTokenizer(ASCII, eot=False, unknown="skip"),
     "char, skip": CharTokenizer(CHARACTERS, eot=True, unknown="skip"),
     "char, replace": CharTokenizer(CHARACTERS, eot=False, unknown="replace"),
     "char with the sign of replacement": CharTokenizer(

@@ -2,6 +2,7 @@
 it back here; test_llama_cpp.py has llama.cpp itself."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +176,13 @@ def test_a_text_never_ends_at_a_token_of_text() -> None:
     assert (made.tokens[400], made.types[400]) == ("<s>", gguf_tokenizer.CONTROL)
     assert made.tokens[399] == "<|unused 399|>"
     assert len(set(made.tokens)) == len(made.tokens) == 401
+
+
+def test_tokens_that_never_come_are_said(workshop: Workshop) -> None:
+    trained = load_trained(make_run(workshop), "best")
+    save(prepare_gguf(replace(trained, unseen=(1, 3)), "f32", "mine"), workshop.folder / "gguf")
+    reader = gguf.GGUFReader(workshop.folder / "gguf" / "model.gguf")
+    assert field(reader, "tokenizer.ggml.suppress_tokens") == [1, 3]
 
 
 def test_documents_begin_with_their_token(workshop: Workshop) -> None:

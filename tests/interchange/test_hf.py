@@ -1,6 +1,7 @@
 """Hugging Face in and out: the same logits, the same text, the same ids, and nothing lost."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,24 @@ def test_out_in_and_out_again_loses_nothing(workshop: Workshop, shape: str) -> N
     save(prepare_hf(back), workshop.folder / "hf2")
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"):
         assert (workshop.folder / "hf2" / name).read_bytes() == (folder / name).read_bytes(), name
+
+
+def test_tokens_that_never_come_go_along(workshop: Workshop) -> None:
+    trained, folder = exported(workshop)
+    assert "suppress_tokens" not in json.loads((folder / "generation_config.json").read_text())
+    never = replace(trained, unseen=(1, 3))
+    save(prepare_hf(never), workshop.folder / "hf2")
+    back = load_trained(
+        import_model(str(workshop.folder / "hf2"), workshop.folder / "b", None), "best"
+    )
+    assert back.unseen == (1, 3)
+    save(prepare_hf(back), workshop.folder / "hf3")
+    said = [(workshop.folder / f / "generation_config.json").read_text() for f in ("hf2", "hf3")]
+    assert said[0] == said[1]
+    model = theirs(workshop.folder / "hf2")
+    start = torch.zeros(64, 1, dtype=torch.long)
+    made = model.generate(start, max_new_tokens=8, do_sample=True, temperature=9.0)
+    assert not {1, 3}.intersection(made.flatten().tolist())
 
 
 def test_rates_are_carried_and_what_has_no_word_is_told(workshop: Workshop) -> None:

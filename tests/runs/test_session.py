@@ -79,6 +79,43 @@ def test_samples_are_written_while_training(workshop: Workshop) -> None:
     assert all(p.read_text().startswith("the ") for p in samples)
 
 
+def test_a_run_knows_which_tokens_its_text_never_had(workshop: Workshop) -> None:
+    """They are pushed to be unlikely together, and each is followed by the others."""
+    run = workshop.run(
+        tokenizer={"kind": "bpe", "vocab_size": 280},
+        train={"max_steps": 4},
+        sample={"max_new_tokens": 60, "temperature": 9},
+    )
+    train(run, workshop.folder / "run")
+    trained = load_trained(workshop.folder / "run", "best")
+    text, unseen = trained.tokenizer, set(trained.unseen)
+    tokens = set(workshop.files(tokenizer={"kind": "bpe", "vocab_size": 280}).tokens("train"))
+    assert unseen == set(range(text.vocab_size)) - tokens
+    assert text.eot in unseen
+    (sample,) = (workshop.folder / "run" / "samples").iterdir()
+    assert "\ufffd" not in sample.read_text()
+    assert set(sample.read_text()) <= set(workshop.text.read_text())
+
+
+def test_a_run_of_a_version_that_did_not_write_them_down_is_read(workshop: Workshop) -> None:
+    train(workshop.run(train={"max_steps": 4}), workshop.folder / "run")
+    path = workshop.folder / "run" / "tokenizer" / "unseen.json"
+    path.write_text(path.read_text().replace("]", ", 99999]"))
+    with pytest.raises(CheckpointError, match="unseen.json: damaged"):
+        load_trained(workshop.folder / "run", "best")
+    path.unlink()
+    assert load_trained(workshop.folder / "run", "best").unseen == ()
+
+
+def test_who_goes_on_from_another_model_may_sample_all_that_it_knows(workshop: Workshop) -> None:
+    settings = {"tokenizer": {"kind": "byte"}, "train": {"max_steps": 4}}
+    train(workshop.run(**settings), workshop.folder / "first")
+    second = workshop.run(init_from=str(workshop.folder / "first"), **settings)
+    train(second, workshop.folder / "second")
+    assert load_trained(workshop.folder / "first", "best").unseen
+    assert load_trained(workshop.folder / "second", "best").unseen == ()
+
+
 def test_checkpoints_are_kept_as_asked(workshop: Workshop) -> None:
     run = workshop.run(optim=LEARN, train={"save_interval": 1, "keep_last": 2})
     train(run, workshop.folder / "run")
