@@ -12,6 +12,7 @@ import typer
 
 from gptlite.cli.config import config_app
 from gptlite.cli.interchange import export, import_
+from gptlite.cli.look import look
 from gptlite.cli.options import (
     ConfigFiles,
     Json,
@@ -105,7 +106,9 @@ def train(
         train(run, directory, resume=launch.resumes, strict=strict_resume, world=world)
         if world.first:
             from gptlite.report.page import add_report
+            from gptlite.runs.look import add_look
 
+            add_look(directory)
             add_report(directory, tell)
 
 
@@ -225,6 +228,7 @@ def report(
         print(escape_controls(str(page.write_page(sources or [latest_run()], out))))
 
 
+app.command(epilog=examples("look"))(look)
 app.command(epilog=examples("export"))(export)
 app.command(name="import", epilog=examples("import"))(import_)
 

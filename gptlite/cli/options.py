@@ -30,6 +30,10 @@ EXAMPLES = {
     "plan": ("gptlite plan --config quickstart --audit",),
     "study": ("gptlite study rates.yaml --workers 2",),
     "report": ("gptlite report", "gptlite report runs/quickstart runs/faster --out both.html"),
+    "look": (
+        "gptlite look 'It was the'",
+        "gptlite look 'It was the' --run runs/quickstart --layer 1 --rate 0.5 --page look.html",
+    ),
     "export": (
         "gptlite export --run runs/names --out names-hf",
         "gptlite export --run runs/names --to gguf --type q8_0 --out names-gguf",

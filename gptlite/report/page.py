@@ -13,7 +13,8 @@ from typing import Any, NamedTuple, TypeVar
 from gptlite import __version__, storage
 from gptlite.errors import ConfigError, UserError
 from gptlite.report import charts
-from gptlite.report.figures import Figure, run_figures, runs_figures, study_figures
+from gptlite.report.figures import Figure, Group, run_figures, runs_figures, study_figures
+from gptlite.report.look import figures_of, mask_names
 from gptlite.report.verdict import Verdict, verdict
 from gptlite.runs.directory import has_run
 from gptlite.runs.results import (
@@ -73,6 +74,51 @@ def add_report(directory: Path, say: Callable[[str], None]) -> None:
         say(f"no report: {type(error).__name__}: {error}")
 
 
+def write_look(found: dict[str, Any], target: Path) -> None:
+    """The page of one look (measure/look.py)."""
+    words = f"{mask_names(found)}. Layer {found['layer']}, head {found['head']}."
+    page = Page(
+        title=found["text"],
+        subtitle=words,
+        tiles=[
+            ("loss, dropout on", f"{found['training']['loss']:.3f}"),
+            ("loss, dropout off", f"{found['evaluation']['loss']:.3f}"),
+        ],
+        verdict=None,
+        groups=[("What dropout does to this text", figures_of(found))],
+        tables=[look_table(found)],
+        samples=[],
+        details=[],
+        notes=[],
+    )
+    storage.write_text(target, render(page))
+
+
+def look_table(found: dict[str, Any]) -> Table:
+    """Each site that drops, and how much."""
+    rows = [
+        [
+            site["site"],
+            f"({', '.join(site['tensor'])})",
+            f"({', '.join(site['mask'])})",
+            f"{site['rate']:.3g}",
+            f"{site['share']:.3f}",
+            "–" if site["scale"] is None else f"{site['scale']:.4g}",
+        ]
+        for site in found["sites"]
+    ]
+    return Table(
+        f"Sites that drop in layer {found['layer']}, and those of no layer",
+        ["site", "tensor", "mask", "rate", "fell here", "the rest ×"],
+        rows,
+    )
+
+
+def look_figures(run: RunFiles) -> list[Group]:
+    """What dropout does to one text, where the run has written it down."""
+    return [("One text, and what falls of it", figures_of(run.look))] if run.look else []
+
+
 def page_of(sources: list[Path]) -> Page:
     kinds = {source: source_kind(source) for source in sources}
     if len(sources) == 1:
@@ -130,7 +176,10 @@ def run_page(run: RunFiles) -> Page:
             lambda: verdict(run.rows, run.config, run.plan),
             nothing,
         ),
-        groups=run_figures(run),
+        groups=[
+            *run_figures(run),
+            *try_part(notes, "look.json", lambda: look_figures(run), list[Group]()),
+        ],
         tables=[
             *try_part(
                 notes,

@@ -38,6 +38,8 @@ class RunFiles:
     evals: dict[str, dict[str, Any]] = field(default_factory=dict)
     """The newest result of each suite on the validation split."""
     samples: list[tuple[str, str]] = field(default_factory=list)
+    look: dict[str, Any] = field(default_factory=dict)
+    """What dropout does to one text, where it was looked at."""
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -88,6 +90,8 @@ def read_run(directory: Path) -> RunFiles:
     run.environment = read_json(directory / "env.json", run.notes)
     run.rows = read_rows(directory / "metrics.jsonl", run.notes)
     run.evals = read_evals(directory / "eval", run.notes)
+    if (directory / "look.json").is_file():
+        run.look = read_json(directory / "look.json", run.notes)
     paths = sorted((directory / "samples").glob("step-*.txt"))
     for index in sorted({i * (len(paths) - 1) // (SAMPLES - 1) for i in range(SAMPLES)}):
         if paths:
