@@ -220,7 +220,8 @@ def ensemble(study: Study) -> Iterator[str]:
         row = [label, mean(study, label, "loss.loss")]
         rows.append([*row, *(together(study, label, f"ensemble.{metric}") for metric in ENSEMBLE)])
     head = ["", "one model", "mean of logits", "mean of probabilities", "minus one model"]
-    yield table([*head, "5 passes of one with dropout on, minus one without", "their share of the gain"], rows)
+    passes = "5 passes of one with dropout on, minus one without"
+    yield table([*head, passes, "their share of the gain"], rows)
 
 
 ENSEMBLE = (
