@@ -97,9 +97,13 @@ def best_length(study: Study, labels: list[str]) -> str:
 def together(study: Study, label: str, metric: str) -> str:
     """What the runs of a point are worth as one: of all seeds there is one number."""
     for run in study["runs"]:
-        if run["label"] == label and run["state"] == "ensemble" and metric in run["metrics"]:
+        if is_together(run, label) and metric in run["metrics"]:
             return f"{run['metrics'][metric]:.3f}"
     return "–"
+
+
+def is_together(run: dict[str, Any], label: str) -> bool:
+    return bool(run["label"] == label and run["state"] == "ensemble")
 
 
 def crossover(epochs: list[float], found: list[Any]) -> str:

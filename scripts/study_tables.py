@@ -18,6 +18,7 @@ from study_cells import (
     crossover,
     difference,
     interval,
+    is_together,
     loss_of,
     mean,
     runs_of,
@@ -237,7 +238,8 @@ def student(study: Study) -> Iterator[str]:
     teachers: Study = {"runs": [json.loads(line) for line in lines]}
     one = [run["loss.loss"] for run in runs_of(teachers, TEACHERS).values()]
     alone = sum(one) / len(one)
-    gain = alone - float(together(teachers, TEACHERS, "ensemble.mean_of_probabilities.loss"))
+    five = next(run["metrics"] for run in teachers["runs"] if is_together(run, TEACHERS))
+    gain = alone - five["ensemble.mean_of_probabilities.loss"]
     rows = []
     for label in (point["label"] for point in study["points"]):
         kept = [(alone - run["loss.loss"]) / gain for run in runs_of(study, label).values()]

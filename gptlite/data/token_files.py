@@ -6,7 +6,7 @@ part-00000/ …        instead: the two files of each part of a large corpus; re
 """
 
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +141,7 @@ class TokenFiles:
             begin, left = begin - skipped, left - count
         return parts[0] if len(parts) == 1 else JoinedTokens(parts)
 
+    @cached_property
     def unseen_tokens(self) -> tuple[int, ...]:
         """Ids that the training split never has; none where counting takes more than a moment."""
         tokens, n = self.tokens("train"), self.meta["vocab_size"]

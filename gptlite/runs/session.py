@@ -40,7 +40,7 @@ def watch_nothing(step: int, max_steps: int, val_loss: float) -> None:
 
 def unseen_tokens(run: RunConfig, files: TokenFiles) -> tuple[int, ...]:
     """Tokens that the model cannot have learned; of one from elsewhere this text does not say."""
-    return files.unseen_tokens() if run.init_from is None else ()
+    return files.unseen_tokens if run.init_from is None else ()
 
 
 class Session:

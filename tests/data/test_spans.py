@@ -99,11 +99,11 @@ def test_the_tokens_that_training_never_has_are_counted(workshop: Workshop) -> N
         data = {"source": str(workshop.folder / "two.jsonl"), "layout": layout}
         files = workshop.files(data=data, tokenizer={"kind": "byte"})
         tokens = set(files.tokens("train").tolist()) | {256}  # between documents, or before each
-        assert set(files.unseen_tokens()) == set(range(257)) - tokens
+        assert set(files.unseen_tokens) == set(range(257)) - tokens
         assert len(tokens) >= 4
     files = workshop.files(data={"train_tokens": 64}, tokenizer={"kind": "byte"})
-    assert ord("z") in files.unseen_tokens()
-    assert set(files.unseen_tokens()) == set(range(256)) - set(files.tokens("train"))
+    assert ord("z") in files.unseen_tokens
+    assert set(files.unseen_tokens) == set(range(256)) - set(files.tokens("train"))
 
 
 def test_what_cannot_be_meant_is_refused(workshop: Workshop) -> None:
