@@ -21,9 +21,9 @@ from gptlite.planning.plan import flops_per_token
 from gptlite.planning.rehearsal import Costs, make_idle_trainer, time_updates
 from gptlite.terminal import wants_bar
 
-TOKENS_PER_PARAMETER = 0.8
-"""That a model sees at least: at 0.9 and 1.1 a larger one was better in the same time, at 0.4 and
-0.2 a smaller one."""
+TOKENS_PER_PARAMETER = 1.2
+"""That a model sees at least: at 1.6 and 2.9 a larger one was better in the same time, at 0.4 and
+below a smaller one, about 1 now one and now the other."""
 TEXT_PER_PARAMETER = 0.04
 """Different ones of them: at 0.05 a larger model was still better, at 0.03 and 0.015 it was not."""
 MOST_EPOCHS = 60
