@@ -38,7 +38,7 @@ TORCH_FREE = (
     "studies.queue"
 )
 """Packages and modules that describe; those on the lowest floor do too."""
-CORE_FILES, CORE_LINES = 18, 2820
+CORE_FILES, CORE_LINES = 18, 2840
 """At most to read for who wants to understand core/train.py with all that it imports."""
 UNPICKLERS = {"pickle", "_pickle", "shelve", "marshal", "dill", "cloudpickle", "joblib", "code"}
 ONLY_IN = {

@@ -42,7 +42,7 @@ def print_texts(generation: Any) -> None:
     def write(text: str) -> None:
         print(escape_controls(text, keep="\n\t") if on_screen else text, end="", flush=True)
 
-    if len(generation.index) == 1:
+    if len(generation.streams) == 1:
         write(generation.prompts[0])
         for piece in generation.pieces():
             write(piece.text)

@@ -1,5 +1,5 @@
-/* One new token through a whole block, included by loops.c: in a small model calling torch takes
- * longer than computing. Its judge is model.Block. */
+/* One new token of each row through a whole block, included by loops.c: in a small model calling torch
+ * takes longer than computing. A row does not depend on the others. Its judge is model.Block. */
 #ifndef TYPE
 
 enum { LAYERNORM, RMSNORM };
@@ -13,13 +13,13 @@ typedef struct {
     float *keys, *values; /* (B, G, L, D) */
 } block;
 
-/* Sizes as in model.py: F features between the matrices of the MLP, L tokens that the cache can
- * hold, of which the new one is number `at`. `real` (B, L) or NULL: all are; cos and sin (B, D/2) or
- * NULL; `scratch` holds B * (2 C + (H + 2 G) D + 2 H D + 3 F) values. */
+/* Sizes as in model.py: F features between the matrices of the MLP, L tokens that a row of the cache
+ * can hold, of which the new one of row b is number at[b]; cos and sin (B, D/2) or NULL; `scratch`
+ * holds B * (2 C + (H + 2 G) D + 2 H D + 3 F) values. */
 typedef struct {
-    int64_t B, C, H, G, D, F, L, at, norm, mlp;
+    int64_t B, C, H, G, D, F, L, norm, mlp;
     float epsilon;
-    const uint8_t *real;
+    const int64_t *at;
     const float *cosine, *sine;
     float *scratch;
 } scene;
@@ -80,7 +80,7 @@ static void place_heads(const block *own, const scene *s, float *qkv, float *q) 
             if (h < H + G && weight) normalise(RMSNORM, x, x, weight, 0, D, s->epsilon);
             if (h < H + G && s->cosine) rotate(x, s->cosine + b * D / 2, s->sine + b * D / 2, D);
             float *target = q + (b * H + h) * D;
-            if (h >= H) target = (h < H + G ? own->keys : own->values) + ((b * G + (h - H) % G) * s->L + s->at) * D;
+            if (h >= H) target = (h < H + G ? own->keys : own->values) + ((b * G + (h - H) % G) * s->L + s->at[b]) * D;
             memcpy(target, x, (size_t)D * 4);
         }
 }
@@ -96,7 +96,7 @@ void OF(block)(const block *own, const scene *s, float *x) {
         normalise(s->norm, x + b * C, h + b * C, own->norm_1, own->norm_1_bias, C, s->epsilon);
     OF(linear)(own->qkv, h, own->qkv_bias, qkv, B, C, (H + 2 * G) * D);
     place_heads(own, s, qkv, q);
-    read_one(q, own->keys, own->values, s->real, z, G * s->L * D, s->L * D, s->L, B, H, G, s->at + 1, D);
+    read_one(q, own->keys, own->values, s->at, z, G * s->L * D, s->L * D, B, H, G, D);
     OF(linear)(own->output, z, own->output_bias, out, B, H * D, C);
     EACH(0, B * C) x[i] += out[i];
     for (int64_t b = 0; b < B; b++)

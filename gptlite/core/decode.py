@@ -36,9 +36,9 @@ class Sizes(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("B", "C", "H", "G", "D", "F", "L")),
-        *((name, ctypes.c_int64) for name in ("at", "norm", "mlp")),
+        *((name, ctypes.c_int64) for name in ("norm", "mlp")),
         ("epsilon", ctypes.c_float),
-        *((name, ctypes.c_void_p) for name in ("real", "cosine", "sine", "scratch")),
+        *((name, ctypes.c_void_p) for name in ("at", "cosine", "sine", "scratch")),
     )
 
 
@@ -51,7 +51,7 @@ class DecodingCache(KVCache):
         """Whether block.c can do it; known when the first token comes."""
 
     def decode(self, block: Block, x: Tensor, scene: Scene) -> Tensor | None:
-        if x.shape[1] != 1 or block.training or torch.is_grad_enabled() or self.length == 0:
+        if x.shape[1] != 1 or block.training or torch.is_grad_enabled():
             return None
         if self.works is None:
             self.works = self.suits(block, x)
@@ -61,7 +61,7 @@ class DecodingCache(KVCache):
             return None
         layer = block.attention.layer
         if layer == 0:
-            self.look(scene)
+            self.look(x, scene)
         if layer not in self.blocks:
             self.blocks[layer] = addresses_of(block, self.keys[layer], self.values[layer])
         y = x.clone(memory_format=torch.contiguous_format)
@@ -99,10 +99,9 @@ class DecodingCache(KVCache):
         self.run = loops.function(f"block_{NAMES[block.mlp.up.weight.dtype]}")
         self.blocks: dict[int, Addresses] = {}
 
-    def look(self, scene: Scene) -> None:
-        """Tell block.c where the new token stands and what it may see."""
-        self.sizes.at = self.length
-        self.sizes.real = None if scene.visible is None else self.real.data_ptr()
+    def look(self, x: Tensor, scene: Scene) -> None:
+        """Tell block.c how many rows there are and where the new token of each stands."""
+        self.sizes.B, self.sizes.at = len(x), self.at.data_ptr()
         if scene.rotation is not None:
             B, D = self.sizes.B, self.sizes.D
             # Kept, as block.c has their addresses only.

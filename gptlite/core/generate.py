@@ -1,4 +1,4 @@
-"""Sampling: a chain of pure functions from logits to a token, and cached generation in batches.
+"""Continuations of prompts as text: generated in a batch, streamed as soon as they are certain.
 
 A continuation depends on (seed, prompt, number of the sample) alone, not on what else is in the
 batch: each draw is one number from a key.
@@ -6,104 +6,21 @@ batch: each draw is one number from a key.
 
 import codecs
 import hashlib
-import math
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from gptlite.config.run import SampleConfig
-from gptlite.core.decode import DecodingCache
-from gptlite.core.dropout import dropouts, evaluating
-from gptlite.core.ensemble import Ensemble, combine, members_of
-from gptlite.core.model import GPT, KVCache
+from gptlite.core.ensemble import Ensemble
+from gptlite.core.model import GPT
+from gptlite.core.running_batch import RunningBatch
 from gptlite.data.tokenizers import Tokenizer
-from gptlite.errors import ConfigError, DivergedError
-from gptlite.keys import key, uniform
-
-CHANCES = 256
-"""Steps for which draws are made together."""
-LARGEST = 1e30
-"""Logits and factors stay below it, so that no option gives infinity less infinity."""
-ROUNDING = 1e-6
-"""What sums and quotients of probabilities in float32 may miss a bound by, and still reach it."""
-
-
-def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Divide positive and multiply negative logits of seen tokens (CTRL, arXiv:1909.05858)."""
-    penalty = min(max(penalty, 1 / LARGEST), LARGEST)
-    punished = torch.where(logits > 0, logits / penalty, logits * penalty)
-    return torch.where(seen, punished.clamp(-LARGEST, LARGEST), logits)
-
-
-def keep_top_k(logits: Tensor, k: int) -> Tensor:
-    """The k largest logits; the others become -inf. Ties at the edge stay."""
-    edge = logits.topk(min(k, logits.shape[-1]), dim=-1).values[..., -1:]
-    return logits.masked_fill(logits < edge, -math.inf)
-
-
-def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """The fewest tokens whose probabilities sum to p (arXiv:1904.09751)."""
-    if p >= 1:
-        return logits
-    ordered, index = logits.sort(dim=-1, descending=True)
-    reached = ordered.softmax(-1).cumsum(-1) >= p - ROUNDING
-    beyond = torch.cat([torch.zeros_like(reached[..., :1]), reached[..., :-1]], -1)
-    return logits.masked_fill(beyond.gather(-1, index.argsort(-1)), -math.inf)
-
-
-def keep_min_p(logits: Tensor, p: float) -> Tensor:
-    """Tokens at least p times as likely as the likeliest (arXiv:2407.01082)."""
-    probability = logits.softmax(-1)
-    least = (p - ROUNDING) * probability.amax(-1, keepdim=True)
-    return logits.masked_fill(probability < least, -math.inf)
-
-
-def probabilities(
-    logits: Tensor, seen: Tensor, options: SampleConfig, unseen: Tensor | None = None
-) -> Tensor:
-    """(B, V) logits → (B, V) probabilities; `seen` (B, V) marks tokens already in the text,
-    `unseen` (V,) those that the training text never had."""
-    if unseen is not None:
-        logits = logits.masked_fill(unseen, -math.inf)
-    if options.repetition_penalty != 1:
-        logits = penalise(logits, seen, options.repetition_penalty)
-    if options.temperature == 0:
-        return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
-    if options.temperature < 1e-4:  # the likeliest would become infinite
-        logits = logits - logits.amax(-1, keepdim=True)
-    logits = logits / max(options.temperature, 1 / LARGEST)
-    if options.top_k is not None:
-        logits = keep_top_k(logits, options.top_k)
-    if options.top_p is not None:
-        logits = keep_top_p(logits, options.top_p)
-    if options.min_p is not None:
-        logits = keep_min_p(logits, options.min_p)
-    return logits.softmax(-1)
-
-
-def draw(probability: Tensor, chance: Tensor) -> Tensor:
-    """The token where the summed probability passes `chance` in [0, 1); (B, V), (B,) → (B,).
-
-    On the CPU: sums are made in float64, which Apple's GPUs do not have.
-    """
-    summed = probability.cpu().double().cumsum(-1)
-    token = (summed <= (chance * summed[:, -1])[:, None]).sum(-1)
-    return token.clamp(max=probability.shape[-1] - 1)
-
-
-def pad_left(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Rows filled up on the left, and which tokens are real (None: all)."""
-    width = max(map(len, rows))
-    ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows], device=device)
-    if all(len(row) == width for row in rows):
-        return ids, None
-    real = torch.tensor([[i >= width - len(row) for i in range(width)] for row in rows])
-    return ids, real.to(device)
+from gptlite.errors import ConfigError
+from gptlite.keys import key
 
 
 def halve(model: nn.Module) -> None:
@@ -113,18 +30,6 @@ def halve(model: nn.Module) -> None:
             module.weight.data = module.weight.data.bfloat16()
 
 
-def next_logits(
-    model: GPT | Ensemble, ids: Tensor, real: Tensor | None, caches: Sequence[KVCache]
-) -> Tensor:
-    """(B, T) new tokens → (B, V) logits of what follows the last of them."""
-    each = [
-        reader.head(reader.features(ids, real, cache)[:, -1]).float()
-        for reader, cache in zip(members_of(model), caches, strict=True)
-    ]
-    return combine(each, model.mean) if isinstance(model, Ensemble) else each[0]
-
-
-@torch.no_grad()
 def continuations(
     model: GPT | Ensemble,
     prompts: Sequence[Sequence[int]],
@@ -133,51 +38,16 @@ def continuations(
     context: int | None = None,
     unseen: Sequence[int] = (),
 ) -> Iterator[list[int]]:
-    """The next token of every row, step by step; `names` keys the draws of each row.
-
-    When a row's context is full, its last half context is read anew and generation goes on; the
-    other rows keep what they have seen, so a row does not depend on its company. `context` is how
-    much of the model's was trained (None: all), `unseen` what is never drawn.
-    """
-    device, length = next(model.parameters()).device, model.config.context_length
-    context = min(context or length, length)
-    rows = [list(prompt) for prompt in prompts]
-    seen = torch.zeros(len(rows), model.vocab_size, dtype=torch.bool, device=device)
-    for i, row in enumerate(rows):
-        seen[i, row] = True
-    never = None
-    if unseen:
-        never = torch.zeros(model.vocab_size, dtype=torch.bool, device=device)
-        never[list(unseen)] = True
-    begins = [max(0, len(row) - context) for row in rows]
-    caches: list[KVCache] = []
-    sites = dropouts(model)
-    for step in range(options.max_new_tokens):
-        quiet = not any(site.training for site in sites)
-        # Not around `yield`: the caller may do anything in between.
-        with nullcontext() if quiet else evaluating(model):
-            full = [i for i, row in enumerate(rows) if len(row) - begins[i] > context]
-            if not caches or full:
-                for i in full:
-                    begins[i] = len(rows[i]) - max(1, context // 2)
-                ids, real = pad_left(
-                    [row[at:] for row, at in zip(rows, begins, strict=True)], device
-                )
-                caches = [DecodingCache(each, len(rows)) for each in members_of(model)]
-            logits = next_logits(model, ids, real, caches)
-        if not logits.isfinite().all():
-            raise DivergedError("the model's logits are not finite")
-        if step % CHANCES == 0:
-            steps = np.arange(step, step + CHANCES)
-            drawn = np.stack([uniform(name, steps) for name in names], axis=1)  # (CHANCES, B)
-            chances = torch.from_numpy(drawn)
-        tokens = draw(probabilities(logits, seen, options, never), chances[step % CHANCES])
-        ids, real = tokens[:, None].to(device), None
-        if options.repetition_penalty != 1:
-            seen.scatter_(1, ids, True)
-        for row, token in zip(rows, tokens.tolist(), strict=True):
-            row.append(token)
-        yield tokens.tolist()
+    """The next token of every prompt, step by step; `names` keys the draws of each."""
+    batch = RunningBatch(model, len(prompts), context, unseen)
+    rows = [
+        row
+        for prompt, name in zip(prompts, names, strict=True)
+        for row in batch.join(prompt, [name], options)
+    ]
+    for _ in range(options.max_new_tokens):
+        batch.step()
+        yield [row.ids[-1] for row in rows]
 
 
 class TextStream:
@@ -254,32 +124,36 @@ class Generation:
         unseen: Sequence[int] = (),
     ) -> None:
         self.model, self.options, self.context = model, options, context
-        self.prompts, self.unseen = prompts, unseen
-        ids = [encode_prompt(text, prompt, documents, unseen=unseen) for prompt in prompts]
-        self.index = [(p, s) for p in range(len(prompts)) for s in range(num_samples)]
-        self.rows = [ids[p] for p, _ in self.index]
-        texts = [hashlib.blake2b(np.array(row).tobytes()).hexdigest() for row in ids]
-        self.names = [key(seed, "sample", texts[p], s) for p, s in self.index]
-        self.streams = [TextStream(text, stops) for _ in self.index]
+        self.prompts, self.unseen, self.seed, self.num_samples = prompts, unseen, seed, num_samples
+        self.ids = [encode_prompt(text, prompt, documents, unseen=unseen) for prompt in prompts]
+        self.streams = {
+            (p, s): TextStream(text, stops) for p in range(len(prompts)) for s in range(num_samples)
+        }
 
     def pieces(self) -> Iterator[Piece]:
         """Text as it becomes certain; ends when every continuation has ended."""
-        step = continuations(
-            self.model, self.rows, self.names, self.options, self.context, self.unseen
-        )
-        for tokens in step:
-            for (p, s), stream, token in zip(self.index, self.streams, tokens, strict=True):
-                if text := stream.feed(token):
+        batch = RunningBatch(self.model, len(self.streams), self.context, self.unseen)
+        place = {}
+        for p, ids in enumerate(self.ids):
+            names = sample_names(self.seed, ids, self.num_samples)
+            for s, row in enumerate(batch.join(ids, names, self.options)):
+                place[row] = p, s
+        while place:
+            batch.step()
+            for row, (p, s) in list(place.items()):
+                stream = self.streams[p, s]
+                text = stream.feed(row.ids[-1])
+                if stream.n_tokens == self.options.max_new_tokens:
+                    text += stream.end("length")
+                if text:
                     yield Piece(p, s, text)
-            if all(stream.finished for stream in self.streams):
-                return
-        for (p, s), stream in zip(self.index, self.streams, strict=True):
-            if text := stream.end("length"):
-                yield Piece(p, s, text)
+                if stream.finished:
+                    batch.leave(row)
+                    del place[row]
 
     def results(self) -> list[dict[str, Any]]:
         """Everything at once: prompt, text, tokens and why each ended."""
-        texts = {index: "" for index in self.index}
+        texts = dict.fromkeys(self.streams, "")
         for piece in self.pieces():
             texts[piece.prompt, piece.sample] += piece.text
         return [
@@ -290,8 +164,14 @@ class Generation:
                 "tokens": stream.n_tokens,
                 "finished": stream.finished,
             }
-            for (p, s), stream in zip(self.index, self.streams, strict=True)
+            for (p, s), stream in self.streams.items()
         ]
+
+
+def sample_names(seed: int, ids: Sequence[int], n: int) -> list[int]:
+    """What keys the draws of n samples that continue the same prompt."""
+    digest = hashlib.blake2b(np.array(ids).tobytes()).hexdigest()
+    return [key(seed, "sample", digest, sample) for sample in range(n)]
 
 
 def first_token(text: Tokenizer, documents: bool) -> int | None:

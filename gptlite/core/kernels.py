@@ -152,14 +152,12 @@ def can_read_cache(q: Tensor, v: Tensor) -> bool:
     return one and not torch.is_grad_enabled() and fits(v)
 
 
-def read_cache(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
-    """(B, H, 1, D) read (B, G, S, D) of a cache → (B, H, 1, D); `visible` (B, 1, 1, S)."""
-    (B, H, _, D), (G, S) = q.shape, k.shape[1:3]
-    if k.stride() != v.stride() or k.stride()[2:] != (D, 1):  # without a cache
+def read_cache(q: Tensor, k: Tensor, v: Tensor, at: Tensor) -> Tensor:
+    """(B, H, 1, D) read (B, G, S, D) of a cache → (B, H, 1, D); row b those up to `at` (B,)."""
+    (B, H, _, D), G = q.shape, k.shape[1]
+    if k.stride() != v.stride() or k.stride()[2:] != (D, 1):
         k, v = k.contiguous(), v.contiguous()
     z = torch.empty(B, H, 1, D)
-    seen = None if visible is None else visible.expand(B, 1, 1, S).contiguous()
-    tensors = (q.contiguous(), k, v, seen, z)
-    sizes = k.stride(0), k.stride(1), S, B, H, G, S, D
-    loops.function("read_one")(*map(address, tensors), *sizes)
+    tensors = (q.contiguous(), k, v, at.contiguous(), z)
+    loops.function("read_one")(*map(address, tensors), k.stride(0), k.stride(1), B, H, G, D)
     return z

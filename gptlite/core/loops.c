@@ -203,26 +203,21 @@ static inline void softmax(float *restrict e, int64_t seen, int64_t n, float fac
     EACH(seen, n) e[i] = 0;
 }
 
-/* One new token: queries (B, H, D) read keys and values (B, G, S, D), of which stride_b and stride_g
- * are the steps from b to b and g to g; `visible` (B, S), its rows stride_v apart, or NULL: all. */
-void read_one(const float *q, const float *keys, const float *values, const uint8_t *visible,
-              float *z, int64_t stride_b, int64_t stride_g, int64_t stride_v, int64_t B, int64_t H,
-              int64_t G, int64_t S, int64_t D) {
-    OMP(omp parallel for collapse(2) schedule(static) if (B * H * S * D > SMALL))
+/* One new token in each row: queries (B, H, D) read keys and values (B, G, ., D), of which stride_b
+ * and stride_g are the steps from b to b and g to g. Row b sees those up to at[b]. */
+void read_one(const float *q, const float *keys, const float *values, const int64_t *at, float *z,
+              int64_t stride_b, int64_t stride_g, int64_t B, int64_t H, int64_t G, int64_t D) {
+    OMP(omp parallel for collapse(2) schedule(static) if (B * H * (at[0] + 1) * D > SMALL))
     for (int64_t b = 0; b < B; b++)
         for (int64_t h = 0; h < H; h++) {
             float weights[LONGEST];
-            int64_t start = b * stride_b + h * G / H * stride_g;
+            int64_t start = b * stride_b + h * G / H * stride_g, S = at[b] + 1;
             const float *query = q + (b * H + h) * D;
             float *out = z + (b * H + h) * D, factor = 1.0f / sqrtf((float)D);
-            for (int64_t s = 0; s < S; s++) {
-                float score = dot(query, keys + start + s * D, D);
-                weights[s] = !visible || visible[b * stride_v + s] ? score : -INFINITY;
-            }
+            for (int64_t s = 0; s < S; s++) weights[s] = dot(query, keys + start + s * D, D);
             softmax(weights, S, (S + WIDE - 1) / WIDE * WIDE, factor);
             EACH(0, D) out[i] = 0;
             for (int64_t s = 0; s < S; s++) {
-                if (weights[s] < 1e-37f) continue; /* hidden */
                 const float *value = values + start + s * D;
                 EACH(0, D) out[i] += weights[s] * value[i];
             }

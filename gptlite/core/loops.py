@@ -112,6 +112,6 @@ def function(name: str) -> Callable[..., None]:
     elif name.startswith("block"):
         found.argtypes = (address, address, address)
     else:
-        found.argtypes = (*[address] * 5, *[ctypes.c_int64] * 8)
+        found.argtypes = (*[address] * 5, *[ctypes.c_int64] * 6)
     found.restype = None
     return found

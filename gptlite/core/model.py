@@ -28,27 +28,46 @@ NO_DROPOUT = DropoutConfig(preset="none")
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far; the model appends, and moves `length` at the end.
+    """Keys and values of the tokens seen so far, as many in each row as `lengths` says.
 
-    Fill it once with a batch of prompts (padded on the left if ragged), then add tokens.
+    Each call of the model adds one token to every row, or several where all rows are as long. Only
+    the first `len(lengths)` of the rows that there is room for are in use.
     """
 
     def __init__(self, model: "GPT", batch_size: int) -> None:
         config = model.config
         shape = (batch_size, config.kv_heads, config.context_length, config.head_width)
         device = model.token_embedding.weight.device
-        self.keys = [torch.empty(shape, device=device) for _ in range(config.n_layer)]
-        self.values = [torch.empty(shape, device=device) for _ in range(config.n_layer)]
-        self.real = torch.ones(shape[0], shape[2], dtype=torch.bool, device=device)
-        self.length = 0
+        # Zeros: what a shorter row has not written meets a weight of 0, and 0 x NaN is NaN.
+        self.keys = [torch.zeros(shape, device=device) for _ in range(config.n_layer)]
+        self.values = [torch.zeros(shape, device=device) for _ in range(config.n_layer)]
+        self.lengths = [0] * batch_size
+        self.at = torch.empty(0)
+
+    def place(self, T: int) -> tuple[Tensor, Tensor | None]:
+        """Where T new tokens of each row stand, (B or 1, T), and what they may see, as `place`."""
+        alike, end = len(set(self.lengths)) == 1, max(self.lengths) + T
+        assert T == 1 or alike, "rows that are not as long take one token at a time"
+        device = self.keys[0].device
+        self.at = torch.tensor(self.lengths, device=device)[:, None] + torch.arange(
+            T, device=device
+        )
+        if alike and (T == 1 or end == T):
+            return self.at[:1], None
+        visible = torch.arange(end, device=device) <= self.at[..., None]  # (B, T, S)
+        return self.at, visible[:, None]
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store (B, G, T, D) behind what is there and return all of it, (B, G, S, D)."""
-        keys, values, T = self.keys[layer], self.values[layer], k.shape[2]
-        keys.narrow(2, self.length, T).copy_(k)
-        values.narrow(2, self.length, T).copy_(v)
-        end = self.length + T
-        return keys.narrow(2, 0, end), values.narrow(2, 0, end)
+        keys, values, B = self.keys[layer], self.values[layer], len(self.lengths)
+        rows, end = torch.arange(B, device=k.device)[:, None], max(self.lengths) + k.shape[2]
+        keys[rows, :, self.at] = k.transpose(1, 2).to(keys.dtype)
+        values[rows, :, self.at] = v.transpose(1, 2).to(values.dtype)
+        return keys[:B, :, :end], values[:B, :, :end]
+
+    def lengthen(self, T: int) -> None:
+        """T tokens have gone through all layers."""
+        self.lengths = [length + T for length in self.lengths]
 
     def decode(self, block: "Block", x: Tensor, scene: "Scene") -> Tensor | None:
         """x (B, 1, C) through a whole block at once, where `decode.DecodingCache` can."""
@@ -64,6 +83,8 @@ class Scene(NamedTuple):
     """cos and sin of the rotary angles, (B or 1, 1, T, D/2)."""
     keys: MaskKeys | None
     """Names the masks of dropout; None where nothing drops."""
+    at: Tensor | None = None
+    """(B, T) where new tokens stand in the rows of a cache."""
 
 
 class Attention(nn.Module):
@@ -104,8 +125,8 @@ class Attention(nn.Module):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scene: Scene) -> Tensor:
         """Weighted sums of values, (B, H, T, D), by the kernel that the rates allow."""
-        if self.kernel != "math" and can_read_cache(q, v):
-            return read_cache(q, k, v, scene.visible)
+        if scene.at is not None and self.kernel != "math" and can_read_cache(q, v):
+            return read_cache(q, k, v, scene.at)
         if k.shape[1] < self.n_head:
             k, v = (x.repeat_interleave(self.n_head // x.shape[1], dim=1) for x in (k, v))
         visible = self.hide_keys(q, k, scene) if self.drop_key.acts else scene.visible
@@ -276,7 +297,7 @@ class GPT(nn.Module):
         x, scene = self.embed(ids, real, cache, samples)
         x = self.run_blocks(x, scene, cache=cache)
         if cache is not None:
-            cache.length += ids.shape[1]
+            cache.lengthen(ids.shape[1])
         return x
 
     def embed(
@@ -287,7 +308,10 @@ class GPT(nn.Module):
         samples: Tensor | None = None,
     ) -> tuple[Tensor, Scene]:
         """What the first block reads, (B, T, C), and what every block needs to know."""
-        position, visible = place(ids, real, cache)
+        if cache is None:
+            position, visible = place(ids, real)
+        else:
+            position, visible = cache.place(ids.shape[1])
         keys = None if samples is None else mask_keys(samples, position, real)
         x = self.drop_token(self.token_embedding(ids).float(), keys)  # weights may be bfloat16
         rotation = None
@@ -295,7 +319,8 @@ class GPT(nn.Module):
             x = x + self.position_embedding(position)
         else:
             rotation = angles(position, self.config)
-        return self.drop_embedding(x, keys), Scene(visible, rotation, keys)
+        at = None if cache is None else cache.at
+        return self.drop_embedding(x, keys), Scene(visible, rotation, keys, at)
 
     def run_blocks(
         self, x: Tensor, scene: Scene, first: int = 0, cache: KVCache | None = None
@@ -315,22 +340,16 @@ class GPT(nn.Module):
         return out
 
 
-def place(ids: Tensor, real: Tensor | None, cache: KVCache | None) -> tuple[Tensor, Tensor | None]:
-    """Positions (B or 1, T), counted from the first real token, and who sees whom.
+def place(ids: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Positions (B or 1, T), counted from the first real token, and who sees whom, (B, 1, T, T).
 
     None instead of a mask where all is real and plainly causal, which fused kernels do best.
     """
-    B, T = ids.shape
-    start = 0 if cache is None else cache.length
-    if real is None and (cache is None or start == 0 or (T == 1 and bool(cache.real.all()))):
-        return torch.arange(start, start + T, device=ids.device)[None], None
-    seen = torch.ones_like(ids, dtype=torch.bool) if real is None else real  # (B, T)
-    if cache is not None:
-        cache.real[:, start : start + T] = seen
-        seen = cache.real[:, : start + T]  # (B, S)
-    position = (seen.cumsum(1) - 1).clamp(min=0)[:, start:]
-    past = causal(T, start + T, ids.device)
-    return position, (past & seen[:, None, :])[:, None]  # (B, 1, T, S)
+    T = ids.shape[1]
+    if real is None:
+        return torch.arange(T, device=ids.device)[None], None
+    position = (real.cumsum(1) - 1).clamp(min=0)
+    return position, (causal(T, T, ids.device) & real[:, None, :])[:, None]
 
 
 def angles(position: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:

@@ -16,16 +16,18 @@ from gptlite.core.generate import (
     Generation,
     TextStream,
     continuations,
-    draw,
     encode_prompt,
     halve,
+)
+from gptlite.core.model import GPT
+from gptlite.core.sampling import (
+    draw,
     keep_min_p,
     keep_top_k,
     keep_top_p,
     penalise,
     probabilities,
 )
-from gptlite.core.model import GPT
 from gptlite.data.tokenizers import ByteTokenizer, CharTokenizer
 from gptlite.errors import ConfigError, DivergedError
 

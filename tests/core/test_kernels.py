@@ -217,17 +217,16 @@ def test_one_token_reads_a_cache_as_the_plain_way_does(
     B, H, G, S, D = shape
     q, cache = numbers(B, H, 1, D), numbers(2, B, G, S + 9, D, seed=1)
     k, v = cache[0, :, :, :S], cache[1, :, :, :S]
-    visible = None
+    at = torch.full((B,), S - 1)
     if hidden:
-        visible = torch.arange(S).expand(B, 1, 1, S) >= torch.arange(B).view(B, 1, 1, 1).clamp(
-            max=S - 1
-        )
+        at = (S - 1 - 3 * torch.arange(B)).clamp(min=0)
         cache[1, :, :, S:] = torch.nan
+    visible = torch.arange(S) <= at.view(B, 1, 1, 1)
     wide_k, wide_v = (x.repeat_interleave(H // G, dim=1) for x in (k, v))
     weights = attention_weights(q, wide_k, visible)
     with torch.no_grad():
         assert kernels.can_read_cache(q, v)
-        z = kernels.read_cache(q, k, v, visible)
+        z = kernels.read_cache(q, k, v, at)
     torch.testing.assert_close(z, weights @ wide_v, rtol=1e-5, atol=1e-5)
 
 
@@ -237,7 +236,7 @@ def test_one_token_reads_values_that_lie_otherwise_than_the_keys() -> None:
     q, qkv = numbers(B, H, 1, D), numbers(B, 1, 3 * H, D, seed=1).transpose(1, 2)
     k, v = numbers(B, H, 1, D, seed=2), qkv[:, -H:]
     with torch.no_grad():
-        torch.testing.assert_close(kernels.read_cache(q, k, v, None), v)
+        torch.testing.assert_close(kernels.read_cache(q, k, v, torch.zeros(B, dtype=int)), v)
 
 
 @pytest.mark.parametrize("options", MODELS, ids=str)
@@ -248,13 +247,11 @@ def test_generation_with_the_loops_is_generation_without(
     config = ModelConfig.model_validate({**sizes, **options})
     model, logits = GPT(config, 30, kernel="fused", seed=1).eval(), []
     ids = torch.randint(0, 30, (3, 20), generator=torch.Generator().manual_seed(0))
-    real = torch.ones(3, 20, dtype=torch.bool)
-    real[0, :4] = real[1, :1] = False
     for library in (loops.library(), None):
         monkeypatch.setattr(loops, "library", lambda library=library: library)
         cache = DecodingCache(model, 3)
         with torch.no_grad():
-            parts = [model(ids[:, :8], real[:, :8], cache)]
-            parts += [model(ids[:, [at]], None, cache) for at in range(8, 20)]
-        logits.append(torch.cat(parts, 1)[real])
+            parts = [model(ids[:, :8], cache=cache)]
+            parts += [model(ids[:, [at]], cache=cache) for at in range(8, 20)]
+        logits.append(torch.cat(parts, 1))
     torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-5)

@@ -114,7 +114,7 @@ def test_cached_logits_equal_uncached_ones(options: dict[str, object]) -> None:
         cache = KVCache(model, 2)
         steps = [model(ids[:, :7], cache=cache)]
         steps += [model(ids[:, t : t + 1], cache=cache) for t in range(7, 20)]
-    assert cache.length == 20
+    assert cache.lengths == [20, 20]
     torch.testing.assert_close(torch.cat(steps, 1), whole, rtol=1e-4, atol=1e-4)
 
 
