@@ -24,6 +24,7 @@ FLOORS = (
     "planning",
     "runs",
     "studies report",
+    "serve",
     "cli",
 )
 """From the ground up. A package imports only from floors below; the files of the lowest one, and of

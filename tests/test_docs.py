@@ -26,6 +26,7 @@ from gptlite.runs import recipe
 from gptlite.runs.export import prepare_hf, save
 from gptlite.runs.start import train
 from gptlite.runs.trained import load_trained
+from gptlite.serve import server
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ["README.md", "data/README.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
@@ -82,6 +83,7 @@ def desk(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> Path:
         return Costs(0.0, 10.0, EvaluationPace(0.0, 64), 0.0, 0.0)
 
     monkeypatch.setattr(reader, "find", small)
+    monkeypatch.setattr(server, "serve_app", lambda app, host, port, said: said(port))
     monkeypatch.setattr(recipe, "LADDER", ((1, 32, 16),))
     monkeypatch.setattr(budget, "time_rung", time_rung)
     monkeypatch.setattr(recipe, "rehearse", rehearse)
@@ -117,7 +119,7 @@ def test_the_examples_of_a_command_run_and_its_help_shows_them(desk: Path, comma
         assert f"  {line}\n" in shown
     if command == "import":
         save(prepare_hf(load_trained(desk / "runs" / "names", "best")), desk / "names-hf")
-    if command in ("eval", "generate", "report"):
+    if command in ("eval", "generate", "report", "serve"):
         train(workshop_run(desk), desk / "runs" / "faster")
     for line in EXAMPLES[command]:
         result = CliRunner().invoke(app, shlex.split(line)[1:])

@@ -22,6 +22,14 @@ def look(
         float | None,
         typer.Option(min=0, max=0.99, help="Try this rate instead of the run's own."),
     ] = None,
+    site: Annotated[
+        str | None,
+        typer.Option(help="Show this site from near; with --rate, drop nowhere else."),
+    ] = None,
+    granularity: Annotated[
+        str | None,
+        typer.Option(help="What falls at --site: element (each value) or locked (one mask)."),
+    ] = None,
     page: Annotated[
         Path | None, typer.Option(help="Also write what is seen as a self-contained HTML page.")
     ] = None,
@@ -43,8 +51,17 @@ def look(
         tell_notes(trained)
         planned = read_json(directory / "plan.json", []).get("steps")
         max_steps = trained.run.train.max_steps or planned or 0
-        at = {"layer": layer, "head": head, "step": step}
-        found = look_at(trained, text, rate=rate, max_steps=max_steps, **at)
+        found = look_at(
+            trained,
+            text,
+            layer=layer,
+            head=head,
+            step=step,
+            rate=rate,
+            max_steps=max_steps,
+            site=site,
+            granularity=granularity,
+        )
         if page is not None:
             write_look(found, page)
         if json_:

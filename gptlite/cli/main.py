@@ -23,6 +23,7 @@ from gptlite.cli.options import (
     print_version,
 )
 from gptlite.cli.printing import print_json
+from gptlite.cli.serve import serve
 from gptlite.cli.trained import evaluate, generate
 from gptlite.distributed.torchrun import join_ranks, refuse_ranks
 from gptlite.errors import UserError
@@ -229,6 +230,7 @@ def report(
 
 
 app.command(epilog=examples("look"))(look)
+app.command(epilog=examples("serve"))(serve)
 app.command(epilog=examples("export"))(export)
 app.command(name="import", epilog=examples("import"))(import_)
 

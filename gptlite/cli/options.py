@@ -34,6 +34,7 @@ EXAMPLES = {
         "gptlite look 'It was the'",
         "gptlite look 'It was the' --run runs/quickstart --layer 1 --rate 0.5 --page look.html",
     ),
+    "serve": ("gptlite serve", "gptlite serve runs/quickstart runs/faster --port 8001"),
     "export": (
         "gptlite export --run runs/names --out names-hf",
         "gptlite export --run runs/names --to gguf --type q8_0 --out names-gguf",

@@ -47,6 +47,7 @@ class DecodingCache(KVCache):
 
     def __init__(self, model: GPT, batch_size: int) -> None:
         super().__init__(model, batch_size)
+        self.model = model
         self.works: bool | None = None
         """Whether block.c can do it; known when the first token comes."""
 
@@ -54,7 +55,9 @@ class DecodingCache(KVCache):
         if x.shape[1] != 1 or block.training or torch.is_grad_enabled():
             return None
         if self.works is None:
-            self.works = self.suits(block, x)
+            self.works = all(
+                isinstance(each, Block) and self.suits(each, x) for each in self.model.blocks
+            )
             if self.works:
                 self.prepare(block)
         if not self.works:

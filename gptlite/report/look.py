@@ -4,6 +4,8 @@ from collections.abc import Iterator, Sequence
 from html import escape
 from typing import Any
 
+from gptlite.config.dropout import SITES
+from gptlite.measure.marks import FALLEN, KEPT, marks_of, marks_of_mask
 from gptlite.report.figures import Figure
 
 MOST_LINES, MOST_COLUMNS = 12, 24
@@ -14,7 +16,6 @@ CELL, LABEL, SUM = 27, 70, 46
 """Pixels of a square's cells, of the tokens beside them and of the sums behind them."""
 DOT = 7
 """Pixels of a feature."""
-FALLEN, KEPT, EMPTY = "×", "·", " "
 
 
 def lines_of(look: dict[str, Any]) -> Iterator[str]:
@@ -31,10 +32,14 @@ def lines_of(look: dict[str, Any]) -> Iterator[str]:
         yield f"after dropout at attention_weights, rate {rate:g}: {what}"
         yield from square_lines(look, "after")
     else:
-        yield "nothing falls at attention_weights here; --rate 0.5 shows what would"
+        hint = "" if look["rate"] is not None else "; --rate 0.5 shows what would"
+        yield f"nothing falls at attention_weights here{hint}"
     yield ""
     yield from context_lines(look)
     yield ""
+    if look.get("picked"):  # looks of earlier versions have none
+        yield from picked_lines(look)
+        yield ""
     yield f"what falls in layer {layer}, and what is in no layer:"
     yield from site_lines(look)
     yield ""
@@ -51,7 +56,9 @@ def title_of(look: dict[str, Any]) -> str:
 
 def mask_names(look: dict[str, Any]) -> str:
     """What names the masks."""
-    tried = "" if look["rate"] is None else f"Rate {look['rate']:g} instead of the run's. "
+    rate, picked = look["rate"], look.get("picked")
+    where = f"at {picked['site']} alone" if picked else "instead of the run's"
+    tried = "" if rate is None else f"Rate {rate:g} {where}. "
     return f"{tried}Masks of seed {look['seed']}, step {look['step']}, row 0"
 
 
@@ -82,23 +89,50 @@ def context_lines(look: dict[str, Any]) -> Iterator[str]:
     if not look["locked"]:
         yield "nothing falls at attention_context here"
         return
-    marks, locked = marks_of(context), marks_of_mask(look["locked"]["locked"])
+    marks = marks_of(context["before"], context["after"])
+    locked = marks_of_mask(look["locked"]["locked"])
     yield f"{'':7}{'element: each by itself':<{shown + 2}}locked: one mask for all positions"
     for i, token in enumerate(look["tokens"][:MOST_LINES]):
         yield f"{name_of(token, 6):<7}{marks[i][:shown]}  {locked[i][:shown]}".rstrip()
 
 
-def marks_of(passed: dict[str, Any]) -> list[str]:
-    """A row of characters for each token: fell, kept, or nothing that could fall."""
-    pairs = zip(passed["before"], passed["after"], strict=True)
-    return [
-        "".join(EMPTY if b == 0 else KEPT if a else FALLEN for b, a in zip(x, y, strict=True))
-        for x, y in pairs
-    ]
+def picked_lines(look: dict[str, Any]) -> Iterator[str]:
+    """The site that was asked for: a row of marks for each token, head or layer."""
+    picked = look["picked"]
+    yield picked_title(look)
+    yield f"mask ({picked['mask']}), {fall_words(picked)}"
+    yield axis_words(picked)
+    for name, marks in zip(picked["rows"][:MOST_LINES], picked["marks"], strict=False):
+        yield f"{name_of(name, 8):<9}{marks}".rstrip()
 
 
-def marks_of_mask(fallen: list[list[bool]]) -> list[str]:
-    return ["".join(FALLEN if fell else KEPT for fell in row) for row in fallen]
+def picked_title(look: dict[str, Any]) -> str:
+    picked, sizes = look["picked"], " × ".join(map(str, look["picked"]["shape"]))
+    kind, parts = SITES[picked["site"]], [picked["site"]]
+    if kind.per_layer and picked["site"] != "layer":
+        parts.append(f"layer {look['layer']}")
+    if "S" in kind.tensor:
+        parts.append(f"head {look['head']}")
+    return f"{', '.join(parts)}: tensor ({picked['tensor']}) = {sizes}"
+
+
+def fall_words(picked: dict[str, Any]) -> str:
+    least, most = min(picked["rates"]), max(picked["rates"])
+    rates = f"{least:.3g}" if least == most else f"{least:.3g} to {most:.3g}"
+    rest = "stayed" if picked["scale"] is None else f"stayed, times {picked['scale']:.4g}"
+    return f"rate {rates}: {FALLEN} fell ({picked['share']:.3f} of all), {KEPT} {rest}"
+
+
+def axis_words(picked: dict[str, Any]) -> str:
+    """What the rows and columns of the marks are."""
+    if picked["rows"] == picked["columns"]:
+        return "row = query, column = key"
+    if picked["columns"]:
+        return f"row = {picked['site']}, column = token"
+    shown, width = len(picked["marks"][0]), picked["shape"][-1]
+    if shown == 1:
+        return "row = token, which falls whole"
+    return "row = token, column = feature" + f" (the first {shown} of {width})" * (shown < width)
 
 
 def site_lines(look: dict[str, Any]) -> Iterator[str]:
@@ -109,8 +143,10 @@ def site_lines(look: dict[str, Any]) -> Iterator[str]:
             f"  {site['site']:<18} mask ({shape}){'':{14 - len(shape)}}rate {site['rate']:<6.3g}"
             f"fell {site['share']:<7.3f}the rest × {scale}"
         )
-    if not look["sites"]:
+    if not look["sites"] and look["rate"] is None:
         yield "  nothing: this run has no dropout; --rate 0.5 shows what it would do"
+    elif not look["sites"]:
+        yield "  nothing: the rate is 0"
     if padding := look["padding"]:
         held = padding["padding_untouched"] and padding["text_the_same"]
         yield (
@@ -153,7 +189,8 @@ def figures_of(look: dict[str, Any]) -> list[Figure]:
             Figure(f"A after dropout, rate {rate:g}", square(look, "after"), after_words(look))
         )
     if look["locked"]:
-        width, marks = look["context"]["width"], marks_of(look["context"])
+        context = look["context"]
+        width, marks = context["width"], marks_of(context["before"], context["after"])
         each = f"Z = A V, {n} × {width}, the first features of each token. Filled fell; where "
         each += "nothing is drawn A had let all fall before."
         one = "The same rate with one mask for all positions (granularity: locked)."
@@ -162,6 +199,10 @@ def figures_of(look: dict[str, Any]) -> list[Figure]:
             Figure("Context vectors Z, each value by itself", grid(look["tokens"], marks), each),
             Figure("Z, locked", locked, one),
         ]
+    if picked := look.get("picked"):
+        mask = f"mask ({picked['mask']}), {fall_words(picked)}"
+        drawn = grid(picked["rows"], picked["marks"], len(picked["marks"][0]))
+        figures.append(Figure(picked_title(look), drawn, f"{axis_words(picked)}; {mask}."))
     if (padding := look["padding"]) and any(map(any, padding["fallen"])):
         names = ["(pad)"] * padding["rows"] + look["tokens"]
         kept = "Padding is left as it is; of the text the same values fall as without it."
@@ -215,12 +256,12 @@ def cell(x: float, y: float, value: float, fell: bool) -> Iterator[str]:
         yield label(x + size / 2, y + size * 0.7, FALLEN, ' text-anchor="middle"', "var(--c2)")
 
 
-def grid(tokens: list[str], marks: Sequence[str]) -> str:
-    """SVG of T × C values, a character of `marks` for each; what fell is filled."""
-    tokens, features = tokens[:MOST_COLUMNS], min(FEATURES, len(marks[0]))
+def grid(tokens: list[str], marks: Sequence[str], most: int = FEATURES) -> str:
+    """SVG of values in rows, a character of `marks` for each; what fell is filled."""
+    tokens, features = tokens[:MOST_COLUMNS], min(most, len(marks[0]))
     step = DOT + 1
-    width, height = LABEL + features * step, len(tokens) * 2 * step + 4
-    parts = [svg_head(width, height, f"What fell of {len(tokens)} tokens by {features} features")]
+    width, height = LABEL + max(features, FEATURES) * step, len(tokens) * 2 * step + 4
+    parts = [svg_head(width, height, f"What fell, {len(tokens)} by {features}")]
     for i, (token, row) in enumerate(zip(tokens, marks, strict=False)):
         y = i * 2 * step
         parts.append(label(LABEL - 6, y + 12, name_of(token, 8), ' text-anchor="end"'))

@@ -8,18 +8,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Workshop
+from conftest import Workshop, only
 from typer.testing import CliRunner
 
 import gptlite
 from gptlite.cli.main import app
+from gptlite.config.dropout import SITES
 from gptlite.config.reader import dump
 from gptlite.core.dropout import Dropout, dropouts
-from gptlite.core.masks import sample_keys
+from gptlite.core.masks import mask_keys, sample_keys
+from gptlite.core.model import GPT
 from gptlite.core.train import Trainer
 from gptlite.errors import ConfigError
 from gptlite.measure.look import look
+from gptlite.measure.marks import EMPTY, FALLEN, KEPT
 from gptlite.report.look import figures_of, lines_of
+from gptlite.runs.opened import masks_of
 from gptlite.runs.start import train
 from gptlite.runs.trained import Trained, load_trained
 
@@ -198,3 +202,158 @@ def test_marks_in_a_text_are_text_on_the_page(workshop: Workshop) -> None:
     drawn = "".join(figure.svg for figure in figures_of(look(of, "<b>&\x00\n", rate=0.5)))
     assert "<b>" not in drawn
     assert "\x00" not in drawn
+
+
+WHOLE = [name for name, kind in SITES.items() if not kind.by_feature]
+
+
+def marks_of_training(
+    of: Trained, site: str, granularity: str | None, layer: int, head: int
+) -> list[str]:
+    """What a network made for training with this site alone lets fall of ones, as marks."""
+    dropout = only(site, rate=0.5, granularity=granularity)
+    run, n = of.run.model_copy(update={"dropout": dropout}), len(TEXT)
+    keys = mask_keys(sample_keys(run.seed, 3, np.array([0])), torch.arange(n)[None], None)
+    masks = masks_of(GPT.of_run(run, of.tokenizer.vocab_size), run, keys, n, 1.0)[site]
+    of_layer = masks[layer if SITES[site].per_layer else 0]
+    there = torch.ones(1, 1, dtype=torch.bool)
+    if site in ("attention_weights", "key"):
+        fallen, there = of_layer[0, head], torch.ones(n, n, dtype=torch.bool).tril()
+        if site == "key":
+            fallen = fallen & ~torch.eye(n, dtype=torch.bool)
+    elif site == "layer":
+        fallen = torch.cat(masks).all(-1)
+    elif site == "head":
+        fallen = of_layer[0].all(-1)
+    else:
+        fallen = of_layer[0].all(-1, keepdim=True) if site == "token" else of_layer[0, :, :64]
+    rows = zip(fallen.tolist(), there.expand_as(fallen).tolist(), strict=True)
+    return [
+        "".join((FALLEN if f else KEPT) if t else EMPTY for f, t in zip(*row, strict=True))
+        for row in rows
+    ]
+
+
+@pytest.mark.parametrize("granularity", [None, "element", "locked"])
+def test_any_site_is_picked_with_the_masks_of_training(
+    workshop: Workshop, granularity: str | None
+) -> None:
+    of = trained(workshop, attention="math", dropout={"rate": 0.0})
+    for site in SITES if granularity is None else [s for s in SITES if s not in WHOLE]:
+        for layer, head in ((0, 1), (1, 0)):
+            at = {"layer": layer, "head": head, "step": 3}
+            found = look(of, TEXT, rate=0.5, site=site, granularity=granularity, **at)
+            picked = found["picked"]
+            assert picked["marks"] == marks_of_training(of, site, granularity, layer, head), site
+            assert [of_site["site"] for of_site in found["sites"]] == [site]
+            stays = site != "key" and KEPT in "".join(picked["marks"])
+            assert picked["scale"] == (2.0 if stays else None)
+            assert picked["rate"] == 0.5
+            assert ("1" in picked["mask"]) == (granularity == "locked" or site in WHOLE)
+            names = [f"{site} 0", f"{site} 1"] if site in ("head", "layer") else list(TEXT)
+            assert picked["rows"] == names
+            if picked["columns"]:
+                assert picked["columns"] == list(TEXT)
+                assert {len(row) for row in picked["marks"]} == {len(TEXT)}
+
+
+def test_a_site_is_picked_from_the_dropout_of_the_run(workshop: Workshop) -> None:
+    sites = {**EVERYWHERE, "layer": {"rate": 0.4, "profile": "increasing"}, "head": 0.3}
+    of = trained(workshop, dropout={"preset": "none", "sites": sites})
+    plain = look(of, TEXT, layer=1)
+    assert (plain.pop("picked"), plain.pop("split_equal")) == (None, None)
+    for site in SITES:
+        found = look(of, TEXT, layer=1, site=site)
+        picked, _ = found.pop("picked"), found.pop("split_equal")
+        assert found == plain
+        (same,) = [of_site for of_site in plain["sites"] if of_site["site"] == site]
+        of_both = ("rate", "scale", "share", "shape")
+        if site != "layer":
+            assert [picked[name] for name in of_both] == [same[name] for name in of_both]
+        assert "".join(same["mask"]).replace("S", "T").replace("Z", "C") == (
+            picked["mask"].replace(", ", "")
+        )
+    assert look(of, TEXT, site="layer")["picked"]["rates"] == [0.2, 0.4]
+    assert look(of, TEXT, site="attention_output")["picked"]["mask"] == "B, 1, C"
+    other = look(of, TEXT, site="attention_output", granularity="element")
+    assert other["picked"]["mask"] == "B, T, C"
+    assert len(other["sites"]) == len(plain["sites"])
+
+
+def test_where_nothing_drops_all_stays(workshop: Workshop) -> None:
+    of = trained(workshop, dropout={"rate": 0.0})
+    for site in SITES:
+        picked = look(of, TEXT, site=site)["picked"]
+        assert (picked["rate"], picked["share"]) == (0.0, 0.0)
+        assert KEPT in "".join(picked["marks"])
+        assert FALLEN not in "".join(picked["marks"])
+    hidden = look(of, TEXT, site="key")["picked"]["marks"]
+    assert hidden == [KEPT * i + EMPTY * (len(TEXT) - i) for i in range(1, len(TEXT) + 1)]
+
+
+def test_the_same_falls_of_a_row_however_the_batch_is_split(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of = trained(workshop, dropout={"preset": "none", "sites": {**EVERYWHERE, "layer": 0.3}})
+    assert look(of, TEXT, split=True)["split_equal"] is True
+    assert look(of, TEXT, split=True, rate=0.5, site="final")["split_equal"] is True
+
+    def by_size(samples: torch.Tensor, *more: Any) -> Any:
+        return mask_keys(samples + len(samples), *more)
+
+    monkeypatch.setattr("gptlite.core.model.mask_keys", by_size)
+    assert look(of, TEXT, split=True)["split_equal"] is False
+    assert look(of, TEXT, split=True, rate=0.5, site="final")["split_equal"] is False
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        ({"site": "fnal"}, "--site fnal: no such site; did you mean 'final'?"),
+        ({"site": "xyz"}, "--site xyz: no such site; there are token, embedding, key, "),
+        ({"granularity": "locked"}, "--granularity: is of one site; name it with --site"),
+        ({"site": "final", "granularity": "row"}, "--granularity row: give element or locked"),
+        (
+            {"site": "head", "granularity": "element"},
+            "--granularity element: head drops whole units; there is a choice at embedding, key, ",
+        ),
+        ({"rate": 1.0, "site": "final"}, "--rate 1: give 0 or more, below 1"),
+    ],
+)
+def test_a_site_that_cannot_be_picked_is_named(
+    workshop: Workshop, asked: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(ConfigError, match=re.escape(told)):
+        look(trained(workshop), TEXT, **asked)
+
+
+def test_a_picked_site_has_room_in_the_terminal_and_on_the_page(workshop: Workshop) -> None:
+    of = trained(workshop, dropout={"rate": 0.2})
+    for site in SITES:
+        for rate in (None, 0.5):
+            found = look(of, "the of and to t", rate=rate, site=site, layer=1)
+            lines, picked = list(lines_of(found)), found["picked"]
+            assert max(map(len, lines)) <= 80, max(lines, key=len)
+            beginning = re.compile(rf"{site}(, layer 1)?(, head 0)?: tensor \(")
+            (begin,) = [i for i, line in enumerate(lines) if beginning.match(line)]
+            assert f"tensor ({picked['tensor']}) = 1 × " in lines[begin]
+            assert f"mask ({picked['mask']}), rate {picked['rate']:.3g}" in lines[begin + 1]
+            shown = [line[9:] for line in lines[begin + 3 :]][: len(picked["marks"])]
+            assert shown[:2] == [row.rstrip() for row in picked["marks"][:2]]
+            assert f"at {site} alone" in "".join(lines) or rate is None
+            figures = figures_of(found)
+            assert [f.title for f in figures if f.title == lines[begin]] == [lines[begin]]
+
+
+def test_the_command_picks_a_site(workshop: Workshop) -> None:
+    trained(workshop)
+    run, page = str(workshop.folder / "run"), workshop.folder / "look.html"
+    asked = ["look", TEXT, "--run", run, "--rate", "0.5", "--site", "mlp_activation"]
+    result = CliRunner().invoke(app, [*asked, "--granularity", "locked", "--page", str(page)])
+    assert result.exit_code == 0, result.output
+    assert "mlp_activation, layer 0: tensor (B, T, F) = 1 × 13 × 128\n" in result.stdout
+    assert "mask (B, 1, F), rate 0.5: × fell" in result.stdout
+    assert "row = token, column = feature (the first 64 of 128)" in result.stdout
+    assert "mlp_activation, layer 0: tensor (B, T, F)" in page.read_text()
+    refused = CliRunner().invoke(app, [*asked[:-1], "head", "--granularity", "locked"])
+    assert (refused.exit_code, refused.stderr.count("\n")) == (2, 1)

@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -234,27 +233,6 @@ def test_the_drawing_names_every_site_and_fills_those_that_drop() -> None:
     assert set(re.findall(r'class="\w+-name">(\w+)', svg)) == set(rates)
     assert re.findall(r'class="live-name">(.*?)<', svg) == ["head 0.2"]
     assert "× 3" in svg
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    program, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if program is None or driver is None:
-        pytest.skip("no chromium and chromedriver on this machine")
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = program
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    for flag in (
-        *("headless=new", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run"),
-        *("disable-background-networking", "disable-component-update", "disable-sync"),
-        *("hide-scrollbars", "disable-dev-shm-usage"),
-    ):
-        options.add_argument(f"--{flag}")
-    chrome = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    yield chrome
-    chrome.quit()
 
 
 @pytest.mark.parametrize("sources", [["run"], ["other"], ["run", "other"], ["study"]])

@@ -1,0 +1,84 @@
+"""`gptlite serve`: an HTTP service and a page over trained runs."""
+
+from typing import Annotated
+
+import typer
+
+from gptlite.cli.options import CheckpointOption, Verbose, complete_runs
+from gptlite.errors import ConfigError, MissingPackages
+from gptlite.terminal import tell, user_errors
+
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+
+
+def serve(
+    runs: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Run directories; default: the latest under runs/, if there is one.",
+            autocompletion=complete_runs,
+        ),
+    ] = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
+    host: Annotated[
+        str, typer.Option(help="Address to listen at. Beyond this machine it needs --token.")
+    ] = "127.0.0.1",
+    token: Annotated[
+        str | None,
+        typer.Option(help="What a client must send to be answered.", envvar="GPTLITE_TOKEN"),
+    ] = None,
+    batch: Annotated[
+        int, typer.Option(min=1, max=1024, help="Completions written at once, of each model.")
+    ] = 32,
+    queue: Annotated[
+        int, typer.Option(min=1, max=100_000, help="Requests that may wait; more are told 429.")
+    ] = 64,
+    max_tokens: Annotated[
+        int, typer.Option(min=1, max=1_000_000, help="Longest completion, in tokens.")
+    ] = 4096,
+    max_body: Annotated[
+        int, typer.Option(min=1000, max=1 << 30, help="Largest request, in bytes.")
+    ] = 1_000_000,
+    timeout: Annotated[
+        float, typer.Option(min=1, max=86_400, help="Longest answer, in seconds.")
+    ] = 600.0,
+    checkpoint: CheckpointOption = "best",
+    verbose: Verbose = False,
+) -> None:
+    """Serve trained runs over HTTP: OpenAI's API, and a page to play, watch and see dropout."""
+    with user_errors(verbose):
+        if host not in LOOPBACK and not token:
+            raise ConfigError(f"--host {host}: others could ask; give a --token as well")
+        if token is not None and not (token and token.isascii() and token.isprintable()):
+            raise ConfigError("--token: give printable ASCII characters")
+        try:
+            from gptlite.serve import server
+            from gptlite.serve.app import Limits, make_app
+        except ModuleNotFoundError as error:
+            if error.name not in ("starlette", "uvicorn", "prometheus_client"):
+                raise
+            packages = ("starlette", "uvicorn", "prometheus_client")
+            raise MissingPackages("gptlite serve", *packages) from None
+        from gptlite.cli.printing import tell_notes
+        from gptlite.runs.directory import RUNS, existing_run
+
+        directories = [existing_run(name) for name in runs or []]
+        if not runs and any(RUNS.glob("*/config.yaml")):
+            directories = [existing_run(None)]
+        named = server.name_models(directories)
+        models = server.load_models(named, checkpoint, batch, tell)
+        for model in models:
+            tell_notes(model.trained)
+
+        def say(bound: int) -> None:
+            shown = f"[{host}]" if ":" in host else host
+            names = ", ".join(model.name for model in models) or "no model yet"
+            print(f"serving {names} at http://{shown}:{bound}/  (Ctrl-C ends)", flush=True)
+
+        limits = Limits(max_tokens, max_body, timeout)
+        with server.demo_folder() as make_demo:
+            service = server.make_service(
+                named, models, limits=limits, most_waiting=queue, make_demo=make_demo
+            )
+            app = make_app(service, hosts=server.allowed_hosts(host), token=token)
+            server.serve_app(app, host, port, say)
