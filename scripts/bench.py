@@ -5,7 +5,7 @@
 
 Everything is interleaved; figures are medians, ratios medians of the ratios within a repeat.
 --lesser has a processor with AVX-512 work as one with AVX2 and no bfloat16 (LESSER of
-bench_peers.py). --write puts the tables into docs/benchmarks.md, between the marks of their
+bench_peers.py). --write puts the tables into the pages of docs/, between the marks of their
 sections, which end in -avx2 with --lesser. `--text` is tinyshakespeare: quality, target, minutes
 and numerics train on it, prepare reads it many times over.
 """
@@ -48,6 +48,7 @@ from bench_peers import (
     time_interleaved,
 )
 from bench_quality import bench_quality
+from bench_serve import bench_serve
 
 from gptlite.config.reader import validate
 from gptlite.config.run import ModelConfig, SampleConfig
@@ -65,7 +66,7 @@ import resource, subprocess, sys
 subprocess.run(sys.argv[1:], check=True)
 print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 """
-DOCS = Path(__file__).resolve().parents[1] / "docs" / "benchmarks.md"
+DOCS = Path(__file__).resolve().parents[1] / "docs"
 Times = dict[str, list[float]]
 
 
@@ -338,6 +339,7 @@ SECTIONS: dict[str, Callable[[argparse.Namespace], Iterator[str]]] = {
     "quickstart": bench_quickstart,
     "generate": bench_generate,
     "prepare": bench_prepare,
+    "serve": bench_serve,
     "start": bench_start,
     "minutes": bench_minutes,
     "memory": bench_memory,
@@ -347,12 +349,13 @@ SECTIONS: dict[str, Callable[[argparse.Namespace], Iterator[str]]] = {
 
 
 def write_section(name: str, lines: list[str]) -> None:
-    """Replace what stands between the marks of a section."""
-    text = DOCS.read_text()
+    """Replace what stands between the marks of a section, on the page that has them."""
     marks = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    pages = {page: page.read_text() for page in DOCS.glob("*.md")}
+    page, text = next((page, text) for page, text in pages.items() if marks[0] in text)
     before, rest = text.split(marks[0])
     _, after = rest.split(marks[1])
-    DOCS.write_text("\n".join([before + marks[0], *lines, marks[1] + after]))
+    page.write_text("\n".join([before + marks[0], *lines, marks[1] + after]))
 
 
 def main() -> None:
@@ -366,7 +369,7 @@ def main() -> None:
     parser.add_argument("--nanogpt", type=Path, help="a checkout of it, which quality trains with")
     parser.add_argument("--minutes", type=float, nargs="+", default=[1, 5, 20], help="of quality")
     parser.add_argument("--lesser", action="store_true", help="as on a processor with AVX2 alone")
-    parser.add_argument("--write", action="store_true", help="into docs/benchmarks.md")
+    parser.add_argument("--write", action="store_true", help="into the pages of docs/")
     options = parser.parse_args()
     if options.lesser and os.environ.get("CC") != LESSER["CC"]:  # before torch is loaded
         again = subprocess.run([sys.executable, *sys.argv], env={**os.environ, **LESSER})

@@ -77,6 +77,7 @@ class RunningBatch:
         self.caches = self.make_caches(most_rows)
         for cache in self.caches:
             cache.lengths = []
+        self.sites = dropouts(model)
         self.rows: list[Row] = []
         """Those that have been read, in the order of the caches' rows."""
         self.readings: deque[Reading] = deque()
@@ -131,7 +132,7 @@ class RunningBatch:
             row.begin = len(row.ids) - max(1, self.context // 2)
             self.leave(row)
             self.read_later([row])
-        quiet = not any(site.training for site in dropouts(self.model))
+        quiet = not any(site.training for site in self.sites)
         with nullcontext() if quiet else evaluating(self.model):
             self.read(most_chunks)
             if not self.rows:

@@ -44,9 +44,7 @@ def is_finished(path: Path) -> bool:
 
 
 def demo_run(directory: Path, rate: float, steps: int) -> RunConfig:
-    """Evaluated at the end alone, so that `best` is `last` and both models have learned as long.
-
-    Nothing is left to `auto` that would be timed: a machine trains the same pair each time. One
+    """Nothing is left to `auto` that would be timed: a machine trains the same pair each time. One
     thread, as the matrices are small and two wait for each other where anything else is at work.
     """
     plain: dict[str, Any] = {
@@ -64,7 +62,7 @@ def demo_run(directory: Path, rate: float, steps: int) -> RunConfig:
             "warmup_steps": steps // 15,
         },
         "train": {
-            **{"max_steps": steps, "batch_size": 8, "eval_interval": steps},
+            **{"max_steps": steps, "batch_size": 8, "eval_interval": max(1, steps // 10)},
             **{"early_stop": "never", "threads": 1},
         },
         "sample": {"temperature": 0.5},

@@ -175,7 +175,7 @@ def make_task(
             raise ConfigError("max_tokens: 0 only with echo: true")
     options = options_of(asked, trained, most_tokens, wanted)
     n, seed = asked.n or 1, SEED if asked.seed is None else asked.seed
-    jobs, news = [], asyncio.Queue[News | Exception]()
+    jobs, news = [], asyncio.Queue[list[News] | Exception]()
     for number, prompt in enumerate(prompts):
         if isinstance(prompt, str):
             ids = encode_prompt(
@@ -184,7 +184,8 @@ def make_task(
         else:
             ids = check_ids(prompt, trained.tokenizer.vocab_size)
         names = sample_names(seed, ids, n)
-        jobs.append(Job(model, ids, names, options, stops, n_logprobs, number * n, news))
+        first, streamed = number * n, bool(asked.stream)
+        jobs.append(Job(model, ids, names, options, stops, n_logprobs, first, news, streamed))
     texts = [
         prompt if isinstance(prompt, str) else trained.tokenizer.decode(prompt)
         for prompt in prompts
@@ -306,11 +307,12 @@ async def news_of(task: Task) -> AsyncIterator[News]:
     """Of all jobs of a task, until each completion has ended. Raises what went wrong."""
     left = 0 if task.writes_nothing else sum(len(job.names) for job in task.jobs)
     while left:
-        news = await task.jobs[0].news.get()
-        if isinstance(news, Exception):
-            raise news
-        left -= bool(news.finished)
-        yield news
+        some = await task.jobs[0].news.get()
+        if isinstance(some, Exception):
+            raise some
+        for news in some:
+            left -= bool(news.finished)
+            yield news
 
 
 async def whole_answer(task: Task, choices: dict[int, Choice]) -> dict[str, Any]:

@@ -65,8 +65,11 @@ class Job:
     n_logprobs: int | None
     """Alternatives of each token that are wanted; None: not even its own probability."""
     first_index: int
-    news: asyncio.Queue[News | Exception]
+    news: asyncio.Queue[list[News] | Exception]
     """Where it hears of what is written, in the event loop it was made in."""
+    streamed: bool = True
+    """Whether it hears of each token at once, or of all of a completion at its end."""
+    unsaid: list[News] = field(default_factory=list)
     loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
     queued_at: float = field(default_factory=time.perf_counter)
     begun: bool = False
@@ -234,16 +237,19 @@ class Engine:
             return
         if self.watch is not None:
             self.watch.count_tokens(model.name, news)
-        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Job, News]]] = {}
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Job, list[News]]]] = {}
         for job, one in news:
-            by_loop.setdefault(job.loop, []).append((job, one))
+            job.unsaid.append(one)
+            if job.streamed or one.finished:
+                by_loop.setdefault(job.loop, []).append((job, job.unsaid))
+                job.unsaid = []
         for loop, of_loop in by_loop.items():
             loop.call_soon_threadsafe(deliver, of_loop)
 
 
-def deliver(news: list[tuple[Job, News]]) -> None:
-    for job, one in news:
-        job.news.put_nowait(one)
+def deliver(news: list[tuple[Job, list[News]]]) -> None:
+    for job, some in news:
+        job.news.put_nowait(some)
 
 
 def answer(function: Callable[[], Any], future: Future[Any]) -> None:

@@ -8,15 +8,18 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gptlite.config.dropout import SITES
-from gptlite.errors import ConfigError
+from gptlite.errors import ConfigError, UserError
 from gptlite.measure.look import look
 from gptlite.measure.without import measure_without
 from gptlite.report.look import figures_of
 from gptlite.report.network import network
 from gptlite.runs.results import read_json, read_text
+from gptlite.runs.trained import Trained
 from gptlite.serve.engine import ServedModel
 
 MOST_CHARACTERS, MOST_UNITS, MOST_NEW_TOKENS = 2000, 4096, 200
+MOST_SHOWN = 12
+"""Tokens of a text that the page proposes."""
 Whole = Annotated[int, Field(ge=0)]
 Place = Annotated[list[Whole], Field(min_length=2, max_length=2)]
 Text = Annotated[str, Field(max_length=MOST_CHARACTERS)]
@@ -73,7 +76,7 @@ def describe_model(served: ServedModel, directory: Path | None) -> dict[str, Any
         "vocab_size": trained.tokenizer.vocab_size,
         "step": trained.step,
         "tokenizer": run.tokenizer.kind,
-        "text": "" if directory is None else known_text(directory),
+        "text": known_text(trained, directory),
         "sample": run.sample.model_dump(mode="json", exclude={"interval", "prompts"}),
         "dropout": any(rates.values()),
         "sites": [
@@ -90,12 +93,19 @@ def describe_model(served: ServedModel, directory: Path | None) -> dict[str, Any
     }
 
 
-def known_text(directory: Path) -> str:
+def known_text(trained: Trained, directory: Path | None) -> str:
     """A few words that the model's tokenizer knows: of its validation text, else its own."""
-    if (directory / "look.json").is_file():
-        return str(read_json(directory / "look.json", []).get("text", ""))
-    samples = sorted((directory / "samples").glob("step-*.txt"))
-    return read_text(samples[-1], []).strip()[:20] if samples else ""
+    text = ""
+    if directory is not None and (directory / "look.json").is_file():
+        text = str(read_json(directory / "look.json", []).get("text", ""))
+    elif directory is not None:
+        samples = sorted((directory / "samples").glob("step-*.txt"))
+        text = read_text(samples[-1], []).strip() if samples else ""
+    try:
+        ids = trained.tokenizer.encode(text)[: min(MOST_SHOWN, trained.context_length - 1)]
+        return trained.tokenizer.decode(ids)
+    except UserError:
+        return ""
 
 
 def make_look(served: ServedModel, directory: Path | None, asked: Look) -> Callable[[], Any]:

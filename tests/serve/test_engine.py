@@ -13,7 +13,7 @@ import gptlite
 from gptlite.config.run import SampleConfig
 from gptlite.errors import DivergedError
 from gptlite.serve.app import Limits
-from gptlite.serve.engine import Busy, Engine, Job, News, ServedModel
+from gptlite.serve.engine import Busy, Engine, Job, ServedModel
 
 
 @pytest.fixture(scope="module")
@@ -31,12 +31,11 @@ def make_job(served: ServedModel, n_tokens: int, name: int = 1, n: int = 1) -> J
 async def read(job: Job) -> str:
     text, left = "", len(job.names)
     while left:
-        news = await asyncio.wait_for(job.news.get(), 30)
-        if isinstance(news, Exception):
-            raise news
-        assert isinstance(news, News)
-        text += news.text
-        left -= bool(news.finished)
+        some = await asyncio.wait_for(job.news.get(), 30)
+        if isinstance(some, Exception):
+            raise some
+        text += "".join(news.text for news in some)
+        left -= sum(bool(news.finished) for news in some)
     return text
 
 
