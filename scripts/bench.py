@@ -48,7 +48,7 @@ from bench_peers import (
     time_interleaved,
 )
 from bench_quality import bench_quality
-from bench_serve import bench_serve
+from bench_serve import bench_serve, bench_soak
 
 from gptlite.config.reader import validate
 from gptlite.config.run import ModelConfig, SampleConfig
@@ -340,6 +340,7 @@ SECTIONS: dict[str, Callable[[argparse.Namespace], Iterator[str]]] = {
     "generate": bench_generate,
     "prepare": bench_prepare,
     "serve": bench_serve,
+    "soak": bench_soak,
     "start": bench_start,
     "minutes": bench_minutes,
     "memory": bench_memory,

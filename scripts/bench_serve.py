@@ -23,7 +23,7 @@ from bench_peers import GPT2, row
 SMALL = {"n_layer": 6, "n_head": 6, "n_embd": 384, "context_length": 256}
 MODELS: dict[str, tuple[dict[str, Any], str, int]] = {
     "10 M": (SMALL, "byte", 64),
-    "124 M": (GPT2, "gpt2", 24),
+    "124 M": (GPT2, "tiktoken", 24),
 }
 """Sizes, tokenizer, and new tokens of a request."""
 CLIENTS = (1, 8, 32)
@@ -48,8 +48,8 @@ def train_nothing(folder: Path, sizes: dict[str, Any], tokenizer: str, dtype: st
 
 
 @contextmanager
-def running(*command: str) -> Iterator[str]:
-    """A server; its address, which is on the first line that it prints."""
+def running(*command: str) -> Iterator[tuple[str, int]]:
+    """A server; its address, which is on the first line that it prints, and its process."""
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )
@@ -57,7 +57,7 @@ def running(*command: str) -> Iterator[str]:
         assert process.stdout is not None
         found = re.search(r"http://\S+?/", process.stdout.readline())
         assert found is not None, f"{command[:6]} does not listen"
-        yield found[0]
+        yield found[0], process.pid
     finally:
         process.terminate()
         process.communicate()
@@ -166,7 +166,7 @@ def bench_model(
                 "0",
             ]
             peer = [sys.executable, __file__, hf]
-            with running(*(peer if who == "transformers" else serve)) as url:
+            with running(*(peer if who == "transformers" else serve)) as (url, _):
                 asyncio.run(load(url, ids, 2, 1, 0.5))  # what is made at the first request
                 if who in runs:
                     waits[who] += [asyncio.run(first_token(url, ids)) for _ in range(5)]
@@ -183,6 +183,53 @@ def bench_model(
         yield row(cells)
     told = ", ".join(f"{1e3 * statistics.median(waits[d]):.0f} ms in {d}" for d in runs)
     yield row((name, "first token", told, "", "", "", ""))
+
+
+SOAK = (100, 1_000, 2_500, 5_000, 10_000)
+"""Completions after which the memory is read."""
+
+
+def bench_soak(options: argparse.Namespace) -> Iterator[str]:
+    """Memory of a server over 10,000 completions, streamed and not, some of them left early."""
+    yield row(("completions", "resident memory, MB", "open files"))
+    yield "|---:|---:|---:|"
+    with tempfile.TemporaryDirectory() as place:
+        run = train_nothing(Path(place), {**SMALL, "n_layer": 2, "n_embd": 96}, "byte", "float32")
+        serve = [sys.executable, "-m", "gptlite", "serve", str(run), "--port", "0"]
+        with running(*serve) as (url, process):
+            for before, after in zip((0, *SOAK), SOAK, strict=False):
+                asyncio.run(ask_many(url, range(before, after)))
+                status = Path(f"/proc/{process}/status").read_text()
+                resident = int(re.findall(r"VmRSS:\s+(\d+) kB", status)[0])
+                files = len(list(Path(f"/proc/{process}/fd").iterdir()))
+                yield row((f"{after:,}", f"{resident / 1000:.0f}", str(files)))
+
+
+async def ask_many(url: str, seeds: range) -> None:
+    """Sixteen clients at a time; of every ten requests one is left before its end."""
+    import httpx2
+
+    waiting = iter(seeds)
+
+    async def ask() -> None:
+        async with httpx2.AsyncClient(timeout=600) as client:
+            for seed in waiting:
+                asked = {
+                    "prompt": PROMPT[: 1 + seed % 60],
+                    "max_tokens": 1 + seed % 24,
+                    "seed": seed,
+                }
+                if seed % 2:
+                    answer = await client.post(f"{url}v1/completions", json=asked)
+                    answer.raise_for_status()
+                    continue
+                asked |= {"stream": True, "logprobs": 5}
+                async with client.stream("POST", f"{url}v1/completions", json=asked) as events:
+                    async for _ in events.aiter_lines():
+                        if seed % 10 == 0:
+                            break
+
+    await asyncio.gather(*(ask() for _ in range(16)))
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def measure_without(
     return {
         "loss": float(nats.sum() / subject.n_targets.sum()),
         "loss_whole": subject.loss,
-        "tokens": [trained.tokenizer.decode([i]) for i in ids],
+        "tokens": len(ids) - 1,
         "text": without,
         "text_whole": continue_text(trained, writer, text, options, seed),
     }

@@ -19,6 +19,8 @@ from gptlite.runs.start import train
 TEXT = Path(__file__).parent / "demo.txt"
 RATES = {"with-dropout": 0.2, "without-dropout": 0.0}
 """Of the runs, by the names of their directories."""
+LINE = "The sun was shining on"
+"""Of the text, to begin with."""
 STEPS = 300
 """Enough for the model without dropout to know much of the text by heart."""
 

@@ -89,8 +89,10 @@ class Writing:
 class ServedModel:
     """A trained model, its running batch, and what is written in it."""
 
-    def __init__(self, name: str, trained: Trained, most_rows: int) -> None:
+    def __init__(self, name: str, trained: Trained, most_rows: int, text: str = "") -> None:
         self.name, self.trained, self.most_rows = name, trained, most_rows
+        self.text = text
+        """A few words that it knows, for the page to begin with."""
         self.generator: GPT = trained.model
         if trained.run.dtype == "bfloat16":
             self.generator = copy.deepcopy(trained.model)

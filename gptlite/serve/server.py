@@ -15,7 +15,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from gptlite.config.run import RunConfig
 from gptlite.errors import ConfigError
 from gptlite.machine import usable_memory_bytes
-from gptlite.runs.demo import train_demo
+from gptlite.runs.demo import LINE, train_demo
 from gptlite.runs.origin import load_run
 from gptlite.runs.trained import load_tokenizer, load_trained
 from gptlite.serve.app import Service
@@ -84,7 +84,7 @@ def demo_folder() -> Iterator[Callable[[], list[tuple[ServedModel, Path]]]]:
         def make() -> list[tuple[ServedModel, Path]]:
             paths = train_demo(Path(folder), lambda _: None)
             return [
-                (ServedModel(path.name, load_trained(path, "last"), DEMO_ROWS), path)
+                (ServedModel(path.name, load_trained(path, "last"), DEMO_ROWS, LINE), path)
                 for path in paths
             ]
 

@@ -18,7 +18,7 @@ from gptlite.runs.trained import Trained
 from gptlite.serve.engine import ServedModel
 
 MOST_CHARACTERS, MOST_UNITS, MOST_NEW_TOKENS = 2000, 4096, 200
-MOST_SHOWN = 12
+MOST_SHOWN = 24
 """Tokens of a text that the page proposes."""
 Whole = Annotated[int, Field(ge=0)]
 Place = Annotated[list[Whole], Field(min_length=2, max_length=2)]
@@ -76,7 +76,7 @@ def describe_model(served: ServedModel, directory: Path | None) -> dict[str, Any
         "vocab_size": trained.tokenizer.vocab_size,
         "step": trained.step,
         "tokenizer": run.tokenizer.kind,
-        "text": known_text(trained, directory),
+        "text": served.text or known_text(trained, directory),
         "sample": run.sample.model_dump(mode="json", exclude={"interval", "prompts"}),
         "dropout": any(rates.values()),
         "sites": [
@@ -116,7 +116,8 @@ def make_look(served: ServedModel, directory: Path | None, asked: Look) -> Calla
 
     def find() -> dict[str, Any]:
         found = look(served.trained, asked.text, max_steps=max_steps, **given)
-        found["figures"] = [figure._asdict() for figure in figures_of(found)]
+        drawn_there = {**found, "picked": None}  # the page draws what is picked itself
+        found["figures"] = [figure._asdict() for figure in figures_of(drawn_there)]
         for site in found["sites"]:
             site |= {"tensor": ", ".join(site["tensor"]), "mask": ", ".join(site["mask"])}
         drawn = ("attention", "context", "locked")

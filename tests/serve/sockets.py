@@ -36,7 +36,7 @@ class Served(NamedTuple):
         return read_all(connection).partition("\r\n\r\n")[2]
 
     def gauge(self, name: str) -> float:
-        found = re.search(rf"^{name} (\S+)$", self.get("/metrics"), re.M)
+        found = re.search(rf"^{re.escape(name)} (\S+)$", self.get("/metrics"), re.M)
         assert found is not None
         return float(found[1])
 
@@ -69,4 +69,5 @@ def serving_process(*arguments: str, folder: Path) -> Iterator[Served]:
         yield Served(process, int(found[1]))
     finally:
         process.kill()
-        process.communicate()
+        _, complaints = process.communicate()
+    assert "Traceback" not in complaints, complaints

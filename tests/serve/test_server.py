@@ -111,8 +111,6 @@ def test_a_signal_lets_what_has_begun_end(tiny: Path, number: int) -> None:
         assert text.count('"finish_reason": "length"') == 1
         assert "[DONE]" in text
         assert served.process.wait(30) == 128 + number
-        assert served.process.stderr is not None
-        assert "Traceback" not in served.process.stderr.read()
 
 
 @pytest.mark.parametrize(
