@@ -266,12 +266,7 @@ PATHS = st.sampled_from(
 )
 
 
-@settings(
-    max_examples=250,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(PATHS, st.dictionaries(st.sampled_from(FIELDS), ODD, max_size=6))
 def test_no_request_is_a_fault_of_the_server(
     client: TestClient, path: str, asked: dict[str, Any]
