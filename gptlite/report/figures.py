@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from gptlite.report import charts
 from gptlite.report.charts import Line
 from gptlite.report.network import network
+from gptlite.report.values import Values, values_of
 from gptlite.runs.results import DAMAGED, RunFiles, number
 
 KINDS = {"head": "heads", "neuron": "neurons", "layer": "layers", "dimension": "dimensions"}
@@ -21,6 +22,8 @@ class Figure(NamedTuple):
     title: str
     svg: str
     caption: str
+    values: Values | None = None
+    """The numbers drawn, where they are lines and not too many."""
 
 
 def make_figures(makers: list[Callable[..., Figures]], *about: Any) -> list[Figure]:
@@ -32,6 +35,21 @@ def make_figures(makers: list[Callable[..., Figures]], *about: Any) -> list[Figu
         except DAMAGED:
             continue
     return figures
+
+
+def draw_lines(
+    title: str,
+    series: list[Line],
+    x_label: str,
+    y_label: str,
+    caption: str,
+    *,
+    lowest: bool = False,
+    **options: Any,
+) -> Figure:
+    """A figure of curves, with the options of `charts.lines`."""
+    svg = charts.lines(title, series, x_label, y_label, **options)
+    return Figure(title, svg, caption, values_of(series, x_label, y_label, lowest=lowest))
 
 
 def run_figures(run: RunFiles) -> list[Group]:
@@ -62,19 +80,16 @@ def losses(run: RunFiles) -> Figures:
     series = [Line(label, *column(run.rows, name)) for label, name in names.items()]
     best = run.best
     marks = [(best["step"], best["val/loss"], f"{best['val/loss']:.3f}")] if best else []
-    svg = charts.lines(
+    yield draw_lines(
         "Losses",
         [line for line in series if line.x],
         "updates",
         "nats per token",
-        epochs_per_step=run.epochs_per_step,
-        marks=marks,
-    )
-    yield Figure(
-        "Losses",
-        svg,
         "The gap is validation minus training with dropout off. Training with dropout on is "
         "another quantity: the loss of the model with parts missing.",
+        lowest=True,
+        epochs_per_step=run.epochs_per_step,
+        marks=marks,
     )
 
 
@@ -84,15 +99,15 @@ def rate_and_norm(run: RunFiles) -> Figures:
         ("Gradient norm", "grad_norm", "Before clipping."),
     ):
         line = Line(title, *column(run.rows, name))
-        svg = charts.lines(title, [line], "updates", title.lower(), zero=True)
-        yield Figure(title, svg, caption)
+        yield draw_lines(title, [line], "updates", title.lower(), caption, zero=True)
 
 
 def throughput(run: RunFiles) -> Figures:
     x, y = column(run.rows, "tokens_per_second")
     y = [None if value is None else value / 1000 for value in y]
-    svg = charts.lines("Throughput", [Line("", x, y)], "updates", "1000 tokens/s", zero=True)
-    yield Figure("Throughput", svg, "Training alone, without evaluating, sampling and saving.")
+    caption = "Training alone, without evaluating, sampling and saving."
+    line = Line("", x, y)
+    yield draw_lines("Throughput", [line], "updates", "1000 tokens/s", caption, zero=True)
 
 
 def draw_network(run: RunFiles) -> Figures:
@@ -109,9 +124,8 @@ def rates_over_time(run: RunFiles) -> Figures:
     series = [Line(name.partition("/")[2], *column(run.rows, name)) for name in names]
     series = merge_equal_lines(series)
     if series:
-        title = "Dropout rates over the run"
-        svg = charts.lines(title, series, "updates", "rate", zero=True)
-        yield Figure(title, svg, "As the schedule moved them.")
+        title, caption = "Dropout rates over the run", "As the schedule moved them."
+        yield draw_lines(title, series, "updates", "rate", caption, zero=True)
 
 
 def merge_equal_lines(series: list[Line]) -> list[Line]:
@@ -133,9 +147,8 @@ def rates_over_depth(run: RunFiles) -> Figures:
     ]
     series = merge_equal_lines(series)
     if series:
-        title = "Dropout rates over depth"
-        svg = charts.lines(title, series, "layer", "full rate", zero=True)
-        yield Figure(title, svg, "At the full strength of the schedule.")
+        title, caption = "Dropout rates over depth", "At the full strength of the schedule."
+        yield draw_lines(title, series, "layer", "full rate", caption, zero=True)
 
 
 def knockouts(run: RunFiles) -> Figures:
@@ -156,16 +169,14 @@ def knockouts(run: RunFiles) -> Figures:
         shown = [s for s in series if "random" in s.label or "mean" in s.label]
         shown.append(Line("unigrams", found["fractions"], unigram, dashed=True, color=5))
         title = f"Without some of its {name}"
-        svg = charts.lines(
-            title, shown, f"fraction of {of_kind['n_units']} removed", "nats per token"
-        )
+        x_label = f"fraction of {of_kind['n_units']} removed"
         caption = "95 % intervals over rows of text and random masks."
         random = of_kind["mean"]["random"]
         if (without := random.get("contribution", {}).get("value")) is not None:
             caption += f" All of them together are worth {without:.2f} nats"
             area = random["contribution_area"]["value"]
             caption += "." if area is None else f"; area of what is left of that: {area:.2f}."
-        yield Figure(title, svg, caption)
+        yield draw_lines(title, shown, x_label, "nats per token", caption)
 
 
 def importances(run: RunFiles) -> Figures:
@@ -180,11 +191,9 @@ def importances(run: RunFiles) -> Figures:
 
 def positions(run: RunFiles) -> Figures:
     y = run.evals["loss"]["loss_by_position"]
-    title = "Loss by position"
-    svg = charts.lines(
-        title, [Line("", list(range(len(y))), y)], "tokens seen before", "nats per token"
-    )
-    yield Figure(title, svg, "How much context helps.")
+    line = Line("", list(range(len(y))), y)
+    caption = "How much context helps."
+    yield draw_lines("Loss by position", [line], "tokens seen before", "nats per token", caption)
 
 
 def draw_calibration(run: RunFiles) -> Figures:
@@ -193,7 +202,9 @@ def draw_calibration(run: RunFiles) -> Figures:
     svg = charts.reliability("Reliability", found["reliability"])
     caption = "Dots are as large as their bin"
     error = "." if ece is None else f"; expected calibration error {ece:.4f}."
-    yield Figure("Reliability", svg, caption + error)
+    line = charts.reliability_line(found["reliability"])
+    values = values_of([line], "confidence", "accuracy")
+    yield Figure("Reliability", svg, caption + error, values)
 
 
 def passes(run: RunFiles) -> Figures:
@@ -207,8 +218,8 @@ def passes(run: RunFiles) -> Figures:
         Line("dropout off", x, [plain] * len(x), dashed=True),
     ]
     difference = found["averaged_minus_deterministic"]["value"]
-    svg = charts.lines(title, series, "passes", "nats per token")
-    yield Figure(title, svg, f"All passes together: {difference:+.4f} nats against dropout off.")
+    caption = f"All passes together: {difference:+.4f} nats against dropout off."
+    yield draw_lines(title, series, "passes", "nats per token", caption)
 
 
 def runs_figures(runs: list[RunFiles]) -> list[Group]:
@@ -221,8 +232,9 @@ def overlay_runs(runs: list[RunFiles]) -> Figures:
         ("Training loss, dropout off", "train/loss_dropout_off"),
     ):
         series = [Line(run.name, *column(run.rows, name)) for run in runs]
-        svg = charts.lines(title, [line for line in series if line.x], "updates", "nats per token")
-        yield Figure(title, svg, "Over the same axis for all runs.")
+        series = [line for line in series if line.x]
+        caption = "Over the same axis for all runs."
+        yield draw_lines(title, series, "updates", "nats per token", caption, lowest=True)
 
 
 def study_figures(study: dict[str, Any]) -> list[Group]:
@@ -249,8 +261,11 @@ def metric_over_axes(study: dict[str, Any], metric: str) -> Figures:
             for points in groups.values():
                 points.sort(key=lambda point: point["x"])
             title = f"{metric} over {axis}"
-            svg = charts.dots(title, list(groups.items()), axis, metric)
-            yield Figure(title, svg, "Mean and 95 % interval over seeds; small dots are the seeds.")
+            drawn = list(groups.items())
+            svg = charts.dots(title, drawn, axis, metric)
+            values = values_of(charts.dot_lines(drawn), axis, metric, lowest="loss" in metric)
+            caption = "Mean and 95 % interval over seeds; small dots are the seeds."
+            yield Figure(title, svg, caption, values)
 
 
 def baseline_differences(study: dict[str, Any], metric: str) -> Figures:

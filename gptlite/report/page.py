@@ -15,6 +15,7 @@ from gptlite.errors import ConfigError, UserError
 from gptlite.report import charts
 from gptlite.report.figures import Figure, Group, run_figures, runs_figures, study_figures
 from gptlite.report.look import figures_of, mask_names
+from gptlite.report.samples import Sample, samples_of
 from gptlite.report.verdict import Verdict, verdict
 from gptlite.runs.directory import has_run
 from gptlite.runs.results import (
@@ -47,9 +48,11 @@ class Page(NamedTuple):
     verdict: Verdict | None
     groups: list[tuple[str, list[Figure]]]
     tables: list[Table]
-    samples: list[tuple[str, str]]
+    samples: list[Sample]
     details: list[tuple[str, str]]
     notes: list[str]
+    n_samples: int = 0
+    """Written; more than there are on the page."""
 
 
 def write_page(sources: list[Path], target: Path | None = None) -> Path:
@@ -188,7 +191,8 @@ def run_page(run: RunFiles) -> Page:
                 list[Table](),
             )
         ],
-        samples=run.samples,
+        samples=try_part(notes, "samples or metrics.jsonl", lambda: samples_of(run), []),
+        n_samples=run.n_samples,
         details=[
             ("Config", run.config_text),
             ("Environment", json.dumps(run.environment, indent=2, ensure_ascii=False)),

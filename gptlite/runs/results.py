@@ -11,10 +11,11 @@ from typing import Any
 from gptlite.config import strict_yaml
 from gptlite.errors import ConfigError
 
-SAMPLES = 6
-"""Shown at most, spread over the run."""
-LONGEST = 4000
-"""Characters of a sample that are shown."""
+SAMPLES = 40
+"""Read at most, spread over the run, the first and the last among them."""
+LONGEST_SAMPLE = 1 << 16
+"""Characters of a sample that are read."""
+SAMPLE_NAME = re.compile(r"step-([0-9]+)\.txt")
 LARGEST = 1 << 26
 """Bytes of a file that is read."""
 DAMAGED = (KeyError, TypeError, ValueError, IndexError, AttributeError, ArithmeticError)
@@ -37,7 +38,10 @@ class RunFiles:
     """Of metrics.jsonl, in order."""
     evals: dict[str, dict[str, Any]] = field(default_factory=dict)
     """The newest result of each suite on the validation split."""
-    samples: list[tuple[str, str]] = field(default_factory=list)
+    samples: list[tuple[int, str]] = field(default_factory=list)
+    """Steps and what the run wrote at them, in order."""
+    n_samples: int = 0
+    """Written; where they are more than SAMPLES not all are read."""
     look: dict[str, Any] = field(default_factory=dict)
     """What dropout does to one text, where it was looked at."""
     notes: list[str] = field(default_factory=list)
@@ -92,12 +96,24 @@ def read_run(directory: Path) -> RunFiles:
     run.evals = read_evals(directory / "eval", run.notes)
     if (directory / "look.json").is_file():
         run.look = read_json(directory / "look.json", run.notes)
-    paths = sorted((directory / "samples").glob("step-*.txt"))
-    for index in sorted({i * (len(paths) - 1) // (SAMPLES - 1) for i in range(SAMPLES)}):
-        if paths:
-            step = int(re.sub(r"\D", "", paths[index].stem) or 0)
-            run.samples.append((f"step {step:,}", read_text(paths[index], run.notes)[:LONGEST]))
+    samples = sorted(sample_files(directory / "samples"))
+    run.n_samples = len(samples)
+    for place in spread(len(samples), SAMPLES):
+        step, path = samples[place]
+        run.samples.append((step, read_text(path, run.notes)[:LONGEST_SAMPLE]))
     return run
+
+
+def sample_files(folder: Path) -> Iterator[tuple[int, Path]]:
+    """Every sample with its step."""
+    for path in folder.glob("step-*.txt"):
+        if name := SAMPLE_NAME.fullmatch(path.name):
+            yield int(name[1]), path
+
+
+def spread(n: int, most: int) -> list[int]:
+    """At most so many of n places, evenly spaced, the first and the last among them."""
+    return list(range(n)) if n <= most else [i * (n - 1) // (most - 1) for i in range(most)]
 
 
 def read_study_results(directory: Path) -> tuple[dict[str, Any], list[str]]:

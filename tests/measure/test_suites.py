@@ -313,9 +313,9 @@ def test_measuring_and_generating_keep_to_the_threads_of_the_run(
     seen: set[int] = set()
     features = GPT.features
 
-    def watched(self: GPT, *args: Any) -> torch.Tensor:
+    def watched(self: GPT, *args: Any, **more: Any) -> torch.Tensor:
         seen.add(torch.get_num_threads())
-        return features(self, *args)
+        return features(self, *args, **more)
 
     monkeypatch.setattr(GPT, "features", watched)
     for command in (["eval", "--suite", "all", "--fast"], ["generate", "--max-new-tokens", "2"]):
@@ -364,7 +364,7 @@ def test_a_model_that_gives_nan_generates_nothing(
 ) -> None:
     """The likeliest of tokens that are all NaN would be some token."""
     features = GPT.features
-    monkeypatch.setattr(GPT, "features", lambda *args: features(*args) * math.nan)
+    monkeypatch.setattr(GPT, "features", lambda *args, **more: features(*args, **more) * math.nan)
     result = CliRunner().invoke(app, ["generate", "--run", str(run_dir), *more])
     assert result.exit_code == 4
     assert "step 8: the model's logits are not finite" in result.stderr

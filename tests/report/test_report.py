@@ -16,6 +16,7 @@ from gptlite.measure.suites import Effort
 from gptlite.report import charts
 from gptlite.report import page as report
 from gptlite.report.network import network
+from gptlite.runs.results import read_run
 from gptlite.runs.start import train
 from gptlite.runs.trained import load_trained
 
@@ -114,6 +115,41 @@ def test_nothing_is_asked_of_anybody(folder: Path, sources: list[str]) -> None:
     assert not re.search(r"""(src|href)\s*=\s*["']?\s*(https?:|//|file:)""", html)
     assert not re.search(r"@import|url\((?!#)", html)
     assert "<script" not in html.lower()
+
+
+def test_the_values_below_a_figure_are_those_of_the_run(folder: Path) -> None:
+    html, rows = page(folder / "run"), read_run(folder / "run").rows
+    figure = re.split(r"(?=<h3>)", html.split("<h3>Losses</h3>")[1])[0]
+    head = re.findall(r'<th scope="col">(.*?)</th>', figure)
+    assert head == ["step", "training, dropout on", "training, dropout off", "validation"]
+    found = re.findall(
+        r'<tr><th scope="row">(.*?)</th><td>(.*?)</td><td>(.*?)</td><td>(.*?)</td>', figure
+    )
+    assert len(found) >= 3
+    lowest = {}
+    for step, *cells in found:
+        row = next(row for row in rows if row["step"] == int(step))
+        names = ("train/loss", "train/loss_dropout_off", "val/loss")
+        for name, cell in zip(names, cells, strict=True):
+            value, _, note = cell.partition(" ")
+            assert value == ("–" if row.get(name) is None else f"{row[name]:.4f}")
+            if note:
+                assert note == "(lowest)"
+                lowest[name] = row[name]
+    assert lowest["val/loss"] == min(row["val/loss"] for row in rows if "val/loss" in row)
+    assert len(lowest) == 3
+
+
+def test_a_page_of_figures_that_say_their_values_stays_small(folder: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(folder / "run", tmp_path / "run")
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    long = [{**rows[step % len(rows)], "step": step} for step in range(1, 1001)]
+    (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, long)))
+    html = page(run)
+    said = re.findall(r'<g class="points".*?</g></g>', html, re.DOTALL)
+    tables = re.findall(r'<details class="values".*?</details>', html, re.DOTALL)
+    assert min(len(said), len(tables)) > 8
+    assert len("".join([*said, *tables])) < 45_000
 
 
 def test_several_runs_are_compared_by_what_differs(folder: Path) -> None:
@@ -265,3 +301,26 @@ def test_a_browser_shows_every_figure_and_complains_of_nothing(
         )
     assert papers[0] != papers[1]
     assert browser.get_log("browser") == []
+
+
+def test_a_point_shows_itself_under_the_pointer_and_says_its_value(
+    folder: Path, browser: Any
+) -> None:
+    from selenium.webdriver import ActionChains
+
+    path = folder / "pointed.html"
+    report.write_page([folder / "run"], path)
+    size = {"width": 1400, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    browser.get(path.as_uri())
+    seen = "return [getComputedStyle(arguments[0]).fillOpacity, arguments[0].textContent]"
+    point = browser.find_elements("css selector", ".points circle")[0]
+    assert browser.execute_script(seen, point)[0] == "0"
+    ActionChains(browser).move_to_element(point).perform()
+    opacity, words = browser.execute_script(seen, point)
+    assert float(opacity) > 0.3
+    first = read_run(folder / "run").rows[0]
+    assert words == f"step {first['step']}: training, dropout on {first['train/loss']:.4f}"
+    assert (
+        10 < browser.execute_script("return arguments[0].getBoundingClientRect().width", point) < 16
+    )
