@@ -1,5 +1,6 @@
 """`gptlite serve`: an HTTP service and a page over trained runs."""
 
+from functools import partial
 from typing import Annotated
 
 import typer
@@ -53,7 +54,7 @@ def serve(
             raise ConfigError("--token: give printable ASCII characters")
         try:
             from gptlite.serve import server
-            from gptlite.serve.app import Limits, make_app
+            from gptlite.serve.app import Limits, Service, make_app
         except ModuleNotFoundError as error:
             if error.name not in ("starlette", "uvicorn", "prometheus_client"):
                 raise
@@ -66,19 +67,24 @@ def serve(
         if not runs and any(RUNS.glob("*/config.yaml")):
             directories = [existing_run(None)]
         named = server.name_models(directories)
-        models = server.load_models(named, checkpoint, batch, tell)
-        for model in models:
-            tell_notes(model.trained)
 
         def say(bound: int) -> None:
             shown = f"[{host}]" if ":" in host else host
-            names = ", ".join(model.name for model in models) or "no model yet"
+            names = ", ".join(named) or "no model yet"
             print(f"serving {names} at http://{shown}:{bound}/  (Ctrl-C ends)", flush=True)
 
         limits = Limits(max_tokens, max_body, timeout)
-        with server.demo_folder() as make_demo:
-            service = server.make_service(
-                named, models, limits=limits, most_waiting=queue, make_demo=make_demo
+        with server.demo_folder() as train_demo:
+            service = Service(
+                dict(named),
+                limits=limits,
+                most_waiting=queue,
+                train_demo=train_demo,
+                load_demo=server.load_demo,
             )
+            service.engine.start()
+            service.engine.load(partial(server.load_models, named, checkpoint, batch, tell))
+            for model in service.engine.models.values():
+                tell_notes(model.trained)
             app = make_app(service, hosts=server.allowed_hosts(host), token=token)
             server.serve_app(app, host, port, say)

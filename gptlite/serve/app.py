@@ -49,16 +49,16 @@ class Service:
 
     def __init__(
         self,
-        models: Sequence[ServedModel],
         directories: dict[str, Path],
         *,
         limits: Limits,
         most_waiting: int,
-        make_demo: Callable[[], list[tuple[ServedModel, Path]]] | None = None,
+        train_demo: Callable[[], dict[str, Path]] | None = None,
+        load_demo: Callable[[dict[str, Path]], Sequence[ServedModel]] | None = None,
     ) -> None:
         self.counters = Counters()
-        self.engine = Engine(models, most_waiting, self.counters)
-        self.limits, self.make_demo = limits, make_demo
+        self.engine = Engine(most_waiting, self.counters)
+        self.limits, self.train_demo, self.load_demo = limits, train_demo, load_demo
         self.directories = directories
         self.watch = Watch(directories.values())
         self.demo_lock = asyncio.Lock()
@@ -67,7 +67,6 @@ class Service:
 
     @asynccontextmanager
     async def lifespan(self, _: Starlette) -> AsyncIterator[None]:
-        self.engine.start()
         yield
         await run_in_threadpool(self.engine.close)
 
@@ -184,7 +183,7 @@ class Service:
             studio.describe_model(model, self.directories.get(name))
             for name, model in list(self.engine.models.items())
         ]
-        return {"models": models, "demo": self.make_demo is not None}
+        return {"models": models, "demo": self.train_demo is not None}
 
     async def list_runs(self, _: Request) -> Response:
         return JSONResponse(await run_in_threadpool(self.watch.list_runs))
@@ -209,13 +208,12 @@ class Service:
     async def demo(self, _: Request) -> Response:
         """Two small models, trained now, once."""
         async with self.demo_lock:
-            if self.make_demo is not None:
-                found = await run_in_threadpool(self.make_demo)
-                self.directories.update({model.name: path for model, path in found})
-                self.watch.named += [path for _, path in found]
-                more = {model.name: model for model, _ in found}
-                await self.ask(partial(self.engine.models.update, more))
-                self.make_demo = None
+            if self.train_demo is not None and self.load_demo is not None:
+                found = await run_in_threadpool(self.train_demo)
+                await run_in_threadpool(self.engine.load, partial(self.load_demo, found))
+                self.directories.update(found)
+                self.watch.named += found.values()
+                self.train_demo = None
         return await self.describe_models(_)
 
 

@@ -1,7 +1,9 @@
 """The one thread in which models work: completions in running batches, and single calls between.
 
 Requests come from the event loop and hear back through it; nothing else touches the models, so a
-picture that hooks into a model never meets a text that it writes.
+picture that hooks into a model never meets a text that it writes. Models are loaded here, too: where
+another thread has worked in parallel before, OpenMP counts more threads than cores and lets those
+that wait sleep at once, and a token of a 10 M model takes a quarter longer (4.5 instead of 3.6 ms).
 """
 
 import asyncio
@@ -153,8 +155,8 @@ def describe_prompt(model: ServedModel, ids: Sequence[int], n: int) -> list[Toke
 class Engine:
     """Models by name; `most_waiting` jobs may wait beside those for which there is a place."""
 
-    def __init__(self, models: Sequence[ServedModel], most_waiting: int, watch: Any = None) -> None:
-        self.models = {model.name: model for model in models}
+    def __init__(self, most_waiting: int, watch: Any = None) -> None:
+        self.models: dict[str, ServedModel] = {}
         self.most_waiting, self.watch = most_waiting, watch
         self.waiting: deque[Job] = deque()
         self.calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
@@ -163,6 +165,14 @@ class Engine:
 
     def start(self) -> None:
         self.thread.start()
+
+    def load(self, make: Callable[[], Sequence[ServedModel]]) -> None:
+        """Models that are made in the engine's thread. Raises what `make` raises."""
+
+        def add() -> None:
+            self.models.update({model.name: model for model in make()})
+
+        self.call(add).result()
 
     def close(self) -> None:
         with self.changed:

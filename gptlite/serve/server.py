@@ -18,7 +18,6 @@ from gptlite.machine import usable_memory_bytes
 from gptlite.runs.demo import LINE, train_demo
 from gptlite.runs.origin import load_run
 from gptlite.runs.trained import load_tokenizer, load_trained
-from gptlite.serve.app import Service
 from gptlite.serve.engine import ServedModel
 
 GIB = 1 << 30
@@ -77,18 +76,21 @@ def load_models(
 
 
 @contextmanager
-def demo_folder() -> Iterator[Callable[[], list[tuple[ServedModel, Path]]]]:
-    """What makes the pair of small models, in a folder that goes with the server."""
+def demo_folder() -> Iterator[Callable[[], dict[str, Path]]]:
+    """What trains the pair of small models, in a folder that goes with the server."""
     with tempfile.TemporaryDirectory(prefix="gptlite-demo-") as folder:
 
-        def make() -> list[tuple[ServedModel, Path]]:
-            paths = train_demo(Path(folder), lambda _: None)
-            return [
-                (ServedModel(path.name, load_trained(path, "last"), DEMO_ROWS, LINE), path)
-                for path in paths
-            ]
+        def make() -> dict[str, Path]:
+            return {path.name: path for path in train_demo(Path(folder), lambda _: None)}
 
         yield make
+
+
+def load_demo(named: dict[str, Path]) -> list[ServedModel]:
+    return [
+        ServedModel(name, load_trained(path, "last"), DEMO_ROWS, LINE)
+        for name, path in named.items()
+    ]
 
 
 class ImpatientProtocol(H11Protocol):
@@ -142,7 +144,3 @@ def serve_app(app: Any, host: str, port: int, said: Callable[[int], None]) -> No
 def allowed_hosts(host: str) -> list[str] | None:
     """The names this server answers to; None: any, where a token is what protects it."""
     return list(LOOPBACK) if host in ("localhost", "127.0.0.1", "::1") else None
-
-
-def make_service(named: dict[str, Path], models: Sequence[ServedModel], **options: Any) -> Service:
-    return Service(models, dict(named), **options)

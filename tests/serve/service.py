@@ -37,18 +37,13 @@ def serving(
     most_rows: int = 4,
     most_waiting: int = 8,
     limits: Limits = LIMITS,
-    make_demo: Any = None,
     **guard: Any,
 ) -> Iterator[TestClient]:
     """A client of a service over these runs, which is `client.service`."""
-    models = [load_served(directory, most_rows) for directory in directories]
-    service = Service(
-        models,
-        {directory.name: directory for directory in directories},
-        limits=limits,
-        most_waiting=most_waiting,
-        make_demo=make_demo,
-    )
+    named = {directory.name: directory for directory in directories}
+    service = Service(named, limits=limits, most_waiting=most_waiting)
+    service.engine.start()
+    service.engine.load(lambda: [load_served(directory, most_rows) for directory in directories])
     guard = {"hosts": ["localhost", "testserver"], **guard}
     app = make_app(service, **guard)
     with TestClient(app, raise_server_exceptions=False, **BROWSER) as client:

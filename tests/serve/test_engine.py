@@ -28,6 +28,12 @@ def make_job(served: ServedModel, n_tokens: int, name: int = 1, n: int = 1) -> J
     return Job(served.name, ids, names, options, [], None, 0, asyncio.Queue())
 
 
+def make_engine(served: ServedModel, most_waiting: int) -> Engine:
+    engine = Engine(most_waiting)
+    engine.models[served.name] = served
+    return engine
+
+
 async def read(job: Job) -> str:
     text, left = "", len(job.names)
     while left:
@@ -52,7 +58,7 @@ def run_engine(engine: Engine, work: Any) -> Any:
 
 def test_who_comes_while_others_write_gets_the_same_text(tiny: Path) -> None:
     served = load_served(tiny, most_rows=3)
-    engine = Engine([served], most_waiting=100)
+    engine = make_engine(served, 100)
 
     async def alone_and_together() -> None:
         alone = []
@@ -72,7 +78,7 @@ def test_who_comes_while_others_write_gets_the_same_text(tiny: Path) -> None:
 
 def test_the_queue_has_an_end_and_who_leaves_frees_a_place(tiny: Path) -> None:
     served = load_served(tiny, most_rows=1)
-    engine = Engine([served], most_waiting=2)
+    engine = make_engine(served, 2)
 
     async def crowd() -> None:
         first = make_job(served, 100_000)
@@ -94,7 +100,7 @@ def test_the_queue_has_an_end_and_who_leaves_frees_a_place(tiny: Path) -> None:
 
 def test_many_samples_wait_for_as_many_places_and_are_not_overtaken(tiny: Path) -> None:
     served = load_served(tiny, most_rows=3)
-    engine = Engine([served], most_waiting=9)
+    engine = make_engine(served, 9)
 
     async def crowd() -> None:
         order: list[str] = []
@@ -116,7 +122,7 @@ def test_many_samples_wait_for_as_many_places_and_are_not_overtaken(tiny: Path) 
 
 def test_a_model_that_diverges_tells_each_and_the_engine_lives(tiny: Path) -> None:
     served = load_served(tiny)
-    engine = Engine([served], most_waiting=9)
+    engine = make_engine(served, 9)
 
     async def diverge() -> None:
         jobs = [make_job(served, 50, name) for name in range(3)]
@@ -137,7 +143,7 @@ def test_a_model_that_diverges_tells_each_and_the_engine_lives(tiny: Path) -> No
 
 def test_a_call_has_the_models_to_itself(tiny: Path) -> None:
     served = load_served(tiny)
-    engine = Engine([served], most_waiting=9)
+    engine = make_engine(served, 9)
 
     async def calls() -> None:
         job = make_job(served, 30)
