@@ -30,9 +30,9 @@ from gptlite import storage
 from gptlite.config.reader import dump
 from gptlite.config.run import ModelConfig, OptimConfig, RunConfig, SampleConfig
 from gptlite.core import tensor_files
-from gptlite.core.generate import draw, probabilities
 from gptlite.core.model import GPT
 from gptlite.core.optim import lr_at
+from gptlite.core.sampling import draw, probabilities
 from gptlite.core.weights import FILES, model_tensors
 from gptlite.data import tokenizers
 from gptlite.data.batches import Batch, Ids, batch_at

@@ -160,10 +160,15 @@ class Service:
 
     async def stream(self, task: Task, choices: dict[int, Choice]) -> AsyncIterator[str]:
         """The events of an answer; an error is one of them, as the status is already sent."""
+        events = completions.streamed_answer(task, choices)
+        end = asyncio.get_running_loop().time() + self.limits.most_seconds
         try:
-            async with asyncio.timeout(self.limits.most_seconds):
-                async for event in completions.streamed_answer(task, choices):
-                    yield event
+            # Not a timeout around all: it would end whatever sends the event just then.
+            while True:
+                left = end - asyncio.get_running_loop().time()
+                yield await asyncio.wait_for(anext(events), max(0.0, left))
+        except StopAsyncIteration:
+            pass
         except TimeoutError:
             yield completions.as_event(self.too_long().body)
         except Exception as error:  # noqa: BLE001 - the client must hear of it
