@@ -10,6 +10,7 @@ from gptlite.errors import ConfigError, MissingPackages
 from gptlite.terminal import tell, user_errors
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
+PACKAGES = ("starlette", "uvicorn", "prometheus_client")
 
 
 def serve(
@@ -56,10 +57,9 @@ def serve(
             from gptlite.serve import server
             from gptlite.serve.app import Limits, Service, make_app
         except ModuleNotFoundError as error:
-            if error.name not in ("starlette", "uvicorn", "prometheus_client"):
+            if error.name not in PACKAGES:
                 raise
-            packages = ("starlette", "uvicorn", "prometheus_client")
-            raise MissingPackages("gptlite serve", *packages) from None
+            raise MissingPackages("gptlite serve", *PACKAGES) from None
         from gptlite.cli.printing import tell_notes
         from gptlite.runs.directory import RUNS, existing_run
 
@@ -86,5 +86,7 @@ def serve(
             service.engine.load(partial(server.load_models, named, checkpoint, batch, tell))
             for model in service.engine.models.values():
                 tell_notes(model.trained)
-            app = make_app(service, hosts=server.allowed_hosts(host), token=token)
+            # Elsewhere the names are not known, and the token is what protects.
+            hosts = server.OWN_NAMES if host in LOOPBACK else None
+            app = make_app(service, hosts=hosts, token=token)
             server.serve_app(app, host, port, say)

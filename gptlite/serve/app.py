@@ -201,13 +201,13 @@ class Service:
         return JSONResponse(found)
 
     async def look(self, request: Request) -> Response:
-        asked = studio.read_question(studio.Look, await read_json_body(request))
+        asked = completions.read_request(studio.Look, await read_json_body(request))
         model = self.choose(asked.model)
         find = studio.make_look(model, self.directories.get(model.name), asked)
         return JSONResponse(await self.ask(find))
 
     async def without(self, request: Request) -> Response:
-        asked = studio.read_question(studio.Without, await read_json_body(request))
+        asked = completions.read_request(studio.Without, await read_json_body(request))
         return JSONResponse(await self.ask(studio.make_without(self.choose(asked.model), asked)))
 
     async def demo(self, _: Request) -> Response:

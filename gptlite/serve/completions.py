@@ -95,7 +95,7 @@ class ChatRequest(Asked):
         return "".join([*lines, "Assistant:"])
 
 
-def read_request(kind: type[Asked], body: Any) -> Any:
+def read_request(kind: type[BaseModel], body: Any) -> Any:
     """Raises ConfigError with the field that cannot be meant."""
     try:
         return kind.model_validate(body)
@@ -332,17 +332,17 @@ def as_event(value: Any) -> str:
     return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
 
 
-def piece_of(task: Task, choice: Choice, news: News, text: str) -> dict[str, Any]:
+def piece_of(task: Task, choice: Choice, news: News) -> dict[str, Any]:
     """One chunk's choice."""
     tokens = [] if news.token is None else [news.token]
     common = {"index": choice.index, "finish_reason": reason(news.finished)}
     wanted = task.jobs[0].n_logprobs is not None
     if task.chat:
         logprobs = chat_logprobs(task, tokens) if wanted else None
-        return {**common, "delta": {"content": text}, "logprobs": logprobs}
+        return {**common, "delta": {"content": news.text}, "logprobs": logprobs}
     offsets = choice.offsets[-1:] if tokens else []
     logprobs = completion_logprobs(task, tokens, offsets) if wanted else None
-    return {**common, "text": text, "logprobs": logprobs}
+    return {**common, "text": news.text, "logprobs": logprobs}
 
 
 def first_pieces(task: Task, choices: dict[int, Choice]) -> Iterator[dict[str, Any]]:
@@ -365,7 +365,7 @@ async def streamed_answer(task: Task, choices: dict[int, Choice]) -> AsyncIterat
         choice = choices[news.index]
         choice.add(news)
         if news.text or news.token is not None or news.finished:
-            piece = piece_of(task, choice, news, news.text)
+            piece = piece_of(task, choice, news)
             yield as_event({**head, "choices": [piece], **more})
     if task.asked.wants_usage:
         usage = usage_of(task, list(choices.values()))

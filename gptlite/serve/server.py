@@ -28,7 +28,8 @@ SECONDS_TO_ASK = 15
 """For a new connection to send its first request."""
 SECONDS_TO_DRAIN = 60
 """For answers that have begun, when the server is told to end."""
-LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
+OWN_NAMES = ("localhost", "127.0.0.1", "[::1]")
+"""What a server that only this machine reaches is called in requests."""
 
 
 def name_models(directories: Sequence[Path]) -> dict[str, Path]:
@@ -139,8 +140,3 @@ def serve_app(app: Any, host: str, port: int, said: Callable[[int], None]) -> No
     with listening:
         said(listening.getsockname()[1])
         uvicorn.Server(config).run(sockets=[listening])
-
-
-def allowed_hosts(host: str) -> list[str] | None:
-    """The names this server answers to; None: any, where a token is what protects it."""
-    return list(LOOPBACK) if host in ("localhost", "127.0.0.1", "::1") else None

@@ -5,10 +5,10 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from gptlite.config.dropout import SITES
-from gptlite.errors import ConfigError, UserError
+from gptlite.errors import UserError
 from gptlite.measure.look import look
 from gptlite.measure.without import measure_without
 from gptlite.report.look import figures_of
@@ -49,16 +49,6 @@ class Without(Question):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 1337
     max_new_tokens: Annotated[int, Field(ge=1, le=MOST_NEW_TOKENS)] = 40
     temperature: Annotated[float, Field(ge=0)] | None = None
-
-
-def read_question(kind: type[Question], body: Any) -> Any:
-    """Raises ConfigError with the field that cannot be meant."""
-    try:
-        return kind.model_validate(body)
-    except ValidationError as error:
-        detail = error.errors(include_url=False)[0]
-        place = str(detail["loc"][0]) if detail["loc"] else "body"
-        raise ConfigError(f"{place}: {detail['msg']}") from None
 
 
 def describe_model(served: ServedModel, directory: Path | None) -> dict[str, Any]:
