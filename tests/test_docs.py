@@ -33,6 +33,8 @@ PAGES = ["README.md", "data/README.md", *(f"docs/{p.name}" for p in (ROOT / "doc
 COMMAND = re.compile(
     r"(?:\$ )?((?:gptlite|torchrun --standalone|\./scripts/|scripts/|python scripts/)\S* ?.*)"
 )
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+SHELL = ("", "sh", "bash")
 LAMBADA = "gptlite eval --run runs/NAME --suite lm-eval --tasks lambada_openai,arc_easy --limit 200"
 SHARED = "gptlite study rates.yaml --storage postgresql+psycopg://USER@HOST:PORT/DATABASE"
 LEAVES = {
@@ -44,10 +46,12 @@ address that is none."""
 
 
 def commands(page: str) -> list[str]:
-    """The lines of a page's unmarked blocks that are commands, without their remarks."""
+    """The lines of a page's blocks for the shell that are commands, without their remarks."""
     text = (ROOT / page).read_text()
-    blocks = re.findall(r"^```(?:sh|bash)?\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    lines = [line for block in blocks for line in block.splitlines()]
+    # Every block is matched, or the end of a marked one would be taken for another's beginning.
+    lines = [
+        line for kind, block in BLOCK.findall(text) if kind in SHELL for line in block.split("\n")
+    ]
     found = [match[1] for line in lines if (match := COMMAND.fullmatch(line))]
     return [line.partition("  #")[0].strip() for line in found if line != "gptlite/"]
 
