@@ -161,8 +161,8 @@ def numbers(tokens: list[str], before: Tensor, values: Tensor) -> str:
 
 def beside(drawn: Sequence[str], titles: Sequence[str]) -> str:
     """Several drawings of one size as one, with a title above each."""
-    sizes = [re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg) for svg in drawn]
-    width, height = max(float(size[1]) for size in sizes), max(float(size[2]) for size in sizes)
+    sizes = [re.findall(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg)[0] for svg in drawn]
+    width, height = (max(map(float, size)) for size in zip(*sizes, strict=True))
     parts = [svg_head(width * len(drawn), height + TITLE, "; ".join(titles))]
     for place, (svg, title) in enumerate(zip(drawn, titles, strict=True)):
         parts.append(label(place * width + LABEL, TITLE - 10, title, ""))
@@ -215,7 +215,7 @@ def draw_rates(study: Path) -> str:
     series = []
     for path in sorted(study.rglob("metrics.jsonl")):
         run = gptlite.load(path.parent)
-        rate = run.config.dropout.rate
+        rate = max(run.config.dropout.rates().values())
         if run.config.seed == 1:
             rows = [row for row in run.metrics() if "val/loss" in row]
             steps = [row["step"] for row in rows]
