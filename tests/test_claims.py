@@ -70,6 +70,9 @@ CLAIMS: dict[str, dict[str, Callable[[], bool] | None]] = {
         "with AVX-512 have not been run": lambda: no_word(
             '"minutes": (?!1.0,)|"seed": (?!1,)|AVX512', "docs/quality.jsonl"
         ),
+        "On an AMD processor it has not been measured": lambda: no_machine(
+            "(generate|loops|serve) .*(2026-12|202[7-9]).* AMD"
+        ),
     },
     "docs/dropout.md": {
         "(not offered) | everything": lambda: has("config/dropout.py", '["element", "locked"]'),
