@@ -157,7 +157,8 @@ def anchor_of(heading: str) -> str:
 
 def anchors_of(page: Path) -> set[str]:
     text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
-    return {anchor_of(line.lstrip("#")) for line in text.splitlines() if line.startswith("#")}
+    headings = {anchor_of(line.lstrip("#")) for line in text.splitlines() if line.startswith("#")}
+    return headings | set(re.findall(r'<a id="([^"]+)">', text))
 
 
 @pytest.mark.parametrize("page", PAGES)
