@@ -61,6 +61,7 @@ class Progress:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.look()  # whatever ends a study, the last run is told of
         self.bar.close()
 
     def look(self) -> None:

@@ -151,7 +151,6 @@ def take_runs(
             write_results(queue)
             if parent is not None and not parent.is_alive():
                 return
-    look()
 
 
 def watcher(
