@@ -28,6 +28,7 @@ from gptlite.runs.export import prepare_hf, save
 from gptlite.runs.start import train
 from gptlite.runs.trained import load_trained
 from gptlite.serve import server
+from gptlite.studies import estimate
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ["README.md", "data/README.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
@@ -92,6 +93,7 @@ def desk(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(recipe, "LADDER", ((1, 32, 16),))
     monkeypatch.setattr(budget, "time_rung", time_rung)
     monkeypatch.setattr(recipe, "rehearse", rehearse)
+    monkeypatch.setattr(estimate, "SECONDS", 0.0)
     return folder
 
 

@@ -72,10 +72,9 @@ class Progress:
     def show(self, standing: Standing) -> None:
         fresh = [record for record in standing.records if record["name"] not in self.seen]
         self.seen |= {record["name"] for record in fresh}
-        for record in fresh[:-1]:
-            self.say(outcome(record))
-        for record in fresh[-1:]:
-            self.say(f"{outcome(record)}; {self.words(standing)}")
+        for record in fresh:
+            last = record is fresh[-1] and self.bar.disable  # which says it otherwise
+            self.say(f"{outcome(record)}; {self.words(standing)}" if last else outcome(record))
         self.move_bar(standing)
 
     def move_bar(self, standing: Standing) -> None:
