@@ -14,7 +14,6 @@ from gptlite.words import escape_controls
 if TYPE_CHECKING:
     from gptlite.studies.config import Study
 
-STUDIES = Path("studies")
 SEEDS = 3
 """Of a study that is made of options."""
 
@@ -42,7 +41,7 @@ def study(
     ] = False,
     workers: Annotated[int, typer.Option(min=1, max=1024, help="Processes on this machine.")] = 1,
     out_dir: Annotated[
-        Path | None, typer.Option(help="The study's folder; default: studies/NAME of the file.")
+        Path | None, typer.Option(help="The study's folder; default: studies/NAME.")
     ] = None,
     storage: Annotated[
         str | None, typer.Option(help="Database URL for machines that share no folder.")
@@ -59,11 +58,11 @@ def study(
 
         if file is not None:
             made, new = load_study(file), False
-            folder = out_dir or STUDIES / made.name
+            folder = out_dir or sweeping.study_folder(file)
         else:
             values, n_seeds = overrides or [], seeds or SEEDS
             made = sweeping.make_sweep(config or [], sweep or [], values, n_seeds, out_dir)
-            folder = out_dir or STUDIES / made.name
+            folder = out_dir or sweeping.STUDIES / made.name
             file = sweeping.sweep_file(folder)
             new = sweeping.is_new(file, made)
         if dry_run:

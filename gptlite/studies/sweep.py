@@ -23,6 +23,7 @@ from gptlite.errors import ConfigError
 from gptlite.studies.config import Study, StudyConfig, make_study, read_study_config, short_names
 from gptlite.words import escape_controls
 
+STUDIES = Path("studies")
 EXAMPLE = "as in --sweep dropout.rate=0,0.1,0.2"
 
 
@@ -86,7 +87,14 @@ def sweep_name(configs: Sequence[str], axes: dict[str, Any]) -> str:
 
 
 def sweep_file(folder: Path) -> Path:
+    """Where the file of a study in this folder is."""
     return folder.parent / f"{folder.resolve().name}.yaml"
+
+
+def study_folder(file: Path) -> Path:
+    """Where the study of a file is: beside it if it was begun there, else in studies/."""
+    beside = file.with_suffix("")
+    return beside if (beside / "study.yaml").is_file() else STUDIES / file.stem
 
 
 def is_new(path: Path, study: Study) -> bool:

@@ -13,7 +13,7 @@ from gptlite.cli.main import app
 from gptlite.errors import ConfigError
 from gptlite.studies import estimate
 from gptlite.studies.config import load_study
-from gptlite.studies.sweep import is_new, make_sweep, write_sweep
+from gptlite.studies.sweep import is_new, make_sweep, study_folder, sweep_file, write_sweep
 
 
 def call(*words: str, code: int = 0) -> Result:
@@ -179,6 +179,15 @@ def test_a_file_that_says_otherwise_is_not_written_over(desk: Path) -> None:
     path.write_text(path.read_text() + "evaluate: [calibration]\n")
     with pytest.raises(ConfigError, match="is another study"):
         is_new(path, made)
+
+
+def test_a_file_goes_on_in_the_folder_beside_it(desk: Path) -> None:
+    assert study_folder(desk / "mine.yaml") == Path("studies/mine")
+    (desk / "mine").mkdir()
+    assert study_folder(desk / "mine.yaml") == Path("studies/mine")
+    (desk / "mine" / "study.yaml").write_text("")  # as every study has
+    assert study_folder(desk / "mine.yaml") == desk / "mine"
+    assert sweep_file(desk / "mine") == desk / "mine.yaml"
 
 
 def test_a_study_has_the_name_of_its_folder(desk: Path) -> None:
