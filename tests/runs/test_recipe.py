@@ -52,7 +52,8 @@ def composed(
     workshop: Workshop, minutes: float = 0.5, *overrides: str, began: float | None = None
 ) -> tuple[RunConfig, str]:
     cache = f"data.cache_dir={workshop.folder / 'cache'}"
-    return recipe.make_recipe([str(workshop.text)], minutes, [cache, *overrides], began)
+    run, text, _ = recipe.make_recipe([str(workshop.text)], minutes, [cache, *overrides], began)
+    return run, text
 
 
 def look(workshop: Workshop, text: str) -> recipe.Survey:
