@@ -33,7 +33,7 @@ LOOKS = 10
 """Evaluations of a run."""
 MOST_EVALUATING = 0.1
 """Share of the time for the looks; where all validation text would take more, a part is taken."""
-MOST_FOR_PAGES = 0.02
+MOST_FOR_PAGES = 0.03
 """Share of the time for the page that is made again while the run trains."""
 LEAST_GROWTH = 0.4
 """From one rung to the next the time of an update grows at least by so much of what its FLOPs grow
@@ -188,7 +188,8 @@ def fit_run(costs: Costs, rung: Rung, n_val: int, budget: Budget, asked: Documen
     each = costs.update + costs.save / train.save_interval
     if sample.interval:
         each += costs.sample / sample.interval
-    rest = (1 - MOST_FOR_PAGES) * seconds - costs.begin - costs.sample
+    pages = min(MOST_FOR_PAGES * seconds, LOOKS * budget.ending)
+    rest = seconds - pages - costs.begin - costs.sample
     if is_asked(asked, "eval_interval"):
         each += (look + costs.save) / train.eval_interval
     else:
