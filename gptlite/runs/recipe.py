@@ -6,6 +6,7 @@ and run again. Speed is measured on this machine, with the text itself, before c
 
 import math
 import re
+import textwrap
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -151,10 +152,10 @@ class Lines:
 
 def first_words(text: str) -> str:
     """What a line begins with, as far as it can be shown; nothing of a line of blanks."""
-    line = text.strip().partition("\n")[0].rstrip()
-    if not line.isprintable():
+    line = text.strip().partition("\n")[0]
+    if not line or not line.isprintable():
         return ""
-    return line if len(line) <= OPENING else line[:OPENING].rpartition(" ")[0] or line[:OPENING]
+    return textwrap.wrap(line, OPENING, break_on_hyphens=False)[0]
 
 
 def text_choices(found: Survey) -> Iterator[Choice]:
