@@ -18,6 +18,8 @@ what a reader would miss most."""
 MOST_SOURCES = 3
 MUCH_LONGER = 2.0
 """Times as long as was promised, from which on it is said."""
+TOO_FEW = 10
+"""Updates that make no model."""
 
 
 def header_lines(
@@ -64,7 +66,10 @@ def plan_line(run: RunConfig, plan: dict[str, Any], seconds: float | None) -> st
     line += f", {plan['epochs']:.2f} epochs"
     if timed:
         return f"{line}, at most {train.max_minutes:g} minutes"
-    return line if seconds is None else f"{line}, about {describe_duration(seconds)}"
+    if seconds is None:
+        return line
+    uncompiled = " (as timed without compiling)" if run.compile is True else ""
+    return f"{line}, about {describe_duration(seconds)} on this machine{uncompiled}"
 
 
 def dropout_line(run: RunConfig, plan: dict[str, Any]) -> str:
@@ -99,7 +104,7 @@ def slow_line(run: RunConfig, plan: dict[str, Any], seconds: float, promise: Pro
     promised = describe_duration(promise.seconds)
     steps = round_down(plan["steps"] * promise.seconds / seconds)
     faster = f"--set train.max_steps={steps} would take about {promised}"
-    if steps <= run.optim.warmup_steps:
+    if steps <= max(run.optim.warmup_steps, TOO_FEW):
         faster = "a smaller model would be faster (model.n_layer, model.n_embd)"
     longer = f"about {describe_duration(seconds)} instead of the {promised} of {promise.where}"
     return f"slow: {longer}: {explain_slowness(run, plan['auto'], promise)}; {faster}"

@@ -35,11 +35,18 @@ def test_it_says_what_is_trained_on_what_how_long_and_what_drops(workshop: Works
         "runs/tiny: 26.9k parameters (2 layers, 2 heads, 32 wide, context 16)",
         f"text: {workshop.text}, {text:,} tokens (char {plan['vocab_size']}), "
         f"{plan['val_tokens']:,} held out",
-        f"plan: 8 updates of 8 x 16 tokens, {64 / rows:.2f} epochs, about 2 minutes",
+        f"plan: 8 updates of 8 x 16 tokens, {64 / rows:.2f} epochs, about 2 minutes on this machine",
         "dropout: embedding 0.2, attention_weights 0.2, attention_output 0.2, mlp_output 0.2, "
         "constant",
         "note: dropout in 0.1 epochs: dropout costs up to about 13 (rate 0)",
     ]
+
+
+def test_a_time_that_leaves_compiling_out_says_so(workshop: Workshop) -> None:
+    run, plan = planned(workshop)
+    compiled = run.model_copy(update={"compile": True})
+    line = header_lines(compiled, plan, "run", 130.0)[2]
+    assert line.endswith("about 2 minutes on this machine (as timed without compiling)")
 
 
 def test_without_dropout_it_says_so(workshop: Workshop) -> None:
@@ -107,7 +114,7 @@ def test_what_is_slow_has_a_reason_and_a_faster_choice(
 
 
 def test_where_fewer_updates_would_be_none_another_choice_is_named(workshop: Workshop) -> None:
-    run, plan = planned(workshop, optim={"warmup_steps": 7})
+    run, plan = planned(workshop, train={"max_steps": 1000}, optim={"warmup_steps": 461})
     line = header_lines(run, plan, "run", 130.0, SLOW)[4]
     assert line.endswith("; a smaller model would be faster (model.n_layer, model.n_embd)")
 
