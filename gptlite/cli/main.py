@@ -111,7 +111,13 @@ def train(
         from gptlite.report.page import add_report
         from gptlite.runs.viewer import Viewer
 
-        viewer = Viewer(verbose, True, launch.seconds, launch.promise, add_report)
+        viewer = Viewer(
+            verbose=verbose,
+            foresees=True,
+            seconds=launch.seconds,
+            promise=launch.promise,
+            add_report=add_report,
+        )
         train(
             launch.run,
             launch.directory,

@@ -11,10 +11,9 @@ from gptlite.interchange.families import describe_export
 from gptlite.planning.audit import advice
 from gptlite.terminal import describe_duration, format_number
 
-FIRST_LINES, MOST_LINES = 4, 7
-"""Of a head: those that are always shown, and how many rows of a terminal there are for all. With
-the line about a config that was made for a text they are eight. The others come in the order of
-what a reader would miss most."""
+MOST_LINES = 7
+"""Rows of a terminal for a head: notes are left out where it would have more. With the line about a
+config that was made for a text they are eight."""
 MOST_SOURCES = 3
 MUCH_LONGER = 2.0
 """Times as long as was promised, from which on it is said."""
@@ -29,8 +28,8 @@ def header_lines(
     seconds: float | None = None,
     promise: Promise | None = None,
 ) -> list[str]:
-    """What is trained, on what, for how long and with which dropout, and what else is to be said.
-    `seconds` are what it is expected to take."""
+    """What is trained, on what, for how long and with which dropout. `seconds` are what it is
+    expected to take."""
     model, parameters = run.model, format_number(plan["parameters"])
     shape = f"{model.n_layer} layers, {model.n_head} heads, {model.n_embd} wide"
     kind = f"{run.tokenizer.kind} {plan['vocab_size']}"
@@ -46,7 +45,7 @@ def header_lines(
     if plan["ranks"] > 1:
         each = f"{plan['sequences_per_rank']} sequences of an update"
         lines.append(f"ranks: {plan['ranks']}, each with {each}")
-    return [*lines, *extra_lines(run, plan), *note_lines(run, plan)]
+    return [*lines, *extra_lines(run, plan)]
 
 
 def name_sources(sources: tuple[str, ...]) -> str:
@@ -128,7 +127,7 @@ def explain_slowness(run: RunConfig, reasons: dict[str, str], promise: Promise) 
 
 def extra_lines(run: RunConfig, plan: dict[str, Any]) -> Iterator[str]:
     """What is not as in most runs."""
-    optim, train, distill = run.optim, run.train, run.distill
+    train, distill = run.train, run.distill
     if distill.teachers:
         each = ", ".join(distill.teachers)
         yield f"teachers: {each}: {distill.weight:.0%} of the loss (T = {distill.temperature:g})"
@@ -138,12 +137,10 @@ def extra_lines(run: RunConfig, plan: dict[str, Any]) -> Iterator[str]:
             f"average: of the weights, half-life {half_life:.3g} updates; it is what is evaluated, "
             "saved and generated from"
         )
-    if optim.weight_decay_schedule != "constant":
-        yield f"weight decay: {optim.weight_decay:g}, {optim.weight_decay_schedule}"
 
 
 def note_lines(run: RunConfig, plan: dict[str, Any]) -> Iterator[str]:
-    """What is known of a run like this one."""
+    """What is known of a run like this one, and may be left out."""
     for note in advice(run, plan["epochs"], plan["train_tokens"]):
         yield f"note: {note}"
     reached = run.model.reached(plan["longest_row"])
@@ -152,6 +149,8 @@ def note_lines(run: RunConfig, plan: dict[str, Any]) -> Iterator[str]:
             f"note: no row of the text has more than {reached} tokens, so later positions stay "
             f"untrained: texts are continued from their last {reached} tokens at most"
         )
+    if run.optim.weight_decay_schedule != "constant":
+        yield f"weight decay: {run.optim.weight_decay:g}, {run.optim.weight_decay_schedule}"
 
 
 def detail_lines(run: RunConfig, plan: dict[str, Any]) -> list[str]:

@@ -15,7 +15,7 @@ from gptlite.data.token_files import TokenFiles
 from gptlite.data.tokenizers import Tokenizer
 from gptlite.planning.audit import site_plan, site_seconds
 from gptlite.planning.auto import check_ranks, check_warmup, resolve_run
-from gptlite.planning.header import detail_lines, header_lines
+from gptlite.planning.header import detail_lines, header_lines, note_lines
 from gptlite.planning.memory import refuse_too_large, training_bytes
 from gptlite.planning.rehearsal import (
     count_evaluated,
@@ -132,7 +132,8 @@ def mean_targets(rows: Layout) -> float:
 def plan_table(run: RunConfig, plan: dict[str, Any]) -> list[str]:
     """Head and details, the dropout sites as a table, and the time."""
     head = [line for line in header_lines(run, plan) if not line.startswith("dropout:")]
-    lines = [*head, *detail_lines(run, plan), "", *site_table(plan["dropout"])]
+    lines = [*head, *detail_lines(run, plan), *note_lines(run, plan)]
+    lines += ["", *site_table(plan["dropout"])]
     if any(site["rate"] for site in plan["dropout"]):
         lines.append("cost: forward and backward of the site alone, measured here, per update")
     lines.append(f"attention: {plan['attention']}")

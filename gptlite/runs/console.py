@@ -10,6 +10,7 @@ import sys
 import textwrap
 import time
 import traceback
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -59,13 +60,15 @@ class Console:
         self.write_to_log(line)
         self.show(line)
 
-    def say_head(self, lines: list[str], always: int, most: int) -> None:
-        """Lines that stay, as many as fit into so many rows of the terminal, and the first ones in
-        any case. The rest are for train.log."""
-        room = most
-        for number, line in enumerate(lines):
-            room -= len(self.fold(line))
-            if number < always or room >= 0:
+    def say_head(self, lines: Iterable[str], notes: Iterable[str], most: int) -> None:
+        """Lines that stay, and as many notes as fit with them into so many rows of the terminal;
+        the other notes are for train.log."""
+        for line in lines:
+            most -= len(self.fold(line))
+            self.say_folded(line)
+        for line in notes:
+            most -= len(self.fold(line))
+            if most >= 0:
                 self.say_folded(line)
             else:
                 self.note(line)

@@ -3,6 +3,7 @@
 Of several ranks only the first one has records; the others have `NoRecords`, which says nothing.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 from gptlite import storage
@@ -18,8 +19,8 @@ class NoRecords:
     def say(self, line: str) -> None:
         """A line that stays, on the terminal and in train.log."""
 
-    def say_head(self, lines: list[str], always: int, most: int) -> None:
-        """Lines that stay, as far as they fit into so many rows of the terminal."""
+    def say_head(self, lines: Iterable[str], notes: Iterable[str], most: int) -> None:
+        """Lines that stay, and notes as far as they fit into so many rows of the terminal."""
 
     def say_folded(self, line: str) -> None:
         """A line that stays, broken between words where the terminal is narrow."""
@@ -69,8 +70,8 @@ class Records(NoRecords):
     def say(self, line: str) -> None:
         self.console.say(line)
 
-    def say_head(self, lines: list[str], always: int, most: int) -> None:
-        self.console.say_head(lines, always, most)
+    def say_head(self, lines: Iterable[str], notes: Iterable[str], most: int) -> None:
+        self.console.say_head(lines, notes, most)
 
     def say_folded(self, line: str) -> None:
         self.console.say_folded(line)

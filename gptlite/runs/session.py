@@ -20,7 +20,7 @@ from gptlite.data.token_files import TokenFiles
 from gptlite.data.tokenizers import digest
 from gptlite.errors import DivergedError, Stopped, add_step_to_errors
 from gptlite.keys import key
-from gptlite.planning.header import FIRST_LINES, MOST_LINES, detail_lines, header_lines
+from gptlite.planning.header import MOST_LINES, detail_lines, header_lines, note_lines
 from gptlite.runs import checkpoint
 from gptlite.runs.checkpoint import Best, Checkpoint, RunState
 from gptlite.runs.interrupts import Interrupted, Interrupts
@@ -131,10 +131,10 @@ class Session:
 
     def introduce(self, plan: dict[str, Any], found: Checkpoint | None, resume: bool) -> None:
         """Say what will happen."""
-        viewer, say, note = self.viewer, self.records.say, self.records.note
-        lines = header_lines(self.run, plan, str(self.directory), viewer.seconds, viewer.promise)
-        self.records.say_head(lines, FIRST_LINES, MOST_LINES)
-        for line in detail_lines(self.run, plan):
+        run, viewer, say, note = self.run, self.viewer, self.records.say, self.records.note
+        lines = header_lines(run, plan, str(self.directory), viewer.seconds, viewer.promise)
+        self.records.say_head(lines, note_lines(run, plan), MOST_LINES)
+        for line in detail_lines(run, plan):
             note(line)
         if planned := self.trainer.planned:
             note(f"dropout: {len(planned)} sites live ({sum(planned.values())} modules)")

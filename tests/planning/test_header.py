@@ -13,11 +13,19 @@ from gptlite.core.train import Trainer
 from gptlite.core.world import World
 from gptlite.planning import header, rehearsal
 from gptlite.planning.auto import resolve_run
-from gptlite.planning.header import describe_schedule, header_lines, name_sources
+from gptlite.planning.header import (
+    MOST_LINES,
+    describe_schedule,
+    header_lines,
+    name_sources,
+    note_lines,
+)
 from gptlite.planning.plan import make_plan
 from gptlite.planning.rehearsal import Pace, foresee
 from gptlite.runs.launch import describe_changes
 from gptlite.terminal import describe_duration
+
+SLOW = Promise(60.0, "quickstart")
 
 
 def planned(workshop: Workshop, **sections: Any) -> tuple[RunConfig, dict[str, Any]]:
@@ -35,11 +43,13 @@ def test_it_says_what_is_trained_on_what_how_long_and_what_drops(workshop: Works
         "runs/tiny: 26.9k parameters (2 layers, 2 heads, 32 wide, context 16)",
         f"text: {workshop.text}, {text:,} tokens (char {plan['vocab_size']}), "
         f"{plan['val_tokens']:,} held out",
-        f"plan: 8 updates of 8 x 16 tokens, {64 / rows:.2f} epochs, about 2 minutes on this machine",
+        f"plan: 8 updates of 8 x 16 tokens, {64 / rows:.2f} epochs, "
+        "about 2 minutes on this machine",
         "dropout: embedding 0.2, attention_weights 0.2, attention_output 0.2, mlp_output 0.2, "
         "constant",
-        "note: dropout in 0.1 epochs: dropout costs up to about 13 (rate 0)",
     ]
+    notes = ["note: dropout in 0.1 epochs: dropout costs up to about 13 (rate 0)"]
+    assert list(note_lines(run, plan)) == notes
 
 
 def test_a_time_that_leaves_compiling_out_says_so(workshop: Workshop) -> None:
@@ -47,6 +57,20 @@ def test_a_time_that_leaves_compiling_out_says_so(workshop: Workshop) -> None:
     compiled = run.model_copy(update={"compile": True})
     line = header_lines(compiled, plan, "run", 130.0)[2]
     assert line.endswith("about 2 minutes on this machine (as timed without compiling)")
+
+
+def test_with_all_that_there_is_to_say_it_has_eight_lines(workshop: Workshop) -> None:
+    sections = {"train": {"average": "ema"}, "optim": {"weight_decay_schedule": "linear"}}
+    run, plan = planned(workshop, **sections)
+    run = run.model_copy(
+        update={"distill": run.distill.model_copy(update={"teachers": ("elsewhere",)})}
+    )
+    plan |= {"ranks": 2, "sequences_per_rank": 4}
+    lines = header_lines(run, plan, "run", 130.0, SLOW)
+    heads = [line.partition(":")[0] for line in lines]
+    assert heads == ["run", "text", "plan", "dropout", "slow", "ranks", "teachers", "average"]
+    assert "weight decay: 0.1, linear" in note_lines(run, plan)
+    assert MOST_LINES == 7, "so that a line about a config that was made for a text is the eighth"
 
 
 def test_without_dropout_it_says_so(workshop: Workshop) -> None:
@@ -85,9 +109,6 @@ def test_schedules_in_words(schedule: dict[str, Any], words: str) -> None:
 def test_of_many_files_the_first_are_named() -> None:
     assert name_sources(("a", "b", "c")) == "a, b, c"
     assert name_sources(tuple("abcde")) == "a, b and 3 more"
-
-
-SLOW = Promise(60.0, "quickstart")
 
 
 @pytest.mark.parametrize(

@@ -144,6 +144,21 @@ def lines_of(console_: Console) -> list[str]:
     return console_.log.read_text().splitlines() if console_.log.exists() else []
 
 
+@pytest.mark.parametrize(("columns", "shown"), [(20, 0), (30, 1), (60, 2)])
+def test_notes_are_shown_where_there_is_room(
+    columns: int, shown: int, tmp_path: Path, watched: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """train.log has them all, unfolded, whatever the terminal."""
+    head, notes = ["one two three four five six"], ["note: a first one", "note: and a second one"]
+    with open_terminal(columns) as (screen, written):
+        monkeypatch.setattr("sys.stderr", screen)
+        said = Console(tmp_path / "train.log", "bar", total=10, start=0)
+        said.say_head(head, notes, 2 if columns < 60 else 3)
+    assert written.text.count("note: ") == shown
+    assert max(map(len, written.text.splitlines())) <= columns
+    assert lines_of(said) == [*head, *notes]
+
+
 def test_an_evaluation_leaves_a_line_and_other_rows_pass(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
