@@ -54,6 +54,17 @@ def wants_bar(progress: str, stream: TextIO) -> bool:
     return progress == "bar" or (progress == "auto" and (is_watched(stream) or in_notebook()))
 
 
+def columns_of(stream: TextIO) -> int:
+    """How wide this terminal is. COLUMNS wins, as for other programs; 80 where nothing says so."""
+    asked = os.environ.get("COLUMNS", "")
+    if asked.isdecimal() and int(asked):
+        return int(asked)
+    try:
+        return os.get_terminal_size(stream.fileno()).columns or 80  # some terminals say 0
+    except (OSError, ValueError):
+        return 80
+
+
 def format_number(number: float) -> str:
     """Three digits and a suffix, as in 1.23k."""
     for size, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
@@ -67,6 +78,15 @@ def format_duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def describe_duration(seconds: float) -> str:
+    """An estimate in words, such as 40 seconds, 12 minutes, 3 hours or 5 days."""
+    for unit, size, most in (("second", 1, 99), ("minute", 60, 99), ("hour", 3600, 48)):
+        number = max(1, round(seconds / size))
+        if number <= most:
+            return f"{number} {unit}{'s' * (number > 1)}"
+    return f"{round(seconds / 86400):,} days"
 
 
 @contextmanager

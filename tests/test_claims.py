@@ -96,6 +96,8 @@ CLAIMS: dict[str, dict[str, Callable[[], bool] | None]] = {
     "docs/regularisation.md": {
         "rates this has not been measured": lambda: not (ROOT / RESULTS / "sizes.jsonl").exists(),
     },
+    "docs/research.md": {"not done yet": None},
+    "docs/studies.md": {"if nobody has yet": None},
     "docs/results.md": {
         "needs a GPU and was not run": no_gpu,
         "not run: needs a GPU": no_gpu,

@@ -81,7 +81,10 @@ def train(
     strict_resume: Annotated[
         bool, typer.Option("--strict-resume", help="Not if torch, threads or device have changed.")
     ] = False,
-    verbose: Verbose = False,
+    verbose: Annotated[
+        bool,
+        typer.Option("--verbose", "-v", help="Show the reasons of every choice, and tracebacks."),
+    ] = False,
 ) -> None:
     """Train a model: tokenize if needed, train, evaluate, sample, save."""
     began = time.perf_counter()  # what came before took less than a tenth of a second
@@ -102,16 +105,28 @@ def train(
         if launch.recipe is not None and world.first:
             from gptlite.runs.recipe import write_recipe
 
-            tell_lines(launch.recipe)
-            write_recipe(launch.recipe, launch.directory)
-        run, directory = launch.run, launch.directory
-        train(run, directory, resume=launch.resumes, strict=strict_resume, world=world)
-        if world.first:
-            from gptlite.report.page import add_report
-            from gptlite.runs.look import add_look
+            path = write_recipe(launch.recipe, launch.directory)
+            tell(f"config: made for this text, every choice with its reason in {path}")
+            if verbose:
+                tell_lines(launch.recipe)
+        from gptlite.report.page import add_report
+        from gptlite.runs.viewer import Viewer
 
-            add_look(directory)
-            add_report(directory, tell)
+        viewer = Viewer(
+            verbose=verbose,
+            foresees=True,
+            seconds=launch.seconds,
+            promise=launch.promise,
+            add_report=add_report,
+        )
+        train(
+            launch.run,
+            launch.directory,
+            resume=launch.resumes,
+            strict=strict_resume,
+            world=world,
+            viewer=viewer,
+        )
 
 
 app.command(epilog=examples("generate"))(generate)

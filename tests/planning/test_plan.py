@@ -71,16 +71,16 @@ def test_a_compiled_run_is_counted_with_all_its_logits(workshop: Workshop) -> No
 @pytest.mark.parametrize(
     ("model", "told"),
     [
-        ({}, "exports as GPT-2 and as GGUF"),
-        ({"position": "rope"}, "exports as StarCoder2 and as GGUF"),
-        ({"mlp": "relu2"}, "exports as GPT-2, not as GGUF (model.mlp relu2, not gelu)"),
+        ({}, "as GPT-2 and as GGUF"),
+        ({"position": "rope"}, "as StarCoder2 and as GGUF"),
+        ({"mlp": "relu2"}, "as GPT-2, not as GGUF (model.mlp relu2, not gelu)"),
         (
             {"position": "rope", "norm": "rmsnorm", "mlp": "relu2"},
-            "exports as Arcee, not as GGUF (model.bias true, not false)",
+            "as Arcee, not as GGUF (model.bias true, not false)",
         ),
         (
             {"norm": "rmsnorm"},
-            "no export to Hugging Face (GPT-2 comes nearest: model.norm rmsnorm, not layernorm)",
+            "none to Hugging Face (GPT-2 comes nearest: model.norm rmsnorm, not layernorm)",
         ),
     ],
 )
@@ -88,5 +88,5 @@ def test_it_says_before_training_what_a_model_will_be(
     workshop: Workshop, model: dict[str, object], told: str
 ) -> None:
     planned = plan_run(workshop.run(model=model))
-    (line,) = (one for one in plan_table(planned.run, planned.plan) if one.startswith("model: "))
-    assert line.endswith(f"to train; {told}")
+    (line,) = (one for one in plan_table(planned.run, planned.plan) if one.startswith("export: "))
+    assert line == f"export: {told}"
