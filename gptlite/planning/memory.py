@@ -167,7 +167,7 @@ def fitting_kernels(run: RunConfig, kernels: list[str], device: torch.device) ->
         largest = largest_size(run.model)
         raise ConfigError(
             f"model.{largest}: {getattr(run.model, largest)} needs about "
-            f"{min(need.values()) / GIB:.2g} GiB to train one sequence, {device} has "
+            f"{min(need.values()) / GIB:,.0f} GiB to train one sequence, {device} has "
             f"{total / GIB:.3g}; lower {largest}"
         )
     return fitting
