@@ -61,8 +61,12 @@ def summary(command: Any) -> str:
 
 def usage(command: Any, context: Any) -> list[str]:
     """What stands behind a command: `[OPTIONS] FILE`."""
-    arguments = [p for p in command.get_params(context) if p.param_type_name == "argument"]
-    return ["[OPTIONS]", *(s if p.required else f"[{s}]" for p in arguments if (s := name_of(p)))]
+    words = ["[OPTIONS]"]
+    for parameter in command.get_params(context):
+        if parameter.param_type_name == "argument":
+            name = name_of(parameter)
+            words.append(name if parameter.required else f"[{name}]")
+    return words
 
 
 def write_groups(command: Any, context: Any, formatter: Any) -> None:
