@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import textwrap
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,10 +27,14 @@ def tell_problem(problem: str) -> None:
     print(f"{place}{colon}{why}", file=sys.stderr)
 
 
+def is_terminal(stream: TextIO) -> bool:
+    return stream.isatty()
+
+
 def is_watched(stream: TextIO) -> bool:
     """Whether this is a terminal that a person looks at."""
     plain = os.environ.get("CI") or os.environ.get("TERM") == "dumb"
-    return stream.isatty() and not plain
+    return is_terminal(stream) and not plain
 
 
 def wants_colour(stream: TextIO) -> bool:
@@ -41,6 +46,18 @@ def wants_colour(stream: TextIO) -> bool:
 
 def tell_lines(text: str) -> None:
     print(escape_controls(text.rstrip("\n"), keep="\n"), file=sys.stderr)
+
+
+def fold(line: str, indent: int = 4) -> str:
+    """A line in as many of 80 columns as it takes, all but the first indented; paths stay whole."""
+    lines = textwrap.wrap(
+        line,
+        80,
+        subsequent_indent=" " * indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    return "\n".join(lines)
 
 
 def in_notebook() -> bool:
@@ -124,8 +141,8 @@ def describe_exit(error: BaseException) -> tuple[int, list[str]]:
         return StorageError.exit_code, [f"gptlite: {where}{error.strerror}"]
     if is_out_of_memory(error):
         return 1, [
-            "gptlite: out of memory; lower train.memory_gib, train.micro_batch_size or the "
-            "sizes under model. What was saved is whole"
+            "gptlite: out of memory; lower train.memory_gib, train.micro_batch_size or "
+            "model.context_length, n_layer or n_embd. What was saved is whole"
         ]
     first = f"{type(error).__name__}: {error}".splitlines()[0]
     return 1, [f"gptlite: {first} (a bug; -v shows where)"]

@@ -133,9 +133,7 @@ def plan_table(run: RunConfig, plan: dict[str, Any]) -> list[str]:
     """Head and details, the dropout sites as a table, and the time."""
     head = [line for line in header_lines(run, plan) if not line.startswith("dropout:")]
     lines = [*head, *detail_lines(run, plan), *note_lines(run, plan)]
-    lines += ["", *site_table(plan["dropout"])]
-    if any(site["rate"] for site in plan["dropout"]):
-        lines.append("cost: forward and backward of the site alone, measured here, per update")
+    lines += ["", *site_table(plan["dropout"]), ""]
     lines.append(f"attention: {plan['attention']}")
     update, evaluation = plan["seconds_per_update"], plan["seconds_per_evaluation"]
     total = plan["steps"] * update + plan["evaluations"] * evaluation
@@ -150,22 +148,47 @@ def plan_table(run: RunConfig, plan: dict[str, Any]) -> list[str]:
 
 
 def site_table(sites: list[dict[str, Any]]) -> list[str]:
-    """A row per site; of those that never drop only what they are."""
-    rows = [
-        ["site", "module", "tensor", "mask", "start", "middle", "end", "values", "cost", "masks"]
-    ]
-    for site in sites:
-        shape = "x".join(map(str, site["shape"]))
-        row = [site["site"], f"{site['modules']} x {site['module']}", shape]
-        if not site["rate"]:
-            rows.append([*row, "-", "0", "0", "0", "-", "-", "-"])
-            continue
-        cost = f"{site['milliseconds_per_update']:.2f} ms {site['share_of_update']:.1%}"
-        notes = [site["profile"]] if site["profile"] != "constant" else []
-        notes += ["unscaled"] if site["scale"] == "none" else []
-        rates = [f"{rate:.4g}" for rate in site["rates"].values()]
-        mask = "x".join(map(str, site["mask"]))
-        by = ", ".join(map(str, [site["masks"], *notes]))
-        rows.append([*row, mask, *rates, format_number(site["elements_per_update"]), cost, by])
+    """Of each site that drops a row of numbers, and a line that says where; the others by name."""
+    live = [site for site in sites if site["rate"]]
+    moves = any(len(set(site["rates"].values())) > 1 for site in live)
+    rates = ("start", "middle", "end") if moves else ("rate",)
+    rows = [["dropout site", *rates, "values", "ms/update", "share", "masks"]]
+    for site in live:
+        shown = list(site["rates"].values()) if moves else [site["rate"]]
+        numbers = [f"{rate:.4g}" for rate in shown]
+        numbers += [format_number(site["elements_per_update"])]
+        cost = f"{site['milliseconds_per_update']:.2f}", f"{site['share_of_update']:.1%}"
+        rows.append([site["site"], *numbers, *cost, site["masks"].partition(",")[0]])
+    lines = []
+    if live:
+        head, *body = align(rows)
+        lines = [head]
+        for row, site in zip(body, live, strict=True):
+            lines += [row, f"  {describe_site(site)}"]
+        lines.append("cost: forward and backward of the site alone, measured here")
+    idle = [site["site"] for site in sites if not site["rate"]]
+    return [*lines, f"rate 0: {', '.join(idle)}"] if idle else lines
+
+
+def align(rows: list[list[str]]) -> list[str]:
+    """Columns of one width each: the first and the last are words, the others numbers."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(f"{c:{w}}" for c, w in zip(r, widths, strict=True)).rstrip() for r in rows]
+    lines = []
+    for first, *numbers, last in rows:
+        right = [f"{number:>{width}}" for number, width in zip(numbers, widths[1:-1], strict=True)]
+        lines.append("  ".join([f"{first:{widths[0]}}", *right, last]))
+    return lines
+
+
+def describe_site(site: dict[str, Any]) -> str:
+    """Its modules, shapes and what is not as at most sites."""
+    shape, mask = ("x".join(map(str, site[name])) for name in ("shape", "mask"))
+    parts = [f"{site['modules']} x {site['module']}: {shape}"]
+    parts += [f"mask {mask}"] if mask != shape else []
+    parts += ["inside the fused kernel"] if "fused" in site["masks"] else []
+    if site["profile"] != "constant":
+        each = [f"{rate:.3g}" for rate in site["by_layer"]]
+        each = each if len(each) <= 8 else [*each[:3], "...", *each[-2:]]
+        parts.append(f"rate by layer {' '.join(each)}")
+    parts += ["what stays is not scaled"] if site["scale"] == "none" else []
+    return ", ".join(parts)

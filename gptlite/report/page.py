@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from gptlite import __version__, storage
-from gptlite.errors import ConfigError, UserError
+from gptlite.errors import ConfigError, UserError, install_command
 from gptlite.report import charts
 from gptlite.report.figures import Figure, Group, run_figures, runs_figures, study_figures
 from gptlite.report.look import figures_of, mask_names
@@ -28,7 +28,7 @@ from gptlite.runs.results import (
 )
 from gptlite.words import escape_controls
 
-HINT = "figures need matplotlib: pip install matplotlib"
+HINT = f"figures need matplotlib: {install_command('matplotlib')}"
 
 Part = TypeVar("Part")
 

@@ -95,13 +95,15 @@ def resolve_resume(named: str) -> Path:
     return directory
 
 
-def existing_run(given: str | None) -> Path:
-    """The run a command reads: the one named, or the latest."""
+def existing_run(given: str | None, option: str = "--run ") -> Path:
+    """The run a command reads: the one named, behind an option or without one, or the latest."""
     directory = latest_run() if given is None else Path(given)
     if not os.path.isdir(directory):
-        raise ConfigError(f"--run {directory}: no such directory")
+        exists = os.path.lexists(directory)
+        why = "is a file, not a run directory" if exists else "no such directory"
+        raise ConfigError(f"{option}{directory}: {why}")
     if not has_run(directory):
-        raise ConfigError(f"--run {directory}: not a run directory (it has no config.yaml)")
+        raise ConfigError(f"{option}{directory}: not a run directory (it has no config.yaml)")
     return directory
 
 
