@@ -96,4 +96,5 @@ def test_units_ranges_and_defaults_are_said() -> None:
     assert "--config CONFIG" in (plan := " ".join(shown("plan").split()))
     assert "later ones win. [required]" in plan
     assert shown("study").startswith("Usage: gptlite study [OPTIONS] [FILE]\n")
+    assert shown("look").startswith("Usage: gptlite look [OPTIONS] TEXT\n")
     assert shown("report").startswith("Usage: gptlite report [OPTIONS] [RUN...]\n")
