@@ -100,7 +100,7 @@ def describe_loss(result: Found) -> Iterator[str]:
     if result["dropout_active"]:
         yield describe_dropout(known("dropout_cost"), "the loss")
         off = result["loss_dropout_off"]
-        yield f"With dropout off, as it is measured otherwise, it is {off:.4f} nats per token."
+        yield f"With dropout off it is {off:.4f} nats per token."
         return
     rows = f" in {result['rows']:,} of {result['rows_of_split']:,} rows" if "rows" in result else ""
     loss = known("loss").write(" nats per token", 4)
@@ -131,11 +131,11 @@ def describe_calibration(result: Found) -> Iterator[str]:
         yield f"Whether its probabilities are right cannot be said: {found['reason']}."
         return
     error = read(found)
-    is_or_may = "of {} may be noise" if error.is_noise else "is {}"
+    noise = ", which may be noise" if error.is_noise else ""
     sure, right = 100 * result["confidence"], 100 * result["accuracy"]
     yield (
-        f"It is {sure:.1f} % sure of its likeliest tokens and {right:.1f} % of them are right; its "
-        f"calibration error {is_or_may.format(error.percent.write(' points'))}."
+        f"It is {sure:.1f} % sure of its likeliest token, {right:.1f} % are right: calibration "
+        f"error {error.percent.write(' points')}{noise}."
     )
 
 
@@ -184,8 +184,8 @@ def describe_importance(result: Found) -> Iterator[str]:
             if ratio["value"] is None:
                 untold.setdefault(ratio["reason"], []).append(f"{kind}s")
             else:
-                times = read(ratio)
-                told.append(f"{size} {kind}s {times.write(' times as much', min(2, times.digits))}")
+                times, words = read(ratio), "" if told else " times as much"
+                told.append(f"{size} {kind}s {times.write(words, min(2, times.digits))}")
     if told:
         yield f"Removed together instead of one by one, units cost: {', '.join(told)}."
     for reason, units in untold.items():
@@ -201,7 +201,7 @@ def describe_units(kind: str, found: Found) -> str:
     worth = read(largest)
     if worth.is_noise:
         return f"What the {kind} is worth that matters most may be noise: {worth.write(' nats')}."
-    many = f"{found['critical_units']:,} of {n:,} more than 0.01"
+    many = f"{found['critical_units']:,} of {n:,} certainly more than 0.01"
     return f"The {kind} that matters most is worth {worth.write(' nats')}, {many}."
 
 
