@@ -36,7 +36,7 @@ from gptlite.measure.look import (
     read_ids,
     run_with,
 )
-from gptlite.measure.marks import FALLEN, KEPT, marks_of, marks_of_mask
+from gptlite.measure.marks import FALLEN, KEPT, marks_of_mask
 from gptlite.report import charts
 from gptlite.report.charts import Line
 from gptlite.report.look import CELL, LABEL, grid, label, name_of, square, svg_head
@@ -46,13 +46,16 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "tutorial.md"
 PICTURES = PAGE.parent / "tutorial"
 TEXT = "The sun was"
 RATE = 0.5
-LAYER, HEAD = 1, 0
+LAYER, HEAD = 1, 3
+"""That look at several tokens at once."""
+EVEN = 0, 0
+"""Layer and head that look at all tokens alike."""
 STEPS = 60
 """Updates whose masks are compared."""
 PADDING = 3
 N_NUMBERS, FEATURES = 6, 24
 """Of each token, as numbers and as marks."""
-TITLE = 28
+TITLE, WIDEST = 28, 760
 """Pixels."""
 TRAIN = "train/loss_dropout_off"
 MOST_LINES = 40
@@ -115,23 +118,23 @@ def run_command(line: str) -> str:
 
 def draw_pictures(folder: Path) -> None:
     run = gptlite.load("runs/with-dropout")
-    looks = [look_at(run, step) for step in range(STEPS)]
-    found = looks[0]
-    context = found["context"]
-    marks = marks_of(context["before"], context["after"])
+    found = look_at(run, LAYER, HEAD)
+    context = look_at(run, LAYER, HEAD, site="attention_context")["picked"]
     save("mask", draw_numbers(run))
     save("attention-before", square(found, "before"))
     save("attention-after", square(found, "after"))
-    save("context", grid(found["tokens"], marks, len(marks[0])))
-    save("rows", draw_row_sums(looks))
+    save("context", grid(context["rows"], context["marks"], len(context["marks"][0])))
+    save("rows", draw_row_sums([look_at(run, *EVEN, step) for step in range(STEPS)]))
     save("padding", draw_padding(run))
     save("train-eval", draw_modes(run))
     save("rates", draw_rates(folder / "studies" / "tutorial"))
     save("removed", draw_removed(folder / "runs"))
 
 
-def look_at(run: Run, step: int, site: str | None = None) -> dict[str, Any]:
-    return look(run.trained, TEXT, layer=LAYER, head=HEAD, step=step, rate=RATE, site=site)
+def look_at(
+    run: Run, layer: int, head: int, step: int = 0, site: str | None = None
+) -> dict[str, Any]:
+    return look(run.trained, TEXT, layer=layer, head=head, step=step, rate=RATE, site=site)
 
 
 def draw_numbers(run: Run) -> str:
@@ -154,19 +157,24 @@ def numbers(tokens: list[str], before: Tensor, values: Tensor) -> str:
         parts.append(label(LABEL - 8, y, name_of(token, 8), ' text-anchor="end"'))
         for j in range(m):
             fell = bool(before[i, j] != 0 and values[i, j] == 0)
-            said, color = (FALLEN, "var(--c2)") if fell else (f"{values[i, j]:.1f}", "var(--ink)")
+            said, color = (FALLEN, "var(--c2)") if fell else (one_digit(values[i, j]), "var(--ink)")
             parts.append(label(LABEL + (j + 1) * width, y, said, ' text-anchor="end"', color))
     return "".join([*parts, "</svg>"])
 
 
+def one_digit(value: Tensor) -> str:
+    return f"{round(float(value), 1) + 0.0:.1f}"  # no -0.0
+
+
 def beside(drawn: Sequence[str], titles: Sequence[str]) -> str:
     """Several drawings of one size as one, with a title above each."""
-    sizes = [re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg) for svg in drawn]
-    width, height = max(float(size[1]) for size in sizes), max(float(size[2]) for size in sizes)
+    sizes = [re.findall(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg)[0] for svg in drawn]
+    width, height = (max(map(float, size)) for size in zip(*sizes, strict=True))
     parts = [svg_head(width * len(drawn), height + TITLE, "; ".join(titles))]
     for place, (svg, title) in enumerate(zip(drawn, titles, strict=True)):
         parts.append(label(place * width + LABEL, TITLE - 10, title, ""))
         size = f'<svg x="{place * width:g}" y="{TITLE}" width="{width:g}" height="{height:g}"'
+        size += ' preserveAspectRatio="xMinYMin"'
         parts.append(svg.replace("<svg", size, 1))
     return "".join([*parts, "</svg>"])
 
@@ -203,7 +211,7 @@ def draw_padding(run: Run) -> str:
 
 def draw_modes(run: Run) -> str:
     """What leaves an MLP, in training and in evaluation."""
-    looks = [look_at(run, step, "mlp_output")["picked"] for step in (0, 1)]
+    looks = [look_at(run, LAYER, HEAD, step, "mlp_output")["picked"] for step in (0, 1)]
     drawn = [grid(picked["rows"], [row[:FEATURES] for row in picked["marks"]]) for picked in looks]
     whole = [KEPT * FEATURES] * len(TEXT)
     drawn.append(grid(list(TEXT), whole))
@@ -215,7 +223,7 @@ def draw_rates(study: Path) -> str:
     series = []
     for path in sorted(study.rglob("metrics.jsonl")):
         run = gptlite.load(path.parent)
-        rate = run.config.dropout.rate
+        rate = max(run.config.dropout.rates().values())
         if run.config.seed == 1:
             rows = [row for row in run.metrics() if "val/loss" in row]
             steps = [row["step"] for row in rows]
@@ -240,7 +248,9 @@ def draw_removed(runs: Path) -> str:
 
 
 def save(name: str, svg: str) -> None:
-    """A picture of its own: with colours, and on white for pages that are dark."""
+    """A picture of its own: with colours and a size, and on white for pages that are dark."""
+    width = float(re.findall(r'viewBox="0 0 ([\d.]+)', svg)[0])
+    svg = svg.replace("<svg", f'<svg width="{min(WIDEST, 1.5 * width):.0f}"', 1)
     for variable, color in LIGHT.items():
         svg = svg.replace(variable, color)
     paper = '<rect width="100%" height="100%" fill="#ffffff"/>'

@@ -28,12 +28,15 @@ from gptlite.runs.export import prepare_hf, save
 from gptlite.runs.start import train
 from gptlite.runs.trained import load_trained
 from gptlite.serve import server
+from gptlite.studies import estimate
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ["README.md", "data/README.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
 COMMAND = re.compile(
     r"(?:\$ )?((?:gptlite|torchrun --standalone|\./scripts/|scripts/|python scripts/)\S* ?.*)"
 )
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+SHELL = ("", "sh", "bash")
 LAMBADA = "gptlite eval --run runs/NAME --suite lm-eval --tasks lambada_openai,arc_easy --limit 200"
 SHARED = "gptlite study rates.yaml --storage postgresql+psycopg://USER@HOST:PORT/DATABASE"
 LEAVES = {
@@ -45,10 +48,12 @@ address that is none."""
 
 
 def commands(page: str) -> list[str]:
-    """The lines of a page's unmarked blocks that are commands, without their remarks."""
+    """The lines of a page's blocks for the shell that are commands, without their remarks."""
     text = (ROOT / page).read_text()
-    blocks = re.findall(r"^```(?:sh|bash)?\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    lines = [line for block in blocks for line in block.splitlines()]
+    # Every block is matched, or the end of a marked one would be taken for another's beginning.
+    lines = [
+        line for kind, block in BLOCK.findall(text) if kind in SHELL for line in block.split("\n")
+    ]
     found = [match[1] for line in lines if (match := COMMAND.fullmatch(line))]
     return [line.partition("  #")[0].strip() for line in found if line != "gptlite/"]
 
@@ -88,6 +93,7 @@ def desk(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(recipe, "LADDER", ((1, 32, 16),))
     monkeypatch.setattr(budget, "time_rung", time_rung)
     monkeypatch.setattr(recipe, "rehearse", rehearse)
+    monkeypatch.setattr(estimate, "SECONDS", 0.0)
     return folder
 
 
@@ -153,7 +159,8 @@ def anchor_of(heading: str) -> str:
 
 def anchors_of(page: Path) -> set[str]:
     text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
-    return {anchor_of(line.lstrip("#")) for line in text.splitlines() if line.startswith("#")}
+    headings = {anchor_of(line.lstrip("#")) for line in text.splitlines() if line.startswith("#")}
+    return headings | set(re.findall(r'<a id="([^"]+)">', text))
 
 
 @pytest.mark.parametrize("page", PAGES)

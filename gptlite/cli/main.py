@@ -25,6 +25,7 @@ from gptlite.cli.options import (
 )
 from gptlite.cli.printing import print_json
 from gptlite.cli.serve import serve
+from gptlite.cli.study import study
 from gptlite.cli.trained import generate
 from gptlite.distributed.torchrun import join_ranks, refuse_ranks
 from gptlite.errors import UserError
@@ -184,31 +185,7 @@ def plan(
             raise UserError(*found["problems"])
 
 
-@app.command(epilog=examples("study"))
-def study(
-    file: Annotated[Path, typer.Argument(help="YAML: base, axes, seeds, what to evaluate.")],
-    workers: Annotated[int, typer.Option(min=1, max=1024, help="Processes on this machine.")] = 1,
-    out_dir: Annotated[
-        Path | None, typer.Option(help="The study's folder; default: studies/NAME of the file.")
-    ] = None,
-    storage: Annotated[
-        str | None, typer.Option(help="Database URL for machines that share no folder.")
-    ] = None,
-    json_: Json = False,
-    verbose: Verbose = False,
-) -> None:
-    """Train and measure many runs, each once; say what is above the noise of seeds."""
-    with user_errors(verbose):
-        from gptlite.report.page import add_report
-        from gptlite.studies.study import STUDIES, run_study, table_lines
-
-        folder = out_dir or STUDIES / file.stem
-        found = run_study(file, folder, workers, storage)
-        add_report(folder, tell)
-        if json_:
-            print_json(found)
-        else:
-            print("\n".join(map(escape_controls, table_lines(found))))
+app.command(epilog=examples("study"))(study)
 
 
 @app.command(epilog=examples("report"))

@@ -28,7 +28,10 @@ EXAMPLES = {
     ),
     "prepare": ("gptlite prepare --config quickstart --set data.source=my.txt",),
     "plan": ("gptlite plan --config quickstart --audit",),
-    "study": ("gptlite study rates.yaml --workers 2",),
+    "study": (
+        "gptlite study --config quickstart --sweep dropout.rate=0,0.1,0.2 --seeds 3 --dry-run",
+        "gptlite study rates.yaml --workers 2",
+    ),
     "report": ("gptlite report", "gptlite report runs/quickstart runs/faster --out both.html"),
     "look": (
         "gptlite look 'It was the'",

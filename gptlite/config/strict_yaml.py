@@ -61,7 +61,9 @@ class Document:
 
 def problem_line(place: str, path: Path_, message: str) -> str:
     dotted = ".".join(map(str, path))
-    return f"{place}: {message}" if place == f"--set {dotted}" else f"{place}: {dotted}: {message}"
+    option, _, key = place.partition(" ")
+    named = option in ("--set", "--sweep") and dotted in (key, f"set.{key}", f"axes.{key}")
+    return f"{place}: {message}" if named else f"{place}: {dotted}: {message}"
 
 
 def read_scalar(text: str) -> Any:

@@ -20,7 +20,7 @@ from gptlite.measure.units import Subject, random_orders
 
 NO_SKILL = "the model may be no better than guessing by token frequency"
 NO_USE = "all of them together are not certainly of use"
-NEVER_HALF = "even without all of them more than half of the skill is left"
+NEVER_HALF = "even without any of them more than half of the skill is left"
 
 
 def n_removed(fraction: float, n: int) -> int:

@@ -34,7 +34,10 @@ from gptlite.words import did_you_mean
 
 POINT = "point"
 """The axis of the named points."""
-RESERVED = {"seed": "list them under seeds", "out_dir": "the study names the directories"}
+RESERVED = {
+    "seed": "list them under seeds, or give --seeds",
+    "out_dir": "the study names the directories",
+}
 ADDED_LATER = {
     "data": ("train_from", "test_share"),
     "model": ("head_dim", "rope_theta", "norm_eps", "intermediate_size"),
@@ -125,7 +128,7 @@ class Job:
     seed: int
     run: RunConfig
 
-    @property
+    @cached_property
     def name(self) -> str:
         """Of its directory; another config is another name."""
         values = self.run.model_dump(mode="json", exclude={"out_dir"})
@@ -220,12 +223,20 @@ class Study:
             nested.key_places[path] = self.document.key_places[named]
         return nested
 
+    @property
+    def points(self) -> list[Point]:
+        """Every point of a grid, or the corners of what is searched."""
+        axes = {
+            axis: [values.low, values.high] if isinstance(values, Range) else values
+            for axis, values in self.axes.items()
+        }
+        return [self.point(coordinates) for coordinates in grid_coordinates(axes)]
+
     @cached_property
     def jobs(self) -> list[Job]:
         """Every run of a grid: all points with the first seed, then with the next, so that a study
         that is cut short is balanced."""
-        points = [self.point(coordinates) for coordinates in grid_coordinates(self.axes)]
-        return [self.job(point, seed) for seed in self.config.seeds for point in points]
+        return [self.job(point, seed) for seed in self.config.seeds for point in self.points]
 
 
 def grid_coordinates(axes: dict[str, Any]) -> Iterator[Values]:
@@ -248,7 +259,20 @@ def value_label(value: Any) -> str:
 
 def load_study(path: Path) -> Study:
     """The study in a file, every run of it valid. Raises ConfigError with all problems."""
-    document = strict_yaml.read_yaml(path)
+    return make_study(path.stem, strict_yaml.read_yaml(path))
+
+
+def make_study(name: str, document: Document) -> Study:
+    """The study that a document describes. Raises ConfigError as `load_study` does."""
+    config = read_study_config(document)
+    files = [config.base] if isinstance(config.base, str) else list(config.base)
+    study = Study(name, config, document, read_layers(files, []))
+    check_runs(study)
+    return study
+
+
+def read_study_config(document: Document) -> StudyConfig:
+    """What a study says of itself, its runs not looked at. Raises ConfigError."""
     try:
         config = StudyConfig.model_validate(document.values)
     except ValidationError as error:
@@ -256,10 +280,7 @@ def load_study(path: Path) -> Study:
     problems = [*document.problems, *study_contradictions(config, document)]
     if problems:
         raise ConfigError(*problems)
-    files = [config.base] if isinstance(config.base, str) else list(config.base)
-    study = Study(path.stem, config, document, read_layers(files, []))
-    check_runs(study)
-    return study
+    return config
 
 
 def mistakes(error: ValidationError, document: Document) -> Iterator[str]:
@@ -288,15 +309,8 @@ def study_contradictions(config: StudyConfig, document: Document) -> Iterator[st
 
     yield from overruled_keys(config, at)
     for axis, values in config.axes.items():
-        if isinstance(values, Range):
-            if config.search == "grid":
-                yield f"{at('axes', axis)}: axes.{axis}: a range needs search: tpe; or list values"
-            elif not values.low < values.high or (values.log and values.low <= 0):
-                yield f"{at('axes', axis)}: axes.{axis}: low must be below high (above 0 for log)"
-        elif not values:
-            yield f"{at('axes', axis)}: axes.{axis}: is empty; list the values to try"
-        elif any(values.count(value) > 1 for value in values):
-            yield f"{at('axes', axis)}: axes.{axis}: lists a value twice"
+        if why := axis_problem(values, config.search):
+            yield problem_line(at("axes", axis), ("axes", axis), why)
     if config.search == "tpe" and not config.axes:
         yield f"{at('search')}: search: tpe needs axes"
     if len(set(config.seeds)) < len(config.seeds):
@@ -311,38 +325,47 @@ def study_contradictions(config: StudyConfig, document: Document) -> Iterator[st
             yield f"{at('baseline', axis)}: baseline.{axis}: {value!r} is not on that axis"
 
 
+def axis_problem(values: list[Any] | Range, search: str) -> str | None:
+    """Why an axis cannot be meant, if so."""
+    if isinstance(values, Range):
+        if search == "grid":
+            return "a range needs search: tpe; or list values"
+        if not values.low < values.high or (values.log and values.low <= 0):
+            return "low must be below high (above 0 for log)"
+        return None
+    if not values:
+        return "is empty; list the values to try"
+    twice = any(values.count(value) > 1 for value in values)
+    return "lists a value twice" if twice else None
+
+
 def overruled_keys(config: StudyConfig, at: Any) -> Iterator[str]:
     """Values that something else would overrule."""
     sections: dict[tuple[str, ...], Values] = {("set",): config.set, ("axes",): config.axes}
     sections |= {("points", name): values for name, values in config.points.items()}
     for section, values in sections.items():
         for key in values:
-            told = f"{at(*section, key)}: {'.'.join((*section, key))}"
-            if key in RESERVED:
-                yield f"{told}: {RESERVED[key]}"
-            if section[0] == "points" and key in config.axes:
-                yield f"{told}: is an axis too; one of them must go"
-            for other in values:
-                if key.startswith(f"{other}."):
-                    yield f"{told}: {other} is given too; one of them must go"
+            problems = [RESERVED[key]] if key in RESERVED else []
+            if section[0] != "axes" and key in config.axes:
+                problems.append("is an axis too; one of them must go")
+            above = [other for other in values if key.startswith(f"{other}.")]
+            problems += [f"{other} is given too; one of them must go" for other in above]
+            for why in problems:
+                yield problem_line(at(*section, key), (*section, key), why)
 
 
 def check_runs(study: Study) -> None:
     """Every run a grid has, or the corners of what is searched, once per problem."""
-    axes = {
-        axis: [values.low, values.high] if isinstance(values, Range) else values
-        for axis, values in study.axes.items()
-    }
+    points = study.points
     problems: dict[str, None] = {}
-    for coordinates in grid_coordinates(axes):
+    for point in points:
         try:
-            job = study.job(study.point(coordinates), study.config.seeds[0])
+            job = study.job(point, study.config.seeds[0])
             if study.config.split == "test" and not job.run.data.test_share:
                 problems["split: test, but data.test_share keeps no text for it"] = None
         except ConfigError as error:
             problems |= dict.fromkeys(error.problems)
     if problems:
         raise ConfigError(*problems)
-    labels = [study.point(coordinates).label for coordinates in grid_coordinates(axes)]
-    if len(set(labels)) < len(labels):
+    if len({point.label for point in points}) < len(points):
         raise ConfigError(f"{study.name}: two points have one label; rename points or axes")

@@ -155,6 +155,13 @@ class Queue:
         at_work = [trial.user_attrs.get("worker", "") for trial in self.running_trials()]
         return {name: at_work.count(name) for name in at_work if not self.is_dead(name)}
 
+    def current_trials(self) -> list[Any]:
+        """Those that are done and measured as the study says now, and those of living workers."""
+        known = [t for t in self.trials.get_trials(deepcopy=False) if self.is_current(t)]
+        done = [t for t in known if t.state != self.states.RUNNING]
+        at_work = [t for t in known if t.state == self.states.RUNNING]
+        return done + [t for t in at_work if not self.is_dead(t.user_attrs.get("worker", ""))]
+
     def is_current(self, trial: Any) -> bool:
         """Whether a trial is being done, or done and measured as the study says now."""
         if trial.state == self.states.RUNNING:

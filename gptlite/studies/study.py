@@ -11,9 +11,10 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr
 from functools import partial
+from multiprocessing import connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,19 +32,26 @@ from gptlite.runs.results import (
     read_rows,
     scalars,
 )
-from gptlite.studies.comparison import mark_above_noise, mean_over_seeds, paired_difference
+from gptlite.studies.comparison import (
+    mark_above_noise,
+    mean_over_seeds,
+    paired_difference,
+    student_t,
+)
 from gptlite.studies.config import Job, Study, load_study
+from gptlite.studies.database import optuna
 from gptlite.studies.ensembles import ensemble_metrics, measure_ensembles
+from gptlite.studies.progress import Progress
 from gptlite.studies.queue import Queue
-from gptlite.terminal import format_duration, leave_when_terminated, user_errors
-from gptlite.words import escape_controls
+from gptlite.terminal import leave_when_terminated, tell, user_errors
 
 if TYPE_CHECKING:
     from gptlite.runs.session import Watch
 
-STUDIES = Path("studies")
 WARM_UP = 0.25
 """The share of a run before which a search does not give it up."""
+SECONDS_BETWEEN_LOOKS = 1.0
+"""At how far several workers are."""
 Record = dict[str, Any]
 
 
@@ -54,37 +62,50 @@ class Pruned(UserError):
 def run_study(path: Path, folder: Path, workers: int, url: str | None) -> dict[str, Any]:
     """Do what is left of a study; returns what is written to study.json."""
     study = load_study(path)
-    if has_run(folder):
-        raise ConfigError(f"--out-dir: {folder} contains a run; give another for the study")
+    check_ready(folder)
     queue = Queue(study, folder, url)
     storage.write_text(folder / "study.yaml", path.read_text())
-    threads = max(1, machine.count_cores() // workers)
+    threads = threads_of_each(workers)
     with queue.storage.translate_errors():
         if workers == 1:
-            take_runs(study, queue, threads)
+            with Progress(queue, workers) as progress:
+                take_runs(study, queue, threads, progress.look)
         else:
-            run_workers(workers, path, folder, url, threads)
+            run_workers(queue, workers, path, threads)
         if study.config.ensembles:
             measure_ensembles(study, folder, queue.records())
         found, busy = write_results(queue), queue.busy_workers()
     for worker, count in busy.items():
         told = f"{study.name}: {worker or 'another worker'} is still at {count} of the trials; once"
-        print(
-            escape_controls(f"{told} they are done the same command tells of them"), file=sys.stderr
-        )
+        tell(f"{told} they are done the same command tells of them")
     return found
 
 
-def run_workers(workers: int, *arguments: Any) -> None:
+def threads_of_each(workers: int) -> int:
+    return max(1, machine.count_cores() // workers)
+
+
+def check_ready(folder: Path) -> None:
+    """Raises ConfigError if the folder for a study is a run, or if a package is missing."""
+    if has_run(folder):
+        raise ConfigError(f"--out-dir: {folder} contains a run; give another for the study")
+    optuna()
+    student_t()
+
+
+def run_workers(queue: Queue, workers: int, path: Path, threads: int) -> None:
     """Several workers; told to leave, each saves and leaves. UserError if one of them failed."""
     context = multiprocessing.get_context("spawn")
+    arguments = (path, queue.folder, queue.url, threads)
     children = []
     try:
         for _ in range(workers):
             children.append(context.Process(target=run_worker_process, args=arguments))
             children[-1].start()
-        for process in children:
-            process.join()
+        with Progress(queue, workers) as progress:
+            while at_work := [process.sentinel for process in children if process.is_alive()]:
+                connection.wait(at_work, SECONDS_BETWEEN_LOOKS)
+                progress.look()
     except KeyboardInterrupt:
         for process in children:
             process.terminate()
@@ -113,28 +134,32 @@ def run_worker_process(path: Path, folder: Path, url: str | None, threads: int) 
         sys.exit(left.exit_code)
 
 
-def take_runs(study: Study, queue: Queue, threads: int) -> None:
-    """Take runs until none is left."""
+def take_runs(
+    study: Study, queue: Queue, threads: int, look: Callable[[], None] = lambda: None
+) -> None:
+    """Take runs until none is left; `look` is called whenever something may have changed."""
     parent = multiprocessing.parent_process()
     with queue.register_worker() as worker:
         while (trial := queue.claim(worker)) is not None:
+            look()
             runs: list[Record] = []
             for job in queue.jobs(trial):
-                runs.append(run_job(queue, job, threads, watcher(trial, study, runs)))
+                runs.append(run_job(queue, job, threads, watcher(trial, study, runs, look)))
                 if runs[-1]["state"] != "done":
                     break
             queue.finish(trial, runs)
             write_results(queue)
-            for run in runs:
-                print(escape_controls(f"{study.name}: {outcome(run)}"), file=sys.stderr, flush=True)
             if parent is not None and not parent.is_alive():
                 return
 
 
-def watcher(trial: Any, study: Study, earlier: list[Record]) -> "Watch":
+def watcher(
+    trial: Any, study: Study, earlier: list[Record], look: Callable[[], None] = lambda: None
+) -> "Watch":
     """What looks at validation losses: a search prunes by those of its first seed."""
 
     def watch(step: int, max_steps: int, val_loss: float) -> None:
+        look()
         if study.config.search == "tpe" and not earlier:
             trial.report(val_loss, step)
             if step >= WARM_UP * max_steps and trial.should_prune():
@@ -177,20 +202,12 @@ def train_job(queue: Queue, run: RunConfig, directory: Path, threads: int, watch
     """One run, with the number of threads of all runs of the study and its precision, except on a
     machine that has no hardware for that: it computes in float32, and the record says so."""
     from gptlite.core import device
-    from gptlite.data.prepare import prepare
-    from gptlite.planning import auto
     from gptlite.runs import start
 
-    def fastest() -> str:
-        files = prepare(run, given_tokenizer(run))
-        n_rows = files.rows("train", run.model.context_length).n_rows
-        return auto.resolve_run(run, vocab_size=files.meta["vocab_size"], n_rows=n_rows)[0].dtype
-
-    if run.train.threads == "auto":
-        shared = run.train.model_copy(update={"threads": threads})
-        run = run.model_copy(update={"train": shared})
+    run = share_cores(run, threads)
     if run.dtype == "auto":  # chosen by a clock, which could say otherwise for the next run
-        settled = run.model_copy(update={"dtype": queue.settle_once("dtype", fastest)})
+        dtype = queue.settle_once("dtype", partial(fastest_dtype, run))
+        settled = run.model_copy(update={"dtype": dtype})
         run = run.model_copy(update={"dtype": device.adapt(settled)[0].dtype})
     try:
         start.train(run, directory, resume=has_run(directory), watch=watch)
@@ -199,6 +216,23 @@ def train_job(queue: Queue, run: RunConfig, directory: Path, threads: int, watch
         raise Stopped(stopped.exit_code - 128, told) from None
     except RunInUseError:  # a search may try one point twice at a time: the other trains it
         time.sleep(1)
+
+
+def share_cores(run: RunConfig, threads: int) -> RunConfig:
+    """With the threads of one of several workers, unless the run says how many."""
+    if run.train.threads != "auto":
+        return run
+    return run.model_copy(update={"train": run.train.model_copy(update={"threads": threads})})
+
+
+def fastest_dtype(run: RunConfig) -> str:
+    """The precision in which this machine computes the run fastest."""
+    from gptlite.data.prepare import prepare
+    from gptlite.planning import auto
+
+    files = prepare(run, given_tokenizer(run))
+    n_rows = files.rows("train", run.model.context_length).n_rows
+    return auto.resolve_run(run, vocab_size=files.meta["vocab_size"], n_rows=n_rows)[0].dtype
 
 
 def measure_run(study: Study, directory: Path) -> dict[str, Any]:
@@ -346,43 +380,3 @@ def comparisons(study: Study, points: dict[str, Any], done: list[Record]) -> lis
     for of_metric in found.values():
         mark_above_noise(of_metric)
     return [comparison for of_metric in found.values() for comparison in of_metric]
-
-
-def outcome(run: Record) -> str:
-    metrics = run["metrics"]
-    what = f"{run['label']}, seed {run['seed']}: "
-    if run["state"] != "done":
-        return f"{what}{run['state']}: {run['why']}"
-    took = format_duration(metrics["seconds"])
-    return f"{what}best validation loss {metrics['best_val_loss']:.4f} nats ({took} of training)"
-
-
-def table_lines(found: dict[str, Any]) -> Iterator[str]:
-    """A block of lines per metric of the study's table."""
-    runs, against = found["runs"], {}
-    for comparison in found["comparisons"]:
-        against[comparison["label"], comparison["metric"]] = comparison
-    done = sum(run["state"] == "done" for run in runs)
-    yield f"{found['name']}: {done} of {len(runs)} runs done"
-    yield from (f"  {outcome(run)}" for run in runs if run["state"] == "failed")
-    yield from (f"note: {note}" for note in found["notes"])
-    width = max([len(point["label"]) for point in found["points"]], default=0)
-    for metric in found["table"]:
-        yield ""
-        yield f"{metric}, mean ± 95 % interval over seeds; difference to the baseline in pairs"
-        for point in found["points"]:
-            value = point["metrics"].get(metric)
-            if value is None:
-                continue
-            half = "" if value["low"] is None else f" ± {value['high'] - value['mean']:.4f}"
-            line = f"  {point['label']:{width}}  {value['mean']:9.4f}{half:9}"
-            other = against.get((point["label"], metric))
-            yield line if other is None else f"{line}  {format_difference(other)}"
-
-
-def format_difference(comparison: dict[str, Any]) -> str:
-    above = {True: "yes", False: "no", None: "not known"}[comparison["above_seed_noise"]]
-    value = f"{comparison['difference']:+.4f}"
-    if comparison["p"] is not None:
-        value += f" [{comparison['low']:+.4f}, {comparison['high']:+.4f}], p {comparison['p']:.2g}"
-    return f"{value} to {comparison['against']}; above seed noise: {above}"

@@ -30,6 +30,7 @@ from gptlite.runs import recipe, resume, start, trained
 from gptlite.runs.origin import load_run
 from gptlite.runs.trained import Trained, load_trained
 from gptlite.studies import study
+from gptlite.studies.table import table_lines
 
 CPU = torch.device("cpu")
 SMALL = Effort(64, 32, 32, (0, 0.5, 1), 2, (1, 2))
@@ -466,7 +467,7 @@ def test_a_machine_that_lacks_the_precision_of_a_study_says_what_it_took(
     assert begun == ["bfloat16", "float32"]
     assert [run["dtype"] for run in found["runs"]] == ["bfloat16", "float32"]
     note = "not all runs were trained in one precision (1 in bfloat16, 1 in float32); study.json"
-    assert any(line.startswith(f"note: {note}") for line in study.table_lines(found))
+    assert any(line.startswith(f"note: {note}") for line in table_lines(found))
     assert any(line.startswith(note) for line in study_page(bench.out).notes)
 
 

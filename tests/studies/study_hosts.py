@@ -192,6 +192,7 @@ def interrupt_server(host: Host, server: "Server") -> None:
     server.stop()
     code, _, err = host.finish()
     lines = [line for line in err.splitlines() if "best validation loss" not in line]
+    assert lines.pop(0) == "again: 0 of 4"
     assert (code, len(lines)) == (5, 1), (code, err)
     print(f"without its server it says: {lines[0]}")
     before = host.finished_runs(out)

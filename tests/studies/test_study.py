@@ -32,6 +32,7 @@ from gptlite.runs.session import watch_nothing
 from gptlite.studies import study
 from gptlite.studies.config import Job, Point, StudyConfig, load_study
 from gptlite.studies.queue import Queue
+from gptlite.studies.table import table_lines
 
 
 def test_a_grid_is_the_product_of_its_axes_seed_by_seed(bench: Bench) -> None:
@@ -163,7 +164,7 @@ def test_a_study_trains_measures_and_compares(bench: Bench) -> None:
     gains = [a - b for a, b in zip(values, none["metrics"]["best_val_loss"]["values"], strict=True)]
     assert compared["difference"] == pytest.approx(sum(gains) / 2)
     assert (compared["label"], compared["against"], compared["n"]) == ("rate=0.3", "rate=0", 2)
-    lines = list(study.table_lines(found))
+    lines = list(table_lines(found))
     assert lines[0] == "tiny: 4 of 4 runs done"
     assert any("above seed noise" in line for line in lines)
 
@@ -218,7 +219,7 @@ def test_a_run_that_diverges_is_an_outcome(bench: Bench, monkeypatch: pytest.Mon
     assert found["runs"][0]["why"] == "step 3: loss nan"
     assert found["points"][0]["metrics"] == {}
     assert bench.run(points=points, seeds=[1], evaluate=[]) == found
-    assert "  wild, seed 1: failed: step 3: loss nan" in study.table_lines(found)
+    assert "  wild, seed 1: failed: step 3: loss nan" in table_lines(found)
 
 
 def test_only_what_is_done_is_averaged_and_compared(bench: Bench) -> None:

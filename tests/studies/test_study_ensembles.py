@@ -11,7 +11,7 @@ from gptlite.errors import ConfigError
 from gptlite.measure.ensemble import run_ensemble
 from gptlite.measure.suites import FULL
 from gptlite.runs.trained import load_trained
-from gptlite.studies.study import table_lines
+from gptlite.studies.table import table_lines
 
 
 def test_the_seeds_of_each_point_are_measured_as_one_model_once(bench: Bench) -> None:
