@@ -176,7 +176,7 @@ def describe_importance(result: Found) -> Iterator[str]:
     kinds = {kind: found["mean"] for kind, found in result["kinds"].items()}
     for kind, found in kinds.items():
         yield describe_units(kind, found)
-    told, untold = [], dict[str, list[str]]()
+    told, untold = list[str](), dict[str, list[str]]()
     for kind, found in kinds.items():
         sizes = [size for size in found["backup"] if int(size) <= AT_ONCE]
         for size in sizes[-1:]:
