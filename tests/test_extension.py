@@ -223,7 +223,7 @@ def test_everything_that_was_added_works_and_is_measured(extended: Path) -> None
     assert row["dropout/query"] == 0.25
     config = yaml.safe_load((extended / "run" / "config.yaml").read_text())
     assert row["lr"] == pytest.approx(config["optim"]["lr"] / 10)
-    told = call(extended, "eval", "--run", "run", "--suite", "count,knockout", "--fast")
+    told = call(extended, "eval", "--run", "run", "--suite", "count,knockout", "--fast", "--full")
     assert "count:" in told
     assert "mlp" in told
     assert call(extended, "hello") == "hello\n"

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from gptlite.cli.config import config_app
+from gptlite.cli.evaluate import evaluate
 from gptlite.cli.help import add_command, make_app
 from gptlite.cli.interchange import export, import_
 from gptlite.cli.look import look
@@ -27,7 +28,7 @@ from gptlite.cli.options import (
 from gptlite.cli.printing import print_json
 from gptlite.cli.serve import serve
 from gptlite.cli.study import study
-from gptlite.cli.trained import evaluate, generate
+from gptlite.cli.trained import generate
 from gptlite.distributed.torchrun import join_ranks, refuse_ranks
 from gptlite.errors import UserError
 from gptlite.machine import let_waiting_threads_sleep

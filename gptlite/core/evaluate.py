@@ -6,7 +6,7 @@ depend on the batch size or on padding.
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -53,6 +53,8 @@ class Measured:
     text_bytes: int
     loss_by_position: list[float | None]
     """Mean nats of the targets at each place of the context."""
+    by_row: Tensor = field(compare=False)
+    """Nats and targets of each row, (2, rows) in float64."""
 
     @property
     def loss(self) -> float:
@@ -159,7 +161,8 @@ def measure(
     by_place = (world.sum(place_nats) / place_targets).tolist()
     places = [None if math.isnan(loss) else loss for loss in by_place]
     right, in_text = int(world.sum(correct)), float(text_nats.sum())
-    return Measured(total, variance, n, right, in_text, round(text_bytes), places)
+    by_row = torch.stack([sums, counts.double()])
+    return Measured(total, variance, n, right, in_text, round(text_bytes), places, by_row)
 
 
 def variance_of_sum(sums: Tensor, counts: Tensor) -> float:

@@ -24,7 +24,7 @@ from gptlite.core.precision import precision
 from gptlite.data.batches import IGNORED, Batch
 from gptlite.errors import DivergedError
 from gptlite.keys import key
-from gptlite.measure.intervals import Floats, mean_per_target
+from gptlite.measure.intervals import Floats, mean_per_target, withhold
 
 BINS = 15
 
@@ -112,10 +112,11 @@ def calibration_error(sums: Floats) -> dict[str, Any]:
             direction = np.sign((other[:, 1] - other[:, 2]).sum(0))
             gaps = (gap * direction).sum(1)
             both.append(mean_per_target(gaps, half[:, 0].sum(1), "calibration rows"))
+    if len(both) < 2:
+        return withhold("the text has only one row")
     known = {name: [found[name] for found in both] for name in ("value", "low", "high")}
     return {
-        name: None if None in values or not values else float(np.mean(values))
-        for name, values in known.items()
+        name: None if None in values else float(np.mean(values)) for name, values in known.items()
     }
 
 

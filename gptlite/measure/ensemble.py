@@ -152,5 +152,7 @@ def compare_with_passes(
         "targets": int(targets.sum()),
         "averaged_minus_deterministic": mean_per_target(-gained, targets, NAME),
         "ensemble_minus_mean_member": mean_per_target(-together, targets, NAME),
-        "share_of_ensemble": ratio(gained, together, NAME),
+        "share_of_ensemble": ratio(
+            gained, together, NAME, "the ensemble gains nothing that is certain"
+        ),
     }

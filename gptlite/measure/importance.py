@@ -24,12 +24,17 @@ from gptlite.measure.intervals import (
     resamples,
     student_tail,
     weighted_sums,
+    withhold,
 )
 from gptlite.measure.units import Subject, blocks, random_orders
 
 CRITICAL_NATS = 0.01
 """What a critical unit costs at least; less is of no use to anyone, however certain."""
 SET_SIZES = (2, 4, 8)
+REPEATABLE = 0.5
+"""Of `split_half`, from where on it is told how importance is spread: below, what tells units apart
+in half of the rows is more noise than units."""
+NO_COST = "alone they cost nothing that is certain"
 
 
 def gini(x: Floats) -> Floats:
@@ -71,16 +76,32 @@ def importance(subject: Subject, singles: Floats, n_layer: int) -> dict[str, Any
     replicates = weighted_sums(rows, rise.T) / weighted_sums(rows, targets)[:, None]
     certain = is_critical(rise, targets)
     per_layer = increase.reshape(n_layer, -1) if len(increase) % n_layer == 0 else increase[None]
+    repeatable = split_half(rise, targets)
     return {
-        **{
-            name: clip_share(debiased_interval(float(f(increase)), f(replicates), len(targets)))
-            for name, f in SPREADS.items()
-        },
+        **describe_spread(increase, replicates, len(targets), repeatable),
         "largest": debiased_interval(float(increase.max()), replicates.max(1), len(targets)),
         "mean": mean_per_target(rise.mean(0), targets, "importance rows"),
         "critical_units": int(certain.sum()),
-        "split_half": split_half(rise, targets),
+        "split_half": repeatable,
         "loss_increase": np.round(per_layer, 7).tolist(),
+    }
+
+
+def describe_spread(
+    increase: Floats, replicates: Floats, n: int, repeatable: float | None
+) -> dict[str, Any]:
+    """How importances (N,) are spread, unless it is noise that spreads them."""
+    if repeatable is None:
+        reason = "it takes two rows of text and two units that differ"
+        return dict.fromkeys(SPREADS, withhold(reason))
+    if repeatable < REPEATABLE:
+        reason = f"halves of the text disagree (split_half {repeatable:.2f})"
+        return dict.fromkeys(SPREADS, withhold(reason))
+    if (increase <= 0).all():
+        return dict.fromkeys(SPREADS, withhold(NO_COST))
+    return {
+        name: clip_share(debiased_interval(float(f(increase)), f(replicates), n))
+        for name, f in SPREADS.items()
     }
 
 
@@ -113,15 +134,14 @@ def split_half(rise: Floats, targets: Floats) -> float | None:
 def backup(
     subject: Subject, kind: str, singles: Floats, n_sets: int, fills: Sequence[Tensor] | None = None
 ) -> dict[str, Any]:
-    """Rise of the loss without several units at once over the sum of what each alone costs, where
-    that is certainly something."""
+    """Rise of the loss without several units at once over the sum of what each alone costs."""
     orders = random_orders(f"{kind} sets", len(singles), n_sets)
     rise, found = singles - subject.base, {}
     for size in (size for size in SET_SIZES if size < len(singles)):
         removed = np.argsort(orders, axis=1) < size  # (sets, N)
         together = subject.row_nats(kind, torch.from_numpy(removed), fills) - subject.base
         apart = weighted_sums(removed, rise)  # (sets, R)
-        found[str(size)] = ratio(together.sum(0), apart.sum(0), "backup rows")
+        found[str(size)] = ratio(together.sum(0), apart.sum(0), "backup rows", NO_COST)
     return found
 
 

@@ -22,7 +22,11 @@ NORMAL = NormalDist().inv_cdf((1 + LEVEL) / 2)
 RESAMPLES = 1000
 FEWEST_ROWS = 5
 """For an interval: fewer can be drawn anew in too few ways."""
-UNKNOWN: dict[str, Any] = {"value": None, "low": None, "high": None}
+
+
+def withhold(reason: str) -> dict[str, Any]:
+    """In place of a number that the text cannot tell."""
+    return {"value": None, "low": None, "high": None, "reason": reason}
 
 
 def resamples(n: int, name: str) -> Floats:
@@ -40,15 +44,28 @@ def percentiles(replicates: Floats, tail: float) -> tuple[float, float]:
 
 def interval(value: float, replicates: Floats, n: int) -> dict[str, Any]:
     """A number with its 95 % interval: the middle of what resampling n rows makes of it
-    (RESAMPLES,), as much wider as the interval of a mean of n would be by Student's t."""
+    (RESAMPLES,), as much wider as the interval of a mean of n would be by Student's t.
+
+    The number lies inside: rounding puts equal replicates a little to one side of it.
+    """
     known = replicates[~np.isnan(replicates)]
     if not np.isfinite(value) or not len(known):
-        return UNKNOWN
+        return withhold("it is not a finite number")
     low = high = None
     if n >= FEWEST_ROWS:
         ends = percentiles(known, (1 - LEVEL) / 2)
         low, high = (float(value + stretch(n) * (end - value)) for end in ends)
+        low, high = min(low, float(value)), max(high, float(value))
     return {"value": float(value), "low": low, "high": high}
+
+
+def mean_bounds(mean: float, error: float, n: int) -> list[float] | None:
+    """The ends of the 95 % interval of a mean over n rows with this standard error, by Student's t:
+    for so many rows that resampling them would take too much memory."""
+    if n < FEWEST_ROWS:
+        return None
+    half = student_quantile(n - 1) * error
+    return [mean - half, mean + half]
 
 
 def stretch(n: int) -> float:
@@ -87,16 +104,34 @@ def mean_per_target(sums: Floats, targets: Floats, name: str) -> dict[str, Any]:
     return interval(sums.sum() / targets.sum(), replicates, len(sums))
 
 
-def is_above_zero(sums: Floats, name: str) -> bool:
-    """Whether other rows, too, would have a sum above 0."""
-    found = interval(sums.sum(), weighted_sums(resamples(len(sums), name), sums), len(sums))
-    return bool((sums.sum() if found["low"] is None else found["low"]) > 0)
+def share(hits: int, n: int) -> dict[str, Any]:
+    """Of n things, by Wilson's interval (1927): none or all of a few is not certain either, which
+    drawing them anew, each time with the same result, would make it."""
+    if n < FEWEST_ROWS:
+        return {"value": hits / n, "low": None, "high": None}
+    p, z = hits / n, NORMAL**2 / n
+    half = NORMAL / math.sqrt(n) * math.sqrt(p * (1 - p) + z / 4)
+    low, high = (p + z / 2 - half) / (1 + z), (p + z / 2 + half) / (1 + z)
+    return {"value": p, "low": max(0.0, min(low, p)), "high": min(1.0, max(high, p))}
 
 
-def ratio(above: Floats, below: Floats, name: str) -> dict[str, Any]:
-    """Of two sums over rows (rows,); unknown where the one below may as well be 0 or less."""
-    if not is_above_zero(below, name):
-        return UNKNOWN
+def doubt_divisor(below: Floats, name: str, nothing: str) -> str | None:
+    """Why nothing should be divided by this sum over rows (rows,), if so: `nothing` is the reason
+    where in other rows it may as well be 0 or less."""
+    if len(below) < FEWEST_ROWS:
+        return f"fewer than {FEWEST_ROWS} rows of text cannot tell a ratio from noise"
+    found = interval(below.sum(), weighted_sums(resamples(len(below), name), below), len(below))
+    return nothing if found["low"] is None or found["low"] <= 0 else None
+
+
+def ratio(above: Floats, below: Floats, name: str, nothing: str) -> dict[str, Any]:
+    """Of two sums over rows (rows,); withheld where the one below may be noise.
+
+    A ratio of noise has no interval worth the name: draws in which the sum below changes its sign
+    throw the result to the other side, and its own estimate can lie outside of their middle.
+    """
+    if reason := doubt_divisor(below, name, nothing):
+        return withhold(reason)
     rows = resamples(len(below), name)
     replicates = weighted_sums(rows, above) / weighted_sums(rows, below)
     return interval(above.sum() / below.sum(), replicates, len(below))

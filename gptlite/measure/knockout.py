@@ -9,14 +9,18 @@ import torch
 from torch import Tensor
 
 from gptlite.measure.intervals import (
-    UNKNOWN,
     Floats,
+    doubt_divisor,
     interval,
-    is_above_zero,
     resamples,
     weighted_sums,
+    withhold,
 )
 from gptlite.measure.units import Subject, random_orders
+
+NO_SKILL = "the model may be no better than guessing by token frequency"
+NO_USE = "all of them together are not certainly of use"
+NEVER_HALF = "even without any of them more than half of the skill is left"
 
 
 def n_removed(fraction: float, n: int) -> int:
@@ -85,6 +89,9 @@ def knockout(
     }
     nats = curve(subject, kind, np.concatenate(list(orders.values())), fractions, fills)
     total, found = subject.n_targets.sum(), {}
+    no_skill = doubt_divisor(unigram_nats - subject.base, "knockout rows", NO_SKILL)
+    no_use = doubt_divisor(nats[-1, 0] - nats[0, 0], "knockout rows", NO_USE)
+    unigrams = curve_replicates(unigram_nats[None, None], subject.n_targets, "knockout")[:, 0]
     for name, part in zip(orders, np.split(nats, (n_masks, n_masks + 1), axis=1), strict=True):
         losses = part.mean(1).sum(1) / total
         replicates = curve_replicates(part, subject.n_targets, "knockout")
@@ -93,12 +100,14 @@ def knockout(
             interval(loss, drawn, n)
             for loss, drawn in zip(losses.tolist(), replicates.T, strict=True)
         ]
+        skill = retained_skill(losses, unigram_nats.sum() / total)
+        skills = retained_skill(replicates, unigrams)
         found[name] = {
             "loss": losses.tolist(),
             "low": [bound["low"] for bound in bounds],
             "high": [bound["high"] for bound in bounds],
-            **describe_skill(subject, losses, replicates, unigram_nats, fractions, n),
-            **describe_contribution(losses, replicates, fractions, n),
+            **describe_skill(skill, skills, fractions, n, no_skill),
+            **describe_contribution(losses, replicates, fractions, n, no_use),
         }
     return found
 
@@ -115,45 +124,39 @@ def contribution_left(losses: Floats) -> Floats:
 
 
 def describe_contribution(
-    losses: Floats, replicates: Floats, fractions: Any, n: int
+    losses: Floats, replicates: Floats, fractions: Any, n: int, doubt: str | None
 ) -> dict[str, Any]:
-    """What is left of the kind's contribution along a curve, and the area under it, where its
-    units together are certainly of use."""
-    whole = interval(float(losses[-1] - losses[0]), replicates[:, -1] - replicates[:, 0], n)
-    certain = whole["low"] if whole["low"] is not None else whole["value"]
+    """What is left of the kind's contribution along a curve, and the area under it unless there is
+    `doubt` that its units together are of use."""
     left, others = contribution_left(losses), contribution_left(replicates)
     return {
-        "contribution": whole,
+        "contribution": interval(
+            float(losses[-1] - losses[0]), replicates[:, -1] - replicates[:, 0], n
+        ),
         "contribution_left": left.tolist(),
-        "contribution_area": UNKNOWN
-        if (certain or 0) <= 0
+        "contribution_area": withhold(doubt)
+        if doubt
         else interval(float(np.trapezoid(left, fractions)), np.trapezoid(others, fractions), n),
     }
 
 
 def describe_skill(
-    subject: Subject,
-    losses: Floats,
-    replicates: Floats,
-    unigram_nats: Floats,
-    fractions: Any,
-    n: int,
+    skill: Floats, skills: Floats, fractions: Any, n: int, doubt: str | None
 ) -> dict[str, Any]:
-    """Retained skill along a curve, the area under it and where half of it is gone, of a model
-    that has some."""
-    targets = subject.n_targets
-    left = retained_skill(losses, unigram_nats.sum() / targets.sum())
-    rows = resamples(len(targets), "knockout rows")
-    if is_above_zero(unigram_nats - subject.base, "knockout rows"):
-        others = retained_skill(
-            replicates, weighted_sums(rows, unigram_nats) / weighted_sums(rows, targets)
-        )
-        area = np.trapezoid(left, fractions, axis=-1)
-        areas = np.trapezoid(others, fractions, axis=-1)
-        found = {
-            "retained_area": interval(float(area), areas, n),
-            "half_at": interval(float(half_at(left, fractions)), half_at(others, fractions), n),
+    """Retained skill along a curve (F,), its replicates (RESAMPLES, F), and unless there is `doubt`
+    that the model has any, the area under it and where half of it is gone."""
+    if doubt:
+        return {
+            "retained": skill.tolist(),
+            "retained_area": withhold(doubt),
+            "half_at": withhold(doubt),
         }
-    else:
-        found = {"retained_area": UNKNOWN, "half_at": UNKNOWN}
-    return {"retained": left.tolist(), **found}
+    area, areas = np.trapezoid(skill, fractions), np.trapezoid(skills, fractions)
+    half = float(half_at(skill, fractions))
+    return {
+        "retained": skill.tolist(),
+        "retained_area": interval(float(area), areas, n),
+        "half_at": interval(half, half_at(skills, fractions), n)
+        if np.isfinite(half)
+        else withhold(NEVER_HALF),
+    }

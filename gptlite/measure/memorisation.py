@@ -16,7 +16,7 @@ from gptlite.core.generate import continuations, encode_prompt
 from gptlite.core.language_model import LanguageModel
 from gptlite.data.batches import Tokens
 from gptlite.keys import key
-from gptlite.measure.intervals import Floats, mean_per_target
+from gptlite.measure.intervals import Floats, mean_per_target, share
 
 PROMPT, CONTINUED = 50, 50
 """Tokens that a window begins with, and that have to follow; half as many of a short context."""
@@ -61,11 +61,10 @@ def matched_tokens(of: LanguageModel, windows: Windows, watch: Callable[..., Any
 
 def describe(matched: Floats, n: int, name: str) -> dict[str, Any]:
     """The share of windows that are continued word for word, and how far they are on average."""
-    each = np.ones_like(matched)
     return {
         "windows": len(matched),
-        "verbatim": mean_per_target((matched == n).astype(np.float64), each, name),
-        "matched_tokens": mean_per_target(matched, each, name),
+        "verbatim": share(int((matched == n).sum()), len(matched)),
+        "matched_tokens": mean_per_target(matched, np.ones_like(matched), name),
     }
 
 

@@ -33,7 +33,8 @@ from gptlite.data.batches import IGNORED, Batch, Layout
 from gptlite.data.token_files import TokenFiles
 from gptlite.errors import ConfigError, DataError, add_step_to_errors
 from gptlite.measure import calibration, importance, knockout
-from gptlite.measure.intervals import Floats
+from gptlite.measure.intervals import Floats, mean_per_target
+from gptlite.measure.losses import difference_of_rows, difference_on_rows, loss_bounds
 from gptlite.measure.memorisation import memorisation
 from gptlite.measure.units import ABLATIONS, KINDS, Subject
 from gptlite.terminal import wants_bar
@@ -159,7 +160,8 @@ class Measurement:
 
 
 def measure_loss(of: Measurement) -> dict[str, Any]:
-    """Loss over the split, and the generalisation gap: dropout off on both sides."""
+    """Loss over the split; the generalisation gap, dropout off on both sides; and what leaving
+    dropout on costs: on the training text of the gap, or if asked for on the whole split."""
     rows, counts = of.rows, of.files().counts(of.part)
     lengths = byte_lengths(of.trained.tokenizer, counts)
 
@@ -169,22 +171,35 @@ def measure_loss(of: Measurement) -> dict[str, Any]:
 
     limit = of.effort.loss_rows
     found = measure_rows(rows, of.dropout_active, limit)
-    more: dict[str, int] = {}
+    more: dict[str, Any] = {}
     if limit is not None and limit < rows.n_swept:
         more |= {"rows": limit, "rows_of_split": rows.n_swept}
     if "unknown_bytes" in counts:
         more["unknown_bytes"] = counts["unknown_bytes"]
-    gap = {}
-    if of.split in ("val", "test") and not of.dropout_active:
+    bounds = {"loss": loss_bounds(found)}
+    if of.dropout_active:
+        off = measure_rows(rows, False, limit)
+        more |= {"loss_dropout_off": off.loss, "dropout_cost": found.loss - off.loss}
+        bounds["dropout_cost"] = difference_on_rows(found, off)
+    elif of.split in ("val", "test"):
         train = of.files().rows("train", of.trained.context_length)
-        plain = measure_rows(train, False, TRAIN_SUBSET_ROWS).loss
-        dropped = measure_rows(train, True, TRAIN_SUBSET_ROWS).loss
-        gap = {
-            "train_loss": plain,
-            "generalisation_gap": found.loss - plain,
-            "dropout_penalty": dropped - plain,
+        plain = measure_rows(train, False, TRAIN_SUBSET_ROWS)
+        dropped = measure_rows(train, True, TRAIN_SUBSET_ROWS)
+        more |= {
+            "train_loss": plain.loss,
+            "train_rows": plain.by_row.shape[1],
+            "generalisation_gap": found.loss - plain.loss,
+            "dropout_penalty": dropped.loss - plain.loss,
         }
-    return {**found.report(), **more, **gap, "dropout_active": of.dropout_active}
+        bounds["generalisation_gap"] = difference_of_rows(found, plain)
+        bounds["dropout_penalty"] = difference_on_rows(dropped, plain)
+    known = {name: ends for name, ends in bounds.items() if ends is not None}
+    return {
+        **found.report(),
+        **more,
+        "intervals": known,
+        "dropout_active": of.dropout_active,
+    }
 
 
 def measure_calibration(of: Measurement) -> dict[str, Any]:
@@ -217,6 +232,7 @@ def measure_knockout(of: Measurement) -> dict[str, Any]:
     return {
         "loss": subject.loss,
         "unigram_loss": float(unigram.sum() / subject.n_targets.sum()),
+        "skill": mean_per_target(unigram - subject.base, subject.n_targets, "knockout rows"),
         "targets": int(subject.n_targets.sum()),
         "masks": effort.n_masks,
         "fractions": list(effort.fractions),
@@ -333,10 +349,13 @@ def label(split: str) -> str:
 
 def save_results(
     run_dir: Path, split: str, step: int, results: dict[str, Any], active: bool
-) -> None:
-    """eval/SUITE-SPLIT-step-N.json in the run directory."""
+) -> list[Path]:
+    """Writes eval/SUITE-SPLIT-step-N.json in the run directory; returns where."""
     storage.make_folders(run_dir / "eval")
+    written = []
     for name, result in results.items():
         stem = f"{name}-{label(split)}-step-{step:08d}" + "-dropout-active" * active
         about = {"run": str(run_dir), "step": step, "split": split}
-        storage.write_json(run_dir / "eval" / f"{stem}.json", {**about, **result})
+        written.append(run_dir / "eval" / f"{stem}.json")
+        storage.write_json(written[-1], {**about, **result})
+    return written

@@ -24,7 +24,7 @@ DAMAGED = (KeyError, TypeError, ValueError, IndexError, AttributeError, Arithmet
 Row = dict[str, Any]
 """A line of metrics.jsonl."""
 INTERVAL = {"value", "low", "high"}
-"""What a number with its 95 % interval looks like in results."""
+"""Keys of a number with its 95 % interval; one that is withheld has a `reason`, too."""
 
 
 @dataclass
@@ -189,7 +189,7 @@ def number(value: Any) -> float | None:
 def scalars(result: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Every value by its dotted name, a number with its interval as one; lists are left out."""
     for name, value in result.items():
-        if isinstance(value, dict) and set(value) != INTERVAL:
+        if isinstance(value, dict) and not set(value) >= INTERVAL:
             yield from scalars(value, f"{prefix}{name}.")
         elif not isinstance(value, list):
             yield prefix + name, value

@@ -12,8 +12,8 @@ from ranks import begun, ended, together
 from test_distributed import run_of
 from typer.testing import CliRunner
 
+from gptlite.cli import evaluate as evaluate_command
 from gptlite.cli import main
-from gptlite.cli import trained as trained_commands
 from gptlite.config.run import RunConfig
 from gptlite.core.evaluate import byte_lengths, measure
 from gptlite.core.model import GPT
@@ -101,7 +101,7 @@ def test_ranks_with_other_text_or_weights_measure_nothing(
 def test_the_other_suites_are_for_one_process(
     trained: Path, suite: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trained_commands, "join_ranks", lambda: nullcontext(World(2)))
+    monkeypatch.setattr(evaluate_command, "join_ranks", lambda: nullcontext(World(2)))
     result = CliRunner().invoke(main.app, ["eval", "--run", str(trained), "--suite", suite])
     assert result.exit_code == 2
     (line,) = result.stderr.splitlines()

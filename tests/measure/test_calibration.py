@@ -44,7 +44,8 @@ def test_who_means_what_he_says_has_no_error() -> None:
 
 def test_of_one_row_no_error_is_known() -> None:
     one = drawn(50, 0.5)
-    assert calibration.calibration(one)["ece"] == {"value": None, "low": None, "high": None}
+    error = calibration.calibration(one)["ece"]
+    assert (error["value"], error["reason"]) == (None, "the text has only one row")
 
 
 def test_who_boasts_has_the_error_of_his_boast() -> None:

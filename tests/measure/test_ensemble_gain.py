@@ -9,7 +9,8 @@ import pytest
 import torch
 from conftest import Workshop
 
-from gptlite.cli.trained import choose_runs, evaluate_ensemble, load_members
+from gptlite.cli.evaluate import evaluate_ensemble
+from gptlite.cli.trained import choose_runs, load_members
 from gptlite.core.ensemble import Ensemble
 from gptlite.core.evaluate import byte_lengths, measure
 from gptlite.errors import ConfigError

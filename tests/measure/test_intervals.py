@@ -1,16 +1,25 @@
 """Intervals against many worlds in which the truth is known."""
 
+from collections.abc import Iterator
+from functools import cache
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 
+from gptlite.measure import calibration, importance, intervals, knockout
 from gptlite.measure.intervals import (
+    FEWEST_ROWS,
     RESAMPLES,
     debiased_interval,
     holm,
     interval,
+    mean_bounds,
     mean_per_target,
     ratio,
     resamples,
+    share,
     student_quantile,
     student_tail,
 )
@@ -69,17 +78,112 @@ def test_a_maximum_of_noise_lies_in_its_interval_and_nearer_to_the_truth() -> No
     assert 0 < ours < 0.8 * plain
 
 
-def test_a_ratio_whose_divisor_may_be_nothing_is_unknown() -> None:
+def test_a_ratio_whose_divisor_may_be_nothing_is_withheld_with_the_reason() -> None:
     """Units that cost nothing alone have no share of it in common."""
-    rng, unknown = np.random.default_rng(0), 0
+    rng, withheld = np.random.default_rng(0), 0
     for _ in range(400):
         below = rng.standard_normal(6) + rng.choice([0.0, 1.0, 4.0])
-        found = ratio(2 * below + 0.3 * rng.standard_normal(6), below, "rows")
-        unknown += found["value"] is None
-        if found["value"] is not None:
-            assert found["low"] <= found["value"] <= found["high"]
-    assert 100 < unknown < 300
-    assert ratio(np.ones(6), np.full(6, -1.0), "rows")["value"] is None
+        found = ratio(2 * below + 0.3 * rng.standard_normal(6), below, "rows", "it is nothing")
+        withheld += found["value"] is None
+        if found["value"] is None:
+            assert found["reason"] == "it is nothing"
+    assert 100 < withheld < 300
+    assert ratio(np.ones(6), np.full(6, -1.0), "rows", "why")["value"] is None
+    few = ratio(np.ones(4), np.ones(4), "rows", "why")
+    assert few["value"] is None
+    assert "fewer than 5 rows" in few["reason"]
+
+
+def draw_rows(rng: np.random.Generator, n: int) -> Any:
+    """n numbers of one of several kinds: plain, with far outliers, skewed, or all equal."""
+    far = rng.standard_normal(n) * np.where(rng.random(n) < 0.2, 50, 1)
+    kinds = (rng.standard_normal(n), far, rng.exponential(1, n), np.full(n, rng.choice([0.1, 0.3])))
+    size, shift = rng.choice([1e-6, 1, 1e3]), rng.choice([0, 0.5, 3])
+    return (kinds[rng.integers(len(kinds))] + shift) * size
+
+
+def plain_numbers(rng: np.random.Generator) -> Iterator[dict[str, Any]]:
+    n = int(rng.integers(2, 13))
+    above, below, targets = draw_rows(rng, n), draw_rows(rng, n), rng.integers(1, 60, n) * 1.0
+    yield ratio(above + rng.choice([-1, 0, 1]) * below, below, "rows", "why")
+    yield mean_per_target(above, targets, "rows")
+    yield share(int(rng.integers(0, n + 1)), n)
+    if ends := mean_bounds(above.mean(), above.std(), n):
+        yield {"value": above.mean(), "low": ends[0], "high": ends[1]}
+
+
+def of_curves(rng: np.random.Generator) -> Iterator[dict[str, Any]]:
+    """Of losses over what is removed that rise, fall and jump, of models with skill and without."""
+    fractions, n, masks = (0, 0.3, 0.5, 1), int(rng.integers(2, 9)), int(rng.integers(2, 7))
+    steps = np.cumsum(np.append(0, rng.standard_normal(3))) * rng.choice([0, 0.3, 2])
+    noise = rng.standard_normal((4, masks + 2, n)) * rng.choice([0, 0.05, 1])
+    noise[0], noise[-1] = 0, noise[-1, :1]
+    base = 2 + 0.3 * rng.standard_normal(n)
+    nats = base + steps[:, None, None] + noise
+    subject = SimpleNamespace(base=base, n_targets=np.ones(n), row_nats=lambda *_: base[None])
+    unigram = base + rng.choice([0, 1]) + 0.3 * rng.standard_normal(n)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(knockout, "curve", lambda *_: nats)
+        found = knockout.knockout(subject, "head", np.zeros(4), unigram, fractions, masks)
+    for curve in found.values():
+        yield from (each for each in curve.values() if isinstance(each, dict))
+        for value, low, high in zip(curve["loss"], curve["low"], curve["high"], strict=True):
+            yield {"value": value, "low": low, "high": high}
+
+
+def of_units(rng: np.random.Generator) -> Iterator[dict[str, Any]]:
+    """Of importances that are all noise, all alike, or one that matters."""
+    rows, units = int(rng.integers(2, 9)), 12
+    subject = SimpleNamespace(base=np.zeros(rows), n_targets=np.full(rows, 9.0))
+    subject.row_nats = lambda _, removed, __: 2 * removed.numpy().astype(float) @ singles
+    singles = rng.standard_normal((units, rows)) * rng.choice([0, 0.01, 1])
+    singles += rng.exponential(1, (units, 1)) * rng.choice([0, 1, 5])
+    found = importance.importance(subject, singles, 1)  # type: ignore[arg-type]
+    found |= importance.backup(subject, "head", singles, 5)  # type: ignore[arg-type]
+    yield from (each for each in found.values() if isinstance(each, dict))
+
+
+def of_guesses(rng: np.random.Generator) -> Iterator[dict[str, Any]]:
+    n, rows = 60, int(rng.integers(1, 24))
+    confidence = rng.choice([rng.uniform(0, 1, n), np.full(n, 0.3)])
+    correct = (rng.random(n) < confidence * rng.choice([0, 0.6, 1])).astype(float)
+    row = np.sort(rng.integers(0, rows, n))
+    row -= row.min()
+    found = calibration.calibration(
+        calibration.Guesses(np.unique(row, return_inverse=True)[1], confidence, correct, correct)
+    )
+    yield from (each for each in found.values() if isinstance(each, dict))
+
+
+@pytest.mark.parametrize("draw", [plain_numbers, of_curves, of_units, of_guesses])
+def test_no_number_of_any_kind_lies_outside_of_its_interval(
+    draw: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what has no number says why."""
+    once = cache(resamples)
+    for module in (intervals, knockout, importance):
+        monkeypatch.setattr(module, "resamples", once)
+    rng, known = np.random.default_rng(0), 0
+    for _ in range(250):
+        for found in draw(rng):
+            value, low, high = (found[name] for name in ("value", "low", "high"))
+            if value is None:
+                assert low is high is None
+                assert found["reason"]
+            elif low is not None:
+                known += 1
+                assert low <= value <= high, found
+    assert known > 200
+
+
+def test_none_of_a_few_is_not_certainly_none() -> None:
+    """Drawn anew, 0 of 60 would always be 0; the rule of three says up to 5 %."""
+    none, some, all_ = share(0, 60), share(6, 60), share(60, 60)
+    assert none["low"] == 0
+    assert 0.04 < none["high"] < 0.07
+    assert (some["low"], some["high"]) == pytest.approx((0.0466, 0.2015), abs=1e-3)
+    assert (all_["low"], all_["high"]) == pytest.approx((1 - none["high"], 1))
+    assert share(1, FEWEST_ROWS - 1)["low"] is None
 
 
 def test_student_by_table() -> None:

@@ -8,7 +8,9 @@ from conftest import Workshop
 from networks import CRITICAL, alternating, one_critical_neuron
 
 from gptlite.measure import knockout
+from gptlite.measure.intervals import doubt_divisor
 from gptlite.measure.knockout import (
+    NO_USE,
     contribution_left,
     describe_contribution,
     half_at,
@@ -61,10 +63,12 @@ def test_units_that_do_nothing_keep_their_skill_and_have_no_contribution() -> No
     base = 2.0 + 0.01 * rng.standard_normal((1000, 1))
     idle = np.tile(base, 4) + 1e-4 * rng.standard_normal((1000, 4))
     fractions = [0, 0.3, 0.6, 1.0]
-    found = describe_contribution(np.full(4, 2.0), idle, fractions, 100)
+    doubt = doubt_divisor(idle[:, -1] - idle[:, 0], "rows", NO_USE)
+    found = describe_contribution(np.full(4, 2.0), idle, fractions, 100, doubt)
     assert found["contribution_area"]["value"] is None
+    assert found["contribution_area"]["reason"] == NO_USE
     used = base + [0, 0.1, 0.2, 0.5]
-    found = describe_contribution(np.array([2.0, 2.1, 2.2, 2.5]), used, fractions, 100)
+    found = describe_contribution(np.array([2.0, 2.1, 2.2, 2.5]), used, fractions, 100, None)
     expected = 0.3 * (1 + 0.8) / 2 + 0.3 * (0.8 + 0.6) / 2 + 0.4 * 0.6 / 2
     assert found["contribution_area"]["value"] == pytest.approx(expected)
     assert found["contribution_area"]["low"] <= expected <= found["contribution_area"]["high"]

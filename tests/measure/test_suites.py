@@ -15,7 +15,7 @@ import torch
 from conftest import EVERYWHERE, Workshop, prose
 from typer.testing import CliRunner
 
-from gptlite.cli import trained as trained_commands
+from gptlite.cli import evaluate as evaluate_command
 from gptlite.cli.main import app
 from gptlite.core.model import GPT
 from gptlite.data.prepare import open_split, prepare
@@ -103,8 +103,7 @@ def test_a_text_file_of_one_row_can_be_measured(run_dir: Path, tmp_path: Path) -
     trained, files = load_trained(run_dir, "best"), opened(run_dir, path)
     found = suites.run_suites(trained, path, SUITES, lambda: files, effort=SMALL)
     assert found["knockout"]["targets"] == 9
-    unknown = {"value": None, "low": None, "high": None}
-    assert found["calibration"]["ece"] == unknown
+    assert found["calibration"]["ece"]["reason"] == "the text has only one row"
     assert found["loss"]["loss_standard_error"] is None
     assert found["mc-dropout"]["averaged_loss"]["low"] is None
     for draw in (figures.draw_calibration, figures.knockouts, figures.importances, figures.passes):
@@ -186,7 +185,7 @@ def test_results_are_saved_though_they_cannot_be_printed(
         assert saved.is_file()
         raise RuntimeError
 
-    monkeypatch.setattr(trained_commands, "print_results", refuse)
+    monkeypatch.setattr(evaluate_command, "print_sentences", refuse)
     CliRunner().invoke(app, ["eval", "--run", str(run_dir), "--split", "train"])
     assert saved.is_file()
 
@@ -224,7 +223,7 @@ def test_single_units_are_measured_in_float32_whatever_the_run(run_dir: Path) ->
 
 
 def test_results_are_printed_with_their_intervals(run_dir: Path) -> None:
-    lines = call("--run", str(run_dir), "--suite", "calibration,loss").stdout.splitlines()
+    lines = call("--run", str(run_dir), "--suite", "calibration,loss", "--full").stdout.splitlines()
     assert lines[0].endswith("step 8, val:")
     (ece,) = (line.split() for line in lines if line.startswith("  ece "))
     value, low, high = (float(word.strip("[],")) for word in ece[1:])

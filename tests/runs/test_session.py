@@ -31,7 +31,7 @@ def test_a_run_that_stops_learning_stops(workshop: Workshop, monkeypatch: Any) -
 
     def measure(*args: Any, **kwargs: Any) -> Measured:
         loss = next(losses) if next(val) % 2 == 0 else 1.0  # validation first, then training text
-        return Measured(loss * 10, 0.0, 10, 0, loss * 10, 10, [])
+        return Measured(loss * 10, 0.0, 10, 0, loss * 10, 10, [], torch.zeros(2, 0))
 
     monkeypatch.setattr("gptlite.runs.session.measure", measure)
     run = workshop.run(train={"max_steps": 12, "eval_interval": 2, "early_stop": 2})
