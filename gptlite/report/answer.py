@@ -53,11 +53,12 @@ def answer_of(study: dict[str, Any], metric: str) -> Answer:
     if len(found) == 1:
         return Answer(found[0].words, [*said_of(metric), *unfinished])
     winners = {finding.winner for finding in found}
-    title = f"It depends: {len(found)} settings, and not one answer"
-    if len(winners) == 1 and (winner := winners.pop()):
-        title = f"{capital(winner)} is best in all {len(found)} settings"
-    elif winners == {""}:
+    if winners == {""}:
         title = f"Cannot tell in any of the {len(found)} settings"
+    elif len(winners) == 1:
+        title = f"{capital(winners.pop())} is best in all {len(found)} settings"
+    else:
+        title = f"It depends: {len(found)} settings, and not one answer"
     lines = [f"{finding.setting or 'All'}: {finding.words}" for finding in found]
     return Answer(title, [*lines, *said_of(metric), *unfinished])
 
@@ -135,10 +136,13 @@ def capital(words: str) -> str:
 
 def size_words(comparison: Comparison, metric: str) -> str:
     """How large a difference is, without its sign."""
-    unit = " nats" if any(part in metric.rpartition(".")[2] for part in NATS) else ""
     half = half_width(comparison)
     around = "" if half is None else f" ± {half:.2g}"
-    return f"{abs(comparison['difference']):.2g}{around}{unit}"
+    return f"{abs(comparison['difference']):.2g}{around}{unit_of(metric)}"
+
+
+def unit_of(metric: str) -> str:
+    return " nats" if any(part in metric.rpartition(".")[2] for part in NATS) else ""
 
 
 def half_width(comparison: Comparison) -> float | None:
@@ -153,15 +157,16 @@ def seeds_words(comparison: Comparison) -> str:
 def doubt_words(study: dict[str, Any], metric: str, comparison: Comparison, n_compared: int) -> str:
     n = comparison["n"]
     if n < 2:
-        words = f"the difference is {comparison['difference']:+.2g}, of one seed, "
+        words = f"the difference is {comparison['difference']:+.2g}{unit_of(metric)}, of one seed, "
         return words + "which has no noise to compare it with; run at least two more"
     half = half_width(comparison) or 0.0
-    words = f"the difference is {comparison['difference']:+.2g} ± {half:.2g} "
+    words = f"the difference is {comparison['difference']:+.2g} ± {half:.2g}{unit_of(metric)} "
     words += f"({n} seeds, within noise); "
     more = seeds_needed(differences(study, metric, comparison), n_compared)
     if more is None or more > MOST_SEEDS:
         return words + f"more than {MOST_SEEDS} more seeds would be needed, if it stays so small"
-    return words + f"about {more} more seeds would tell, if it stays as large"
+    seeds = "seed" if more == 1 else "seeds"
+    return words + f"about {more} more {seeds} would tell, if it stays as large"
 
 
 def differences(study: dict[str, Any], metric: str, comparison: Comparison) -> list[float]:

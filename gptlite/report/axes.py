@@ -117,9 +117,11 @@ class Drawing:
     def write(
         self, x: float, y: float, words: str, anchor: str = "start", color: str = SOFT
     ) -> None:
+        """On a ground of its own: lines may pass behind."""
         at = "" if anchor == "start" else f' text-anchor="{anchor}"'
         self.parts.append(
-            f'<text x="{x:.1f}" y="{y:.1f}"{at} fill="{color}">{escape(words)}</text>'
+            f'<text x="{x:.1f}" y="{y:.1f}"{at} fill="{color}" paint-order="stroke" '
+            f'stroke="{CARD}" stroke-width="3">{escape(words)}</text>'
         )
 
     def draw(self, spots: Iterable[Spot], color: str, width: float = 2, more: str = "") -> None:

@@ -302,13 +302,18 @@ def positions(run: RunFiles) -> Figures:
 def position_words(y: Sequence[float]) -> str:
     """Whether more text before a token helps to tell it."""
     part = max(1, len(y) // 4)
-    first, last = y[0], fmean(y[-part:])
+    quarters = [fmean(y[at : at + part]) for at in range(0, part * (len(y) // part), part)]
+    first, last, best = y[0], quarters[-1], min(quarters)
     ends = f"{first:.2f} nats for the first token, {last:.2f} in the last quarter of the window"
-    if first - last > CLEAR:
-        return f"Context helps by {first - last:.2f} nats: {ends}."
-    if last - first > CLEAR:
-        return f"The loss rises with more context, by {last - first:.2f} nats: {ends}."
-    return f"Context makes no difference: {ends}."
+    if first - last <= CLEAR:
+        rise = last - first
+        more = f"The loss rises with more context, by {rise:.2f} nats"
+        return f"{more if rise > CLEAR else 'Context makes no difference'}: {ends}."
+    words = f"Context helps by {first - last:.2f} nats: {ends}."
+    if last - best <= CLEAR:
+        return words
+    where = f"the quarter that ends at token {part * (quarters.index(best) + 1):,}"
+    return f"{words} It is lowest in {where}, {best:.2f}: more than that helps no further."
 
 
 def draw_calibration(run: RunFiles) -> Figures:

@@ -19,7 +19,7 @@ ENDED = {
 
 class Header(NamedTuple):
     facts: list[tuple[str, str]]
-    command: str = ""
+    command: list[str] = []
     progress: str = ""
     """Where a run is that has not come to its end; empty for one that has."""
     running: bool = False
@@ -29,9 +29,9 @@ def header_of(run: RunFiles, directory: Path) -> Header:
     state = state_of(directory)
     facts = [(name, words) for name, words in facts_of(run, directory, state) if words]
     arguments = run.environment.get("arguments")
-    command = ""
+    command = []
     if isinstance(arguments, list) and arguments:
-        command = "gptlite " + shlex.join(map(str, arguments))
+        command = ["gptlite", *(shlex.quote(str(argument)) for argument in arguments)]
     return Header(facts, command, progress_words(run, directory, state), state == "running")
 
 
@@ -109,7 +109,7 @@ def progress_words(run: RunFiles, directory: Path, state: str) -> str:
         written = (directory / "metrics.jsonl").stat().st_mtime
         when = datetime.fromtimestamp(written, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
         return (
-            f"Still training: {at}, as of {when}. This page is written again at each evaluation, "
+            f"Still training: {at}, as of {when}. This page is written again at evaluations, "
             "and loads itself again."
         )
     return f"Ended early, at {at}. Go on with: gptlite train --resume {directory}"

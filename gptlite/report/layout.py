@@ -1,7 +1,8 @@
 """What is on a page, and the page as HTML: one file that opens offline and runs no script."""
 
+from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from gptlite import __version__
 from gptlite.report.figures import Group
@@ -49,7 +50,9 @@ class Page(NamedTuple):
     """What could not be read."""
 
 
-def render(page: Page) -> str:
+@cache
+def read_template() -> Any:
+    """Once in a process: a run that trains makes many pages."""
     import jinja2
 
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
@@ -57,9 +60,13 @@ def render(page: Page) -> str:
         loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["clean"] = lambda text: escape_controls(str(text), keep="\n\t")
+    return environment.get_template("page.html")
+
+
+def render(page: Page) -> str:
     shown = page._replace(
         groups=[(title, figures) for title, figures in page.groups if figures],
         tables=[table for table in page.tables if table.rows],
         details=[(title, text) for title, text in page.details if text],
     )
-    return environment.get_template("page.html").render(page=shown, version=__version__)
+    return str(read_template().render(page=shown, version=__version__))

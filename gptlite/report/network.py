@@ -31,7 +31,7 @@ class Row(NamedTuple):
 
 
 BEFORE = (
-    Row("token embedding", "token", place="stream"),
+    Row("embedding", "token", place="stream"),
     Row("+ position", "embedding", place="stream"),
 )
 ATTENTION = (
@@ -68,13 +68,7 @@ def network(rates: Mapping[str, float], n_layer: int) -> str:
         text(SHAPE, 16, "shape", "soft", "end"),
         f'<rect x="6" y="{above}" width="{WIDTH - 12}" height="{below - above}" rx="10" '
         'fill="none" stroke="var(--line)" stroke-width="1.2"/>',
-        text(
-            SHAPE,
-            above + 17,
-            f"{n_layer} layers like this" if n_layer > 1 else "1 layer",
-            "soft",
-            "end",
-        ),
+        text(SHAPE, above + 17, f"{n_layer} × this layer", "soft", "end"),
         line(f"M{STREAM} 24V{y_of(len(rows) - 1) + 8}", 3),
     ]
     for number, row in enumerate(rows):

@@ -5,6 +5,7 @@ be read is named on the page, never a traceback.
 """
 
 import json
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -19,11 +20,14 @@ from gptlite.report.layout import Page, Table, Tile, render
 from gptlite.report.look import figures_of, mask_names
 from gptlite.report.samples import samples_of
 from gptlite.report.study_page import study_page
-from gptlite.report.tiles import results_tables, sites_table, tiles_of
+from gptlite.report.suites import results_tables
+from gptlite.report.tiles import sites_table, tiles_of
 from gptlite.report.verdict import Verdict, verdict
 from gptlite.runs.directory import has_run
 from gptlite.runs.results import DAMAGED, RunFiles, read_run
 
+REFRESH_SECONDS = 5
+"""A page takes a few hundredths of a second, of a very long run more."""
 MEASURED = {"loss", "calibration", "knockout", "importance"}
 """Suites without which a page says how to get more."""
 Part = TypeVar("Part")
@@ -52,9 +56,13 @@ def add_report(directory: Path, say: Callable[[str], None]) -> None:
 
 
 def refresh_report(directory: Path) -> None:
-    """The page of a run that goes on: it says how far the run is. No failure reaches the run."""
+    """The page of a run that goes on, which says how far the run is; not more often than every
+    REFRESH_SECONDS. No failure reaches the run.
+    """
     with suppress(Exception):
-        write_page([directory])
+        target = directory / "report.html"
+        if not target.exists() or time.time() - target.stat().st_mtime >= REFRESH_SECONDS:
+            write_page([directory])
 
 
 def write_look(found: dict[str, Any], target: Path) -> None:
@@ -137,9 +145,12 @@ def run_page(directory: Path) -> Page:
         lambda: verdict(run.rows, run.config, run.plan),
         nothing,
     )
+    header = try_part(notes, described, lambda: header_of(run, directory), Header([]))
+    if header.running:
+        said = said._replace(title=f"So far: {said.title}")
     return Page(
         title=run.name,
-        header=try_part(notes, described, lambda: header_of(run, directory), Header([])),
+        header=header,
         tiles=try_part(notes, log, lambda: tiles_of(run, said), list[Tile]()),
         verdict=said,
         groups=run_groups(run),

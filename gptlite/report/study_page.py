@@ -10,7 +10,7 @@ from gptlite.report.charts import Dots
 from gptlite.report.figures import Figure, Figures, Group, draw_lines, make_figures
 from gptlite.report.layout import Page, Table
 from gptlite.report.series import Line, colors_of
-from gptlite.report.tiles import SUITES, format_interval
+from gptlite.report.suites import HEADLINES, SUITES, format_interval, short_metric
 from gptlite.report.values import values_of
 from gptlite.report.verdict import Verdict
 from gptlite.runs.results import (
@@ -26,40 +26,6 @@ from gptlite.runs.results import (
 LOSS, PER_BYTE = "best_val_loss", "loss.bits_per_byte"
 MOST_FIGURES, MOST_CURVES = 6, 8
 """Drawings of learning curves, and points in one of them."""
-UNITS = ("head", "neuron", "layer", "dimension")
-HEADLINES = {
-    "loss": ("loss", "bits_per_byte", "accuracy", "generalisation_gap", "dropout_penalty"),
-    "calibration": ("ece", "adaptive_ece", "brier", "confidence", "accuracy"),
-    "knockout": tuple(
-        f"kinds.{kind}.mean.random.{what}"
-        for what in ("contribution_area", "retained_area")
-        for kind in UNITS
-    ),
-    "importance": tuple(
-        f"kinds.{kind}.mean.{what}"
-        for kind in UNITS[:2]
-        for what in ("gini", "effective_share", "split_half")
-    ),
-    "memorisation": (
-        *("train.verbatim", "val.verbatim", "train.matched_tokens", "val.matched_tokens"),
-        "spans.longest_span",
-    ),
-    "mc-dropout": (
-        *("deterministic_loss", "averaged_loss", "averaged_minus_deterministic"),
-        "mutual_information",
-    ),
-    "ensemble": (
-        *("mean_of_logits.loss", "mean_of_probabilities.loss"),
-        "mean_of_probabilities.minus_mean_member",
-    ),
-}
-"""Of each suite the numbers that the page shows; study.json has all."""
-WORDS = {
-    "kinds.": "",
-    "mean.random.contribution_area": "contribution left",
-    "mean.random.retained_area": "skill left",
-    "mean.": "",
-}
 
 
 class StudyFiles(NamedTuple):
@@ -68,8 +34,8 @@ class StudyFiles(NamedTuple):
     results: dict[str, Any]
     logs: dict[str, list[Row]]
     """The evaluations of each run, by its name."""
-    tokenizers: set[str]
-    """As far as they can be told apart."""
+    tokenizers: dict[str, str]
+    """By label of the point, as far as they can be told apart."""
     axis: str
     """Whose values have the colours."""
     colors: dict[str, int]
@@ -78,13 +44,13 @@ class StudyFiles(NamedTuple):
 
 def read_study(source: Path, study: dict[str, Any]) -> StudyFiles:
     logs: dict[str, list[Row]] = {}
-    tokenizers = set()
+    tokenizers: dict[str, str] = {}
     for run in study.get("runs", []):
         folder = source / "runs" / str(run.get("name", "")).replace("/", "_")
         if run.get("state") == "done" and (folder / "metrics.jsonl").is_file():
             logs[run["name"]] = evaluations(read_rows(folder / "metrics.jsonl", []))
             plan = read_json(folder / "plan.json", [])
-            tokenizers.add(f"{plan.get('vocab_size')} {plan.get('bytes_per_token')}")
+            tokenizers[run["label"]] = f"{plan.get('vocab_size')} {plan.get('bytes_per_token')}"
     axis, colors = color_points(study)
     return StudyFiles(study, logs, tokenizers, axis, colors)
 
@@ -130,14 +96,14 @@ def decisive_metric(study: StudyFiles) -> tuple[str, list[str]]:
     """The metric that the answer is about, and what is to be kept in mind of it."""
     table = [name for name in study.results.get("table", []) if direction_of(name)]
     chosen = next(iter(table), LOSS)
-    if len(study.tokenizers) < 2:
+    known, comparisons = study.tokenizers, study.results.get("comparisons", [])
+    if all(known.get(found["label"]) == known.get(found["against"]) for found in comparisons):
         return chosen, []
     hint = (
-        "The points have different tokenizers. Nats per token cannot be compared between them; "
-        "bits per byte can"
+        "Points that are compared have different tokenizers. Nats per token cannot be compared "
+        "between them; bits per byte can"
     )
-    compared = {comparison["metric"] for comparison in study.results.get("comparisons", [])}
-    if PER_BYTE in compared:
+    if PER_BYTE in {comparison["metric"] for comparison in comparisons}:
         return PER_BYTE, [f"{hint}, so the answer is about these."]
     return chosen, [f"{hint}, and were not measured: evaluate: [loss] in the study does."]
 
@@ -153,7 +119,7 @@ def study_groups(study: StudyFiles, metric: str) -> list[Group]:
 
 
 def metric_words(metric: str) -> str:
-    return metric.replace("_", " ").replace(".", ", ")
+    return metric.replace("val_loss", "validation_loss").replace("_", " ").replace(".", ", ")
 
 
 def metric_over_axes(study: StudyFiles, metric: str) -> Figures:
@@ -219,10 +185,10 @@ def learning_curves(study: StudyFiles) -> Figures:
         value = point["point"].get(study.axis)
         name = f"{study.axis.rpartition('.')[2]} {value}" if study.axis != "point" else str(value)
         settings.setdefault(setting, []).append((name, point))
-    key, unit = "val/loss", "nats per token"
-    if len(study.tokenizers) > 1:
-        key, unit = "val/bits_per_byte", "bits per byte"
     for setting, points in list(settings.items())[:MOST_FIGURES]:
+        key, unit = "val/loss", "nats per token"
+        if len({study.tokenizers.get(point["label"]) for _, point in points}) > 1:
+            key, unit = "val/bits_per_byte", "bits per byte"
         curves = [curve_of(study, name, point, key) for name, point in points[:MOST_CURVES]]
         curves = [curve for curve in curves if curve.x]
         if curves:
@@ -301,12 +267,6 @@ def suite_tables(study: dict[str, Any]) -> Iterator[Table]:
         head = ["point", *(short_metric(name.partition(".")[2]) for name in known)]
         about = f"{SUITES[suite]} Means over seeds; study.json has every number."
         yield Table(f"Suite {suite}", head, rows, about)
-
-
-def short_metric(name: str) -> str:
-    for long, short in WORDS.items():
-        name = name.replace(long, short)
-    return name.replace("_", " ").replace(".", ", ")
 
 
 def mean_words(value: dict[str, Any] | None) -> str:

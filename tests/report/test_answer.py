@@ -91,6 +91,10 @@ def test_each_setting_has_its_own_answer() -> None:
     assert found.title == "It depends: 2 settings, and not one answer"
     assert found.lines[0].startswith("tokens 10: Rate 0.1 is best: it gains 1 ± ")
     assert found.lines[1].startswith("tokens 99: Rate 0 is best; rate 0.1 costs 1 ± ")
+    level = {label: [2.0, 2.1, 1.9] if "=0.1" in label else [2.02, 2.07, 1.93] for label in points}
+    assert answer_of(study_of(level, bases), "best_val_loss").title == (
+        "Cannot tell in any of the 2 settings"
+    )
     same = {**points, **{f"tokens=99, rate={r}": points[f"tokens=10, rate={r}"] for r in (0, 0.1)}}
     assert answer_of(study_of(same, bases), "best_val_loss").title == (
         "Rate 0.1 is best in all 2 settings"

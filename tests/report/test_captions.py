@@ -44,6 +44,10 @@ def test_a_curve_that_falls_is_called_otherwise_than_one_that_rises() -> None:
     assert by_position(falling).startswith("Context helps by 1.30 nats: 4.00 nats")
     assert by_position(rising).startswith("The loss rises with more context, by 1.30 nats")
     assert by_position(level).startswith("Context makes no difference")
+    turning = by_position([4.0, 2.5, 2.0, 2.0, 2.5, 2.5, 2.5, 2.5])
+    assert turning.startswith("Context helps by 1.50 nats")
+    assert "lowest in the quarter that ends at token 4, 2.00" in turning
+    assert "lowest" not in by_position(falling)
 
 
 def test_a_run_without_dropout_is_not_said_to_have_it_on() -> None:

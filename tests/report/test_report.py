@@ -1,6 +1,7 @@
 """The page: everything on it, nothing from outside, whatever the files hold."""
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -113,7 +114,7 @@ def test_a_study_is_shown_with_what_is_above_noise(folder: Path) -> None:
     assert "1 of 2 runs done" in html
     cells = re.sub("<td[^>]*>", "<td>", html)
     assert "<td>+0.1000</td><td>0.0500 to 0.1500</td><td>yes</td>" in cells
-    assert "best val loss over dropout.rate" in html
+    assert "best validation loss over dropout.rate" in html
 
 
 def test_hostile_text_is_shown_and_not_obeyed(folder: Path, tmp_path: Path) -> None:
@@ -215,6 +216,14 @@ def test_a_run_at_work_is_told_so_and_a_failure_stays_silent(
         assert "Still training: step 4 of 8, as of 20" in html
         assert '<meta http-equiv="refresh"' in html
         assert html == page(run)
+        assert "<h2>So far: " in html
+        (run / "report.html").write_text("just now")
+        report.refresh_report(run)
+        assert (run / "report.html").read_text() == "just now"
+        a_while_ago = (run / "report.html").stat().st_mtime - report.REFRESH_SECONDS
+        os.utime(run / "report.html", (a_while_ago, a_while_ago))
+        report.refresh_report(run)
+        assert (run / "report.html").read_text() == html
     html = page(run)
     assert "Ended early, at step 4 of 8. Go on with: gptlite train --resume" in html
     assert "Still training" not in html + page(folder / "other")
@@ -224,6 +233,7 @@ def test_a_run_at_work_is_told_so_and_a_failure_stays_silent(
         raise RuntimeError("cannot draw")
 
     monkeypatch.setattr(report, "page_of", bug)
+    (run / "report.html").unlink()
     report.refresh_report(run)
 
 
@@ -246,7 +256,7 @@ def test_the_head_says_what_was_trained(folder: Path) -> None:
     assert facts["Seed"] == "1337"
     assert re.fullmatch(r"20\d\d-\d\d-\d\d \d\d:\d\d", facts["Started"])
     assert re.fullmatch(r"8 updates, [\d.]+ epochs, 0:0\d of training, finished", facts["Length"])
-    assert facts["Command"].startswith("<code>gptlite ")
+    assert facts["Command"].startswith("<code><span>gptlite</span> <span>")
     assert "<dt>Dropout</dt><dd>none</dd>" in page(folder / "plain")
 
 
@@ -286,7 +296,7 @@ def test_the_drawing_names_every_site_and_fills_those_that_drop() -> None:
     boxes = re.findall(r'<rect x="138"[^>]*fill="([^"]*)"[^>]*/><text[^>]*>(\w+)( [\d.]+)?<', svg)
     assert {site for _, site, _ in boxes} == set(rates)
     assert {(site, rate) for fill, site, rate in boxes if fill == "var(--c2)"} == {("head", " 0.2")}
-    assert "3 layers like this" in svg
+    assert "3 × this layer" in svg
 
 
 def test_the_drawing_has_two_residual_sums_and_the_shape_at_every_site() -> None:

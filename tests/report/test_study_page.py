@@ -75,13 +75,16 @@ def test_a_rate_has_its_colour_in_every_figure(bench: Bench) -> None:
     html = page(bench.out)
     color = re.escape(COLORS[rate_color(0.3)])
     curves = html_of(html, "Validation loss")
-    assert re.search(rf'<text[^>]*fill="{color}">rate 0.3<', curves)
-    for title in ("best val loss over dropout.rate", "best val loss: difference to the baseline"):
+    assert re.search(rf'<text[^>]*fill="{color}"[^>]*>rate 0.3<', curves)
+    for title in (
+        "best validation loss over dropout.rate",
+        "best validation loss: difference to the baseline",
+    ):
         assert re.search(rf'(fill|stroke)="{color}"', html_of(html, title))
 
 
 def test_a_difference_is_drawn_with_its_sides(bench: Bench) -> None:
-    forest = html_of(page(bench.out), "best val loss: difference to the baseline")
+    forest = html_of(page(bench.out), "best validation loss: difference to the baseline")
     assert "← helps" in forest
     assert "hurts →" in forest
 
@@ -94,7 +97,7 @@ def test_points_of_other_tokenizers_are_compared_in_bits_per_byte(
         plan = json.loads(path.read_text())
         path.write_text(json.dumps({**plan, "vocab_size": 256}))
     html = page(folder)
-    assert "The points have different tokenizers" in html
+    assert "Points that are compared have different tokenizers" in html
     assert "Measured: loss.bits_per_byte" in html
     assert "bits per byte" in html_of(html, "Validation loss")
 
