@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 from gptlite.report.axes import (
     CARD,
     COLORS,
-    GRID,
     INK,
     SMALL,
     SOFT,
@@ -30,6 +29,8 @@ from gptlite.report.series import (
     shorten,
 )
 
+DASH_PATTERNS = ("", DASHES, ' stroke-dasharray="1.5 3"', ' stroke-dasharray="9 3 2 3"')
+"""That tell lines apart whose points have the colours."""
 NUMBERED_COLUMNS = 8
 """Of a map at most, for a number to have room in a square."""
 
@@ -131,11 +132,12 @@ def forest(
 
 
 class Dots(NamedTuple):
-    """Means of one colour over an axis; a point has x, mean, low, high and values."""
+    """Means over an axis; a point has x, mean, low, high and values, and may have a color."""
 
     label: str
     points: Sequence[dict[str, Any]]
-    color: int = 0
+    color: int | None = None
+    """Of all points; None: each has its own."""
 
 
 def dot_lines(groups: Sequence[Dots]) -> list[Line]:
@@ -148,11 +150,15 @@ def dot_lines(groups: Sequence[Dots]) -> list[Line]:
 
 
 def dots(name: str, groups: Sequence[Dots], x_label: str, y_label: str) -> str:
-    """Means with intervals over an axis, the single seeds as small dots, a colour per group.
-
-    A point may name a `color` of its own.
-    """
-    curves = curves_of(dot_lines(groups), y_label)
+    """Means with intervals over an axis, the single seeds as small dots, a line per group."""
+    curves = [
+        curve._replace(color=SOFT, dash=DASH_PATTERNS[place % len(DASH_PATTERNS)])
+        if group.color is None
+        else curve
+        for place, (group, curve) in enumerate(
+            zip(groups, curves_of(dot_lines(groups), y_label), strict=True)
+        )
+    ]
     every = [point for group in groups for point in group.points]
     xs = sorted({point["x"] for point in every})
     heights = [value for point in every for value in point["values"]]
@@ -166,14 +172,14 @@ def dots(name: str, groups: Sequence[Dots], x_label: str, y_label: str) -> str:
     canvas.x_axis(x_label, xs)
     for group, curve in zip(groups, curves, strict=True):
         spots = [(canvas.x(x), canvas.y(y)) for x, y in curve.column.items()]
-        canvas.draw(spots, curve.color if len(groups) > 1 else GRID)
+        canvas.draw(spots, curve.color, 1.5, curve.dash)
         for point in group.points:
-            draw_point(canvas, point, COLORS[point.get("color", group.color)])
+            draw_point(canvas, point, COLORS[point.get("color", group.color or 0)])
     if direct:
         label_ends(canvas, curves)
     tell_curves(canvas, curves, x_label, (), None)
     if len(groups) > 1 and not direct:
-        canvas.legend([(curve.color, "", curve.label) for curve in curves])
+        canvas.legend([(curve.color, curve.dash, curve.label) for curve in curves])
     return canvas.svg()
 
 

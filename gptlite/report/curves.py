@@ -37,6 +37,7 @@ TIPS, WIDE_TIPS = 24, 48
 LABEL_SHARE = 0.3
 """Of the width, at most for labels beside the ends of curves; longer ones go below."""
 DASHES = ' stroke-dasharray="5 4"'
+"""Of a line that is no measurement of its own."""
 BAND, GAP_BAND = 0.15, 0.14
 """How strong an interval, and the gap between two curves, is filled."""
 
@@ -46,7 +47,7 @@ class Curve(NamedTuple):
 
     label: str
     color: str
-    dashed: bool
+    dash: str
     column: dict[float, float]
     """y by x."""
     ends: dict[float, Spot]
@@ -71,7 +72,7 @@ def curves_of(series: Sequence[Line], y_label: str) -> list[Curve]:
         known = ((x, low, high) for x, _, low, high in points)
         ends = {x: (a, b) for x, a, b in known if a is not None and b is not None}
         if column:
-            found.append(Curve(name_line(line, y_label), color, line.dashed, column, ends))
+            found.append(Curve(name_line(line, y_label), color, DASHES * line.dashed, column, ends))
     if not found:
         raise ValueError("nothing to draw")
     return found
@@ -119,7 +120,7 @@ def lines(
         label_ends(canvas, curves)
     tell_curves(canvas, curves, x_label, filled, epochs_per_step)
     if labelled and not direct:
-        canvas.legend([(c.color, DASHES * c.dashed, c.label) for c in curves])
+        canvas.legend([(c.color, c.dash, c.label) for c in curves])
     return canvas.svg()
 
 
@@ -163,7 +164,7 @@ def draw_curve(canvas: Drawing, curve: Curve, marked: bool) -> None:
     points = list(curve.column.items())
     kept = [points[place] for place in spread(len(points), CURVE_POINTS)]
     spots = [(canvas.x(x), canvas.y(y)) for x, y in kept]
-    canvas.draw(spots, curve.color, more=DASHES * curve.dashed)
+    canvas.draw(spots, curve.color, more=curve.dash)
     for spot in spots if marked else ():
         canvas.dot(spot, curve.color)
 

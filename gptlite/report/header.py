@@ -42,8 +42,13 @@ def facts_of(run: RunFiles, directory: Path, state: str) -> Iterator[tuple[str, 
     yield "Model", model_words(config, plan)
     yield "Dropout", dropout_words(run)
     yield "Seed", "" if config.get("seed") is None else str(config["seed"])
-    yield "Started", str(run.environment.get("started_at", "")).replace("T", " ")[:16]
+    yield "Started", start_words(run.environment)
     yield "Length", length_words(run, directory, state)
+
+
+def start_words(environment: dict[str, Any]) -> str:
+    started = datetime.fromisoformat(environment["started_at"]) if environment else None
+    return "" if started is None else started.astimezone(UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
 def text_words(config: dict[str, Any], plan: dict[str, Any]) -> str:

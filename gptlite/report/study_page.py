@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gptlite.report import charts
-from gptlite.report.answer import answer_of, direction_of
+from gptlite.report.answer import answer_of, capital, direction_of
 from gptlite.report.charts import Dots
 from gptlite.report.figures import Figure, Figures, Group, draw_lines, make_figures
 from gptlite.report.layout import Page, Table
@@ -119,7 +119,8 @@ def study_groups(study: StudyFiles, metric: str) -> list[Group]:
 
 
 def metric_words(metric: str) -> str:
-    return metric.replace("val_loss", "validation_loss").replace("_", " ").replace(".", ", ")
+    words = metric.replace("val_loss", "validation_loss").replace("_", " ").replace(".", ", ")
+    return capital(words)
 
 
 def metric_over_axes(study: StudyFiles, metric: str) -> Figures:
@@ -141,12 +142,10 @@ def metric_over_axes(study: StudyFiles, metric: str) -> Figures:
 def draw_dots(
     study: StudyFiles, metric: str, axis: str, groups: dict[str, list[dict[str, Any]]]
 ) -> Figure:
-    drawn, own = [], len(groups) > 1 and axis == study.axis
-    for place, (label, points) in enumerate(groups.items()):
+    drawn = []
+    for label, points in groups.items():
         points.sort(key=lambda point: float(point["x"]))
-        color = place % 6 if own else points[0]["color"]
-        kept = [{**point, "color": color} for point in points] if own else points
-        drawn.append(Dots(label, kept, color))
+        drawn.append(Dots(label, points, None if axis == study.axis else points[0]["color"]))
     title = f"{metric_words(metric)} over {axis}"
     means = [(point["mean"], point["x"]) for points in groups.values() for point in points]
     direction = direction_of(metric)

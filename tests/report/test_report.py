@@ -114,7 +114,7 @@ def test_a_study_is_shown_with_what_is_above_noise(folder: Path) -> None:
     assert "1 of 2 runs done" in html
     cells = re.sub("<td[^>]*>", "<td>", html)
     assert "<td>+0.1000</td><td>0.0500 to 0.1500</td><td>yes</td>" in cells
-    assert "best validation loss over dropout.rate" in html
+    assert "Best validation loss over dropout.rate" in html
 
 
 def test_hostile_text_is_shown_and_not_obeyed(folder: Path, tmp_path: Path) -> None:
@@ -254,7 +254,7 @@ def test_the_head_says_what_was_trained(folder: Path) -> None:
     assert facts["Model"].endswith("2 layers, 2 heads, 16 wide, context 16")
     assert facts["Dropout"].startswith("0.3 at token, embedding, key")
     assert facts["Seed"] == "1337"
-    assert re.fullmatch(r"20\d\d-\d\d-\d\d \d\d:\d\d", facts["Started"])
+    assert re.fullmatch(r"20\d\d-\d\d-\d\d \d\d:\d\d UTC", facts["Started"])
     assert re.fullmatch(r"8 updates, [\d.]+ epochs, 0:0\d of training, finished", facts["Length"])
     assert facts["Command"].startswith("<code><span>gptlite</span> <span>")
     assert "<dt>Dropout</dt><dd>none</dd>" in page(folder / "plain")

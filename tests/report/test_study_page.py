@@ -77,14 +77,14 @@ def test_a_rate_has_its_colour_in_every_figure(bench: Bench) -> None:
     curves = html_of(html, "Validation loss")
     assert re.search(rf'<text[^>]*fill="{color}"[^>]*>rate 0.3<', curves)
     for title in (
-        "best validation loss over dropout.rate",
-        "best validation loss: difference to the baseline",
+        "Best validation loss over dropout.rate",
+        "Best validation loss: difference to the baseline",
     ):
         assert re.search(rf'(fill|stroke)="{color}"', html_of(html, title))
 
 
 def test_a_difference_is_drawn_with_its_sides(bench: Bench) -> None:
-    forest = html_of(page(bench.out), "best validation loss: difference to the baseline")
+    forest = html_of(page(bench.out), "Best validation loss: difference to the baseline")
     assert "← helps" in forest
     assert "hurts →" in forest
 
