@@ -47,8 +47,10 @@ def facts_of(run: RunFiles, directory: Path, state: str) -> Iterator[tuple[str, 
 
 
 def start_words(environment: dict[str, Any]) -> str:
-    started = datetime.fromisoformat(environment["started_at"]) if environment else None
-    return "" if started is None else started.astimezone(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    """To the minute; runs write it down in UTC."""
+    started = str(environment.get("started_at", ""))
+    zone = " UTC" if started.endswith("+00:00") else ""
+    return started[:16].replace("T", " ") + zone
 
 
 def text_words(config: dict[str, Any], plan: dict[str, Any]) -> str:
