@@ -9,7 +9,7 @@ from typing import Any
 from typer.main import get_command
 
 from gptlite.cli.main import app
-from gptlite.config.dropout import PRESETS
+from gptlite.config.dropout import PRESETS, SiteConfig
 from gptlite.config.wording import all_keys, describe, resolve, run_schema, schema_at
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -28,18 +28,34 @@ def config_reference() -> Iterator[str]:
         for key, node in nodes.items():
             if key.rpartition(".")[0] == section and key not in sections:
                 yield row(key, node, schema)
-    yield "\n## Presets of dropout\n\n| preset | rate | sites |\n|---|---|---|"
+        if section == "dropout.sites":
+            yield from site_reference(schema)
+    yield "\n## Presets of dropout\n\n| preset | rate | granularity | sites |\n|---|---|---|---|"
     for name, preset in PRESETS.items():
-        yield f"| `{name}` | {preset.rate} | {', '.join(preset.sites) or 'none'} |"
+        sites = ", ".join(preset.sites) or "none"
+        yield f"| `{name}` | {preset.rate} | {preset.granularity} | {sites} |"
+
+
+def site_reference(schema: dict[str, Any]) -> Iterator[str]:
+    """What a site takes beside a rate alone."""
+    yield "\n### A site in detail\n"
+    yield "A site takes a rate, or a mapping of the keys below, as in"
+    yield "`attention_context: {rate: 0.2, granularity: locked}`. Where a key is left out, rate and"
+    yield "granularity are those of the preset, `scale` is inverted and `profile` is constant.\n"
+    yield "| key | takes | meaning |\n|---|---|---|"
+    for key, node in schema["$defs"][SiteConfig.__name__]["properties"].items():
+        yield f"| `{key}` | {describe(node, schema)} | {meaning(node)} |"
 
 
 def row(key: str, node: dict[str, Any], schema: dict[str, Any]) -> str:
     name, default = key.rpartition(".")[2], node.get("default")
     shown = "none" if default in (None, "") else f"`{default}`".replace("True", "true")
-    meaning = node.get("description", "").replace("\n", " ").replace("|", "\\|")
-    return (
-        f"| `{name}` | {describe(node, schema)} | {shown.replace('False', 'false')} | {meaning} |"
-    )
+    takes = describe(node, schema)
+    return f"| `{name}` | {takes} | {shown.replace('False', 'false')} | {meaning(node)} |"
+
+
+def meaning(node: dict[str, Any]) -> str:
+    return node.get("description", "").replace("\n", " ").replace("|", "\\|")
 
 
 def cli_reference() -> Iterator[str]:

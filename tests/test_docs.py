@@ -23,6 +23,7 @@ from gptlite.planning import budget
 from gptlite.planning.budget import Rung
 from gptlite.planning.rehearsal import Costs, EvaluationPace
 from gptlite.runs import recipe
+from gptlite.runs.demo import train_demo
 from gptlite.runs.export import prepare_hf, save
 from gptlite.runs.start import train
 from gptlite.runs.trained import load_trained
@@ -33,6 +34,8 @@ PAGES = ["README.md", "data/README.md", *(f"docs/{p.name}" for p in (ROOT / "doc
 COMMAND = re.compile(
     r"(?:\$ )?((?:gptlite|torchrun --standalone|\./scripts/|scripts/|python scripts/)\S* ?.*)"
 )
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+SHELL = ("", "sh", "bash")
 LAMBADA = "gptlite eval --run runs/NAME --suite lm-eval --tasks lambada_openai,arc_easy --limit 200"
 SHARED = "gptlite study rates.yaml --storage postgresql+psycopg://USER@HOST:PORT/DATABASE"
 LEAVES = {
@@ -44,10 +47,12 @@ address that is none."""
 
 
 def commands(page: str) -> list[str]:
-    """The lines of a page's unmarked blocks that are commands, without their remarks."""
+    """The lines of a page's blocks for the shell that are commands, without their remarks."""
     text = (ROOT / page).read_text()
-    blocks = re.findall(r"^```(?:sh|bash)?\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    lines = [line for block in blocks for line in block.splitlines()]
+    # Every block is matched, or the end of a marked one would be taken for another's beginning.
+    lines = [
+        line for kind, block in BLOCK.findall(text) if kind in SHELL for line in block.split("\n")
+    ]
     found = [match[1] for line in lines if (match := COMMAND.fullmatch(line))]
     return [line.partition("  #")[0].strip() for line in found if line != "gptlite/"]
 
@@ -144,18 +149,61 @@ def test_names_are_completed(desk: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         assert result.stdout.split() == [found], result.output
 
 
+def anchor_of(heading: str) -> str:
+    """As GitHub makes it."""
+    plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).strip().lower()
+    return re.sub(r"[^\w\- ]", "", plain).replace(" ", "-")
+
+
+def anchors_of(page: Path) -> set[str]:
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    headings = {anchor_of(line.lstrip("#")) for line in text.splitlines() if line.startswith("#")}
+    return headings | set(re.findall(r'<a id="([^"]+)">', text))
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_links_of_a_page_lead_somewhere(page: str) -> None:
+    text = re.sub(r"^```.*?^```", "", (ROOT / page).read_text(), flags=re.MULTILINE | re.DOTALL)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"[a-z]+:", link):
+            continue
+        file, _, anchor = link.partition("#")
+        target = ((ROOT / page).parent / file).resolve() if file else ROOT / page
+        assert target.exists(), f"{page}: {link}"
+        assert not anchor or anchor in anchors_of(target), f"{page}: {link}"
+
+
 def test_there_are_commands_to_run() -> None:
     assert sum(len(commands(page)) for page in PAGES) > 12
     assert "gptlite eval --run runs/NAME --suite all --fast" in commands("docs/measuring.md")
+
+
+def python_blocks(page: str) -> list[str]:
+    text = (ROOT / page).read_text()
+    return re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+def test_the_tutorial_runs_from_top_to_bottom(
+    desk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its blocks one after the other, on the models that its first commands train."""
+    train_demo(desk / "runs", lambda _: None, steps=3)
+    (desk / "tutorial.py").write_text("\n".join(python_blocks("docs/tutorial.md")))
+    runpy.run_path(str(desk / "tutorial.py"))
+    shown = capsys.readouterr().out
+    assert "same update, same mask: True  next update: False" in shown
+    assert "eval:               True" in shown
+    page = (ROOT / "docs/tutorial.md").read_text()
+    assert "```text\n```" not in page, "scripts/make_tutorial.py writes what is printed"
+    for name in re.findall(r"\(tutorial/(\S+)\.svg\)", page):
+        assert (ROOT / "docs" / "tutorial" / f"{name}.svg").is_file()
 
 
 def test_the_notebook_runs_from_top_to_bottom(
     desk: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Its blocks one after the other, as in a notebook; the last lines are values."""
-    blocks = re.findall(
-        r"^```python\n(.*?)^```", (ROOT / "docs/notebook.md").read_text(), re.MULTILINE | re.DOTALL
-    )
+    blocks = python_blocks("docs/notebook.md")
     assert len(blocks) > 6
     short = "\n".join(blocks).replace('"max_steps": 500, "eval_interval": 100', '"max_steps": 12')
     (desk / "notebook.py").write_text(short)

@@ -13,7 +13,7 @@ def training_needs(run: RunConfig) -> Iterator[tuple[str, str]]:
     """(key, problem) for what a run must have to be trained, and a model made elsewhere lacks."""
     train = run.train
     if not run.sources or not all(run.sources):
-        yield "data.source", "required: a file, glob, folder, URL or python-docs"
+        yield "data.source", "required: a file, glob, folder, URL, python-docs or verses"
     if (train.max_steps is None) == (train.epochs is None):
         have = "neither" if train.epochs is None else "both"
         yield (

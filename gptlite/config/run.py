@@ -29,9 +29,10 @@ ASSUMED_VOCABULARY = {"byte": 257, "char": 64, "bpe": 4096, "tiktoken": 50257}
 class DataConfig(Section):
     source: str | Texts = ""
     """File, glob or folder of .txt .md .jsonl .csv .parquet, also .gz and .zst; an address
-    (https://, s3:// and all that fsspec knows, hf:// for datasets of the Hub); a list of them; or
-    `python-docs`: the language reference and docstrings of this Python. Required. A folder that
-    holds train.bin and val.bin is taken as it is."""
+    (https://, s3:// and all that fsspec knows, hf:// for datasets of the Hub); a list of them; or a
+    text that comes with gptlite: `python-docs`, the language reference and docstrings of this
+    Python, or `verses`, 6 kB of nonsense verse. Required. A folder that holds train.bin and val.bin
+    is taken as it is."""
     sha256: Digest | None = None
     """Digest that a single file or download must have; required for a URL."""
     include: Annotated[tuple[Ending, ...], Field(strict=False)] = ()

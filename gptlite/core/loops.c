@@ -370,8 +370,8 @@ static inline __attribute__((always_inline)) void OF(tile)(int R, int C, const T
         UNROLL for (int c = 0; c < C; c++) y[c * N + r] = total(sums[r][c]) + (bias ? bias[r] : 0.0f);
 }
 
-/* y (B, N) = x (B, K) weight (N, K) + bias (N), or NULL. One row of x goes at the pace of memory;
- * several share what is read. A row of y does not depend on the others. */
+/* y (B, N) = x (B, K) weight (N, K) + bias (N), or NULL. One row of x goes at the pace of memory,
+ * in float32 at that of one stream; several share what is read. A row of y does not depend on the others. */
 void OF(linear)(const TYPE *weight, const float *x, const float *bias, float *y, int64_t B,
                 int64_t K, int64_t N) {
     OMP(omp parallel for schedule(static) if (N * K > SMALL))
@@ -380,7 +380,7 @@ void OF(linear)(const TYPE *weight, const float *x, const float *bias, float *y,
 #define TILE(R, C) OF(tile)(R, C, weight + n * K, x + b * K, bias ? bias + n : 0, y + b * N + n, K, N)
         if (end == n + ROWS && B > 1)
             for (; b + COLUMNS <= B; b += COLUMNS) TILE(ROWS, COLUMNS);
-        if (end == n + ROWS && B == 1) { /* sums that need not wait for each other */
+        if (end == n + ROWS && B == 1 && sizeof(TYPE) < 4) { /* sums that need not wait for each other */
             TILE(ROWS, 1);
             continue;
         }

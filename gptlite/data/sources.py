@@ -28,6 +28,12 @@ NO_TEXT = {
     *(".pkl", ".pickle", ".pt", ".pth", ".ckpt", ".joblib", ".safetensors", ".gguf", ".h5"),
     *(".pdf", ".rtf", ".doc", ".docx", ".odt", ".epub", ".mobi", ".xls", ".xlsx", ".pptx"),
 }
+VERSES = Path(__file__).parent / "verses.txt"
+"""Verse in the public domain: Lewis Carroll's "Jabberwocky" and "The Walrus and the Carpenter"
+(1871) and "How doth the little crocodile" (1865), Edward Lear's "The Owl and the Pussy-Cat" (1871)
+and William Blake's "The Tyger" (1794)."""
+BUILT_IN = ("python-docs", "verses")
+"""Names of texts that are there without a file of the user's."""
 MOST_LOOKED_INTO = 100
 """Files whose beginning is looked at for what may be meant otherwise."""
 
@@ -61,6 +67,8 @@ def locate_all(named: Sequence[str], data: DataConfig) -> list[Path]:
 def locate_one(source: str, data: DataConfig) -> list[Path]:
     if source == "python-docs":
         return [python_docs(Path(data.cache_dir))]
+    if source == "verses":
+        return [VERSES]
     if "\0" in source:
         raise DataError(f"data.source: {source}: contains a NUL character")
     if source.startswith("https://"):

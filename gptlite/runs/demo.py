@@ -1,22 +1,16 @@
-"""A pair of small models for who has no run yet: one text, one seed, with dropout and without.
+"""A pair of small models for those who have no run: the tutorial's, with and without dropout."""
 
-The text, demo.txt, is verse in the public domain: Lewis Carroll's "Jabberwocky" and "The Walrus and
-the Carpenter" (1871) and "How doth the little crocodile" (1865), Edward Lear's "The Owl and the
-Pussy-Cat" (1871) and William Blake's "The Tyger" (1794).
-"""
-
+import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+from gptlite.config.reader import read_layers
 from gptlite.config.run import RunConfig
-from gptlite.config.strict_yaml import Document
 from gptlite.core import loops
 from gptlite.runs.directory import has_run
 from gptlite.runs.origin import complete_run
 from gptlite.runs.start import train
 
-TEXT = Path(__file__).parent / "demo.txt"
 RATES = {"with-dropout": 0.2, "without-dropout": 0.0}
 """Of the runs, by the names of their directories."""
 LINE = "The sun was shining on"
@@ -49,24 +43,18 @@ def demo_run(directory: Path, rate: float, steps: int) -> RunConfig:
     """Nothing is left to `auto` that would be timed: a machine trains the same pair each time. One
     thread, as the matrices are small and two wait for each other where anything else is at work.
     """
-    plain: dict[str, Any] = {
-        **{"device": "cpu", "dtype": "float32", "compile": False},
-        "attention": "math" if loops.library() is None else "fused",
-        "data": {"source": str(TEXT), "cache_dir": str(directory.absolute() / "cache")},
-        "tokenizer": {"kind": "char"},
-        "model": {
-            **{"n_layer": 4, "n_head": 4, "n_embd": 64, "context_length": 64},
-            **{"position": "rope", "bias": False},
-        },
-        "dropout": {"rate": rate},
-        "optim": {
-            **{"name": "muon", "lr": 4e-2, "min_lr": 0.0, "schedule": "linear"},
-            "warmup_steps": steps // 15,
-        },
-        "train": {
-            **{"max_steps": steps, "batch_size": 8, "eval_interval": max(1, steps // 10)},
-            **{"early_stop": "never", "threads": 1},
-        },
-        "sample": {"temperature": 0.5},
+    attention = "math" if loops.library() is None else "fused"
+    values = {
+        "device": "cpu",
+        "dtype": "float32",
+        "compile": False,
+        "attention": attention,
+        "data.cache_dir": str(directory.absolute() / "cache"),
+        "dropout.rate": rate,
+        "optim.warmup_steps": steps // 15,
+        "train.max_steps": steps,
+        "train.eval_interval": max(1, steps // 10),
+        "train.threads": 1,
     }
-    return complete_run(Document(plain))
+    overrides = [f"{key}={json.dumps(value)}" for key, value in values.items()]
+    return complete_run(read_layers(["tutorial"], overrides))

@@ -114,7 +114,8 @@ def look_at_text(run: RunConfig) -> None:
     """
     if len(run.sources) == 1 and os.path.isfile(os.path.expanduser(run.sources[0]) + "/train.bin"):
         return  # tokenized elsewhere
-    local = [source for source in run.sources if source != "python-docs" and "://" not in source]
+    known = sources.BUILT_IN
+    local = [source for source in run.sources if source not in known and "://" not in source]
     files = [file for source in local for file in sources.locate_one(source, run.data)]
     left = LOOKED_AT
     for file in files:

@@ -6,7 +6,7 @@ and run again. Speed is measured on this machine, with the text itself, before c
 
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -168,8 +168,8 @@ def model_section(size: tuple[int, int, int], longest_line: int | None) -> dict[
     }
 
 
-def make_run(choices: Iterable[Choice], asked: Document) -> RunConfig:
-    """The run of these choices; what is asked for wins."""
+def lay_over(choices: Iterable[Choice], asked: Document) -> Document:
+    """These choices, and what is asked for over them."""
     values: dict[str, Any] = {}
     for key, value, _ in choices:
         section, _, name = key.rpartition(".")
@@ -177,7 +177,26 @@ def make_run(choices: Iterable[Choice], asked: Document) -> RunConfig:
         inside[name] = value
     document = Document(values)
     merge(document, asked)
-    return validate(document)
+    if asked.value(("dropout", "preset")) == "none" and "dropout" in values:
+        values["dropout"]["rate"] = asked.value(("dropout", "rate"))  # the chosen one would be idle
+    return document
+
+
+def make_run(choices: Iterable[Choice], asked: Document) -> RunConfig:
+    """The run of these choices; what is asked for wins. Raises ConfigError."""
+    return validate(lay_over(choices, asked))
+
+
+def final_choices(choices: Sequence[Choice], asked: Document) -> Iterator[Choice]:
+    """The choices that stand, and what is asked for in the place of the others."""
+    reasons = {choice.key: choice.reason for choice in choices}
+    for section, values in lay_over(choices, asked).values.items():
+        inside = values if isinstance(values, dict) else {"": values}
+        for name, value in inside.items():
+            path = (section, name) if name else (section,)
+            key = ".".join(path)
+            is_asked = asked.value(path) is not None
+            yield Choice(key, value, "as asked" if is_asked else reasons.get(key, ""))
 
 
 def size_choices(
@@ -198,7 +217,8 @@ def size_choices(
 UNTRAINED = (
     Choice("train.max_steps", 1 << 20, ""),
     Choice("optim.warmup_steps", 0, ""),
-    Choice("dropout.preset", "none", ""),
+    Choice("dropout.preset", "gpt2", ""),
+    Choice("dropout.rate", 0.0, ""),
     Choice("compile", False, ""),
 )
 """What a model is timed with as long as its training is not known."""
@@ -252,9 +272,8 @@ def training_choices(rung: Rung, fitting: Fit) -> Iterator[Choice]:
     decay, why = pick_decay(rung.text_tokens, LR)
     yield Choice("optim.weight_decay", decay, why)
     rate, why = dropout_rate(fitting.steps, rung)
-    yield Choice("dropout.preset", "gpt2" if rate else "none", why)
-    if rate:
-        yield Choice("dropout.rate", rate, "")
+    yield Choice("dropout.preset", "gpt2", "the places of GPT-2")
+    yield Choice("dropout.rate", rate, why)
     yield Choice("optim.warmup_steps", min(50, fitting.steps // 20), "")
 
 
@@ -306,8 +325,7 @@ def make_recipe(
     choices += size_choices(rung.size, longest_line, size)
     choices += training_choices(rung, rehearse_training(choices, asked, files, rung, budget))
     head = f"# For {', '.join(source)} in {minutes:g} minutes; keep it, change it, run it again.\n"
-    changed = "".join(f"# --set {override}\n" for override in overrides)
-    return make_run(choices, asked), head + changed + format_recipe(choices)
+    return make_run(choices, asked), head + format_recipe(final_choices(choices, asked))
 
 
 def write_recipe(text: str, directory: Path) -> None:

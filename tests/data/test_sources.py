@@ -569,3 +569,11 @@ def test_the_documentation_of_python_is_made_once(documentation, monkeypatch):
     made = documentation.stat().st_mtime_ns
     assert sources.python_docs(documentation.parents[1]) == documentation
     assert documentation.stat().st_mtime_ns == made
+
+
+def test_the_verses_are_short_and_plain() -> None:
+    (file,) = sources.locate_one("verses", STREAM)
+    text = file.read_text(encoding="ascii")
+    assert 6_000 < len(text) < 10_000
+    assert text.startswith("'Twas brillig")
+    assert "\n\n\n" not in text

@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from gptlite.runs.demo import RATES, STEPS, TEXT, demo_run, is_finished, train_demo
+from gptlite.runs.demo import RATES, STEPS, demo_run, is_finished, train_demo
 from gptlite.runs.resume import forbidden_changes
 from gptlite.runs.trained import load_trained
 
@@ -47,10 +47,3 @@ def test_two_runs_are_trained_once_gone_on_with_and_the_same_each_time(tmp_path:
 def test_they_differ_by_dropout_alone(tmp_path: Path) -> None:
     runs = [demo_run(tmp_path, rate, STEPS) for rate in RATES.values()]
     assert list(forbidden_changes(*runs)) == ["dropout.rate: 0.2 -> 0.0"]
-
-
-def test_the_text_is_short_and_plain() -> None:
-    text = TEXT.read_text(encoding="ascii")
-    assert 6_000 < len(text) < 10_000
-    assert text.startswith("'Twas brillig")
-    assert "\n\n\n" not in text

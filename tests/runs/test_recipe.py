@@ -138,7 +138,7 @@ def test_a_short_text_is_not_read_more_often_than_it_helps(workshop: Workshop) -
 def test_what_is_set_wins_and_is_noted(workshop: Workshop) -> None:
     run, text = composed(workshop, 0.5, "model.n_layer=1", "train.max_steps=7")
     assert (run.model.n_layer, run.train.max_steps) == (1, 7)
-    assert "# --set model.n_layer=1" in text
+    assert "n_layer: 1  # as asked" in text
 
 
 def test_what_has_passed_since_the_command_began_is_taken_off(
@@ -184,7 +184,19 @@ def test_another_dropout_rate_than_was_guessed_is_timed_again(
     workshop.text.write_text(prose(6000))
     run, _ = composed(workshop, 0.5)
     assert tried == [0.1, 0.0]
-    assert (run.train.max_steps, run.dropout.preset) == (30, "none")
+    assert (run.train.max_steps, run.dropout.rate) == (30, 0.0)
+
+
+@pytest.mark.parametrize(
+    "override", ["dropout.rate=0.3", "dropout.preset=none", "dropout.sites.head=0.2", "seed=7"]
+)
+def test_what_is_asked_for_wins_and_is_in_the_yaml(workshop: Workshop, override: str) -> None:
+    run, text = composed(workshop, 0.5, override)
+    path = workshop.folder / "recipe.yaml"
+    path.write_text(text)
+    assert load_run([str(path)], [f"data.cache_dir={workshop.folder / 'cache'}"]) == run
+    assert load_run([str(path)], [f"data.cache_dir={workshop.folder / 'cache'}", override]) == run
+    assert "# as asked" in text
 
 
 def test_a_size_that_contradicts_what_is_asked_for_is_passed_over(workshop: Workshop) -> None:
@@ -274,7 +286,7 @@ def test_a_text_of_its_own_to_validate_on_goes_with_a_recipe(workshop: Workshop)
     other.write_text(prose(500, seed=1))
     run, text = composed(workshop, 0.5, f"data.val_source={other}")
     assert run.data.val_source == str(other)
-    assert f"# --set data.val_source={other}" in text
+    assert f'val_source: "{other}"  # as asked' in text
     splits = prepare(run).meta["splits"]
     assert splits["val"]["bytes"] == other.stat().st_size
     assert splits["train"]["bytes"] == workshop.text.stat().st_size
