@@ -220,7 +220,7 @@ def test_every_line_installs_from_here() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     named = [match for _, line in lines for match in re.findall(r"\.\[([a-z,]+)\]", line)]
-    assert {"plot,study,serve", "data", "serve", "eval", "gguf"} <= set(named)
+    assert {"study,serve", "data", "serve", "eval", "gguf"} <= set(named)
     assert {extra for name in named for extra in name.split(",")} <= set(extras)
 
 

@@ -8,7 +8,6 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable
-from importlib.util import find_spec
 from typing import NamedTuple
 
 from tqdm import tqdm
@@ -41,8 +40,8 @@ by: docs/benchmarks.md, Growth."""
 RUNG_SHARE, CLIMB_SHARE = 0.005, 0.1
 """Of the time, for timing a rung (a fifth of a second to one second), and after which no other rung
 is tried, as where other programs keep the machine busy."""
-ENDING, ENDING_WITHOUT_FIGURES = 0.9, 0.4
-"""What the page and leaving take, beside what loading took: measured 0.8 to 1.1 and 0.3 to 0.5."""
+ENDING = 0.4
+"""What the page and leaving take, beside what loading took: measured 0.3 to 0.5."""
 
 
 class Budget:
@@ -61,7 +60,7 @@ class Budget:
     @property
     def ending(self) -> float:
         """Seconds for the page and for leaving, which cannot be tried before."""
-        return self.loading * (ENDING if find_spec("matplotlib") else ENDING_WITHOUT_FIGURES)
+        return self.loading * ENDING
 
     def seconds_left(self) -> float:
         """Seconds from now until the page."""

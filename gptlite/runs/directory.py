@@ -51,6 +51,21 @@ def has_run(directory: Path) -> bool:
     return os.path.isfile(directory / "config.yaml")
 
 
+def state_of(directory: Path) -> str:
+    """`running`, `dead` (its process ended without a word), `finished` or `interrupted`.
+
+    A run that trains holds its lock and has written its name into it; a process that has died has
+    left its name there and holds nothing.
+    """
+    try:
+        with (directory / locks.LOCK).open("rb") as file:
+            if file.read(1) and (free := locks.try_lock(file)) is not None:
+                return "dead" if free else "running"
+    except OSError:
+        pass
+    return "finished" if (directory / "summary.json").is_file() else "interrupted"
+
+
 def latest_run() -> Path:
     """The run under runs/ that was written to last. Raises ConfigError if there is none."""
     found = [path.parent for path in RUNS.glob("*/config.yaml")]

@@ -43,7 +43,6 @@ def _clock(monkeypatch: pytest.MonkeyPatch) -> None:
         return Costs(0.0, seconds(run), EvaluationPace(seconds(run) / 3, 64), 0.01, 0.1)
 
     monkeypatch.setattr(budget, "time_rung", time_rung)
-    monkeypatch.setattr(budget, "find_spec", lambda name: object())
     monkeypatch.setattr(recipe, "rehearse", rehearse)
     monkeypatch.setattr(recipe, "Budget", partial(Budget, clock=lambda: NOW))
 
