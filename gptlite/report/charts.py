@@ -25,6 +25,7 @@ from gptlite.report.curves import (
 )
 from gptlite.report.series import (
     Line,
+    format_difference,
     format_ends,
     shorten,
 )
@@ -63,7 +64,7 @@ def heat_map(name: str, rows: Sequence[Sequence[float | None]], x_label: str, y_
             if n_columns <= NUMBERED_COLUMNS:
                 words = f"{value:.3f}".replace("-0.000", "0.000")
                 canvas.write(x + side / 2, y + step / 2 + 4, words, "middle", INK)
-            words = f"{y_label} {row}, {x_label} {column}: {value:+.4f}"
+            words = f"{y_label} {row}, {x_label} {column}: {format_difference(value)}"
             canvas.tip(((x, y), (x + side, y + step)), x + side / 2, [("", words)], y=y)
     return canvas.svg()
 
@@ -125,7 +126,7 @@ def forest(
         face = color if row["above_seed_noise"] else CARD
         spot = (canvas.x(row["difference"]), y)
         canvas.dot(spot, face, 4.5, f' stroke="{color}" stroke-width="2"')
-        words = f"{row['difference']:+.4f}{format_ends(row['low'], row['high'])}"
+        words = f"{format_difference(row['difference'])}{format_ends(row['low'], row['high'])}"
         hit = (canvas.left, y - 24), (canvas.right, y + 12)
         canvas.tip(hit, spot[0], [("", shorten(row["label"])), (color, words)], y=y)
     return canvas.svg()

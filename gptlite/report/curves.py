@@ -22,6 +22,7 @@ from gptlite.report.series import (
     Line,
     choose_places,
     finite_points,
+    format_difference,
     format_ends,
     format_x,
     lowest_place,
@@ -224,7 +225,7 @@ def tell_curves(
         there = [curve for curve in curves if x in curve.column]
         rows = [(curve.color, curve_words(curve, x)) for curve in there]
         if len(gap) == 2 and all(curve in there for curve in gap):
-            rows.append(("", f"gap {gap[0].column[x] - gap[1].column[x]:+.4f}"))
+            rows.append(("", f"gap {format_difference(gap[0].column[x] - gap[1].column[x])}"))
         marks = [((canvas.x(x), canvas.y(c.column[x])), c.color) for c in there]
         canvas.tip(hit, canvas.x(x), [("", head), *rows], marks, guide=True)
 

@@ -9,7 +9,7 @@ from gptlite.report.answer import answer_of, capital, direction_of
 from gptlite.report.charts import Dots
 from gptlite.report.figures import Figure, Figures, Group, draw_lines, make_figures
 from gptlite.report.layout import Page, Table
-from gptlite.report.series import Line, colors_of
+from gptlite.report.series import Line, colors_of, format_difference
 from gptlite.report.suites import HEADLINES, SUITES, format_interval, short_metric
 from gptlite.report.values import values_of
 from gptlite.report.verdict import Verdict
@@ -246,7 +246,7 @@ def points_table(study: dict[str, Any], metric: str) -> Table:
         other = against.get(point["label"])
         if other is not None:
             above = {True: "yes", False: "no"}.get(other["above_seed_noise"], "not known")
-            row[3:] = [f"{other['difference']:+.4f}", format_interval(other), above]
+            row[3:] = [format_difference(other["difference"]), format_interval(other), above]
         rows.append(row)
     head = ["point", "mean", "95 % interval", "difference", "95 % interval", "above seed noise"]
     about = "Mean over seeds, and the difference to the baseline, paired by seed."

@@ -189,7 +189,7 @@ def test_every_kind_of_drawing_says_its_values() -> None:
     squares = charts.heat_map("Heads", [[0.1, None], [-0.00001, 0.3]], "head", "layer")
     assert tips(squares) == [
         ["layer 0, head 0: +0.1000"],
-        ["layer 1, head 0: -0.0000"],
+        ["layer 1, head 0: +0.0000"],
         ["layer 1, head 1: +0.3000"],
     ]
     assert "-0.000" not in words(squares)
