@@ -48,7 +48,7 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "tutorial.md"
 PICTURES = PAGE.parent / "tutorial"
 TEXT = "The sun was"
 RATE = 0.5
-LAYER, HEAD = 1, 3
+LAYER, HEAD = 1, 1
 """That look at several tokens at once."""
 EVEN = 0, 0
 """Layer and head that look at all tokens alike."""
