@@ -68,7 +68,7 @@ def plan_line(run: RunConfig, plan: dict[str, Any], seconds: float | None) -> st
     if seconds is None:
         return line
     uncompiled = " (as timed without compiling)" if run.compile is True else ""
-    return f"{line}, about {describe_duration(seconds)} on this machine{uncompiled}"
+    return f"{line}, about {describe_duration(seconds)} here{uncompiled}"
 
 
 def dropout_line(run: RunConfig, plan: dict[str, Any]) -> str:

@@ -37,8 +37,8 @@ BATCHES = 4
 """Of an evaluation that is timed: in a whole one the check of the first batch counts little."""
 FEWEST = 3
 """Times that count of what is timed for long: a single one may be any time on a busy machine."""
-FORWARD = 1 / 3
-"""Of the time of an update, for the sequences of an evaluation: it only goes forward."""
+EVALUATING = 0.5
+"""Of the time of an update, for as many sequences of an evaluation, about: it only goes forward."""
 ENDLESS = 1 << 62
 
 
@@ -221,7 +221,7 @@ def foresee(run: RunConfig, files: TokenFiles, world: World, steps: int) -> floa
     if longer > seconds:
         seconds = time_updates(trainer, longer).seconds
     n_rows = count_evaluated(run, files) + min(trainer.rows.n_rows, TRAIN_SUBSET_ROWS)
-    evaluation = FORWARD * seconds * n_rows / run.train.batch_size
+    evaluation = EVALUATING * seconds * n_rows / run.train.batch_size
     whole = steps * seconds + math.ceil(steps / run.train.eval_interval) * evaluation
     return min(whole, 60 * (run.train.max_minutes or math.inf))
 

@@ -162,12 +162,13 @@ class Session:
             raise self.explain_divergence(error) from None
         if ended == "early_stop":
             say(f"stopped early: no better validation loss in {self.worse} evaluations")
+        result = self.describe_end()  # before the page, whose time is not the run's
         self.records.close()
         self.pages.finish()
         if self.viewer.add_report is not None:
             for line in next_lines(self.directory):
                 say(line)
-        self.records.say_folded(self.describe_end())
+        self.records.say_folded(result)
         return summary
 
     def describe_end(self) -> str:

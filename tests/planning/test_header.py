@@ -43,8 +43,7 @@ def test_it_says_what_is_trained_on_what_how_long_and_what_drops(workshop: Works
         "runs/tiny: 26.9k parameters (2 layers, 2 heads, 32 wide, context 16)",
         f"text: {workshop.text}, {text:,} tokens (char {plan['vocab_size']}), "
         f"{plan['val_tokens']:,} held out",
-        f"plan: 8 updates of 8 x 16 tokens, {64 / rows:.2f} epochs, "
-        "about 2 minutes on this machine",
+        f"plan: 8 updates of 8 x 16 tokens, {64 / rows:.2f} epochs, about 2 minutes here",
         "dropout: embedding 0.2, attention_weights 0.2, attention_output 0.2, mlp_output 0.2, "
         "constant",
     ]
@@ -56,7 +55,7 @@ def test_a_time_that_leaves_compiling_out_says_so(workshop: Workshop) -> None:
     run, plan = planned(workshop)
     compiled = run.model_copy(update={"compile": True})
     line = header_lines(compiled, plan, "run", 130.0)[2]
-    assert line.endswith("about 2 minutes on this machine (as timed without compiling)")
+    assert line.endswith("about 2 minutes here (as timed without compiling)")
 
 
 def test_with_all_that_there_is_to_say_it_has_eight_lines(workshop: Workshop) -> None:
@@ -207,7 +206,7 @@ def test_the_time_of_a_run_is_that_of_its_updates_and_evaluations(
     monkeypatch.setattr(rehearsal, "time_updates", time_updates)
     run, _ = planned(workshop, train={"eval_interval": 3, "eval_batches": 1})
     files = workshop.files()
-    evaluation = (8 + 256) / 8 * 0.5 / 3
+    evaluation = (8 + 256) / 8 * 0.5 * rehearsal.EVALUATING
     assert foresee(run, files, World(), 8) == pytest.approx(8 * 0.5 + 3 * evaluation)
     assert asked == [0.0], "so few updates are not worth more"
     foresee(run, files, World(), 110)
