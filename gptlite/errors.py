@@ -25,13 +25,17 @@ class ConfigError(UserError):
     exit_code = 2
 
 
+def install_command(*packages: str) -> str:
+    """What installs them, by their own names: `gptlite` on PyPI is another project's."""
+    return f"pip install {' '.join(map(shlex.quote, packages))}"
+
+
 class MissingPackages(ConfigError):
-    """What an extra brings is not installed. The fix names the packages themselves: `gptlite` on
-    PyPI is another project's."""
+    """What an extra brings is not installed."""
 
     def __init__(self, place: str, *packages: str) -> None:
-        install = " ".join(map(shlex.quote, packages))
-        super().__init__(f"{place} needs {' and '.join(packages)}: pip install {install}")
+        lacks, install = " and ".join(packages), install_command(*packages)
+        super().__init__(f"{place} needs {lacks}: {install}")
 
 
 class DataError(UserError):

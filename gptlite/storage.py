@@ -18,7 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from gptlite.errors import StorageError
+from gptlite.errors import ConfigError, StorageError
 
 LEFT_BEHIND = re.compile(r"\.(tmp|old)-.+-[0-9a-f]{8}\Z")
 """Names of what is being written or deleted; a killed process leaves them."""
@@ -109,6 +109,25 @@ def make_folders(path: Path) -> None:
             if not path.is_dir():
                 raise
         disk.sync(path.parent)
+
+
+def require_folder(name: str, path: Path) -> None:
+    """Raises ConfigError, which begins with `name`, where a file stands in the place of a folder
+    to be made or written to."""
+    for place in (path, *path.parents):
+        if os.path.isdir(place):
+            return
+        if os.path.lexists(place):
+            whose = "" if place == path else f"{place} "
+            raise ConfigError(f"{name} {path}: {whose}is not a directory")
+
+
+def require_place_for_file(name: str, path: Path) -> None:
+    """Raises ConfigError, which begins with `name`, where no file can be written."""
+    if os.path.isdir(path):
+        raise ConfigError(f"{name} {path}: is a directory; give the file to write")
+    if not os.path.isdir(path.parent):
+        raise ConfigError(f"{name} {path}: no directory {path.parent}")
 
 
 def write_bytes(path: Path, data: bytes) -> None:

@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import textwrap
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,10 +27,14 @@ def tell_problem(problem: str) -> None:
     print(f"{place}{colon}{why}", file=sys.stderr)
 
 
+def is_terminal(stream: TextIO) -> bool:
+    return stream.isatty()
+
+
 def is_watched(stream: TextIO) -> bool:
     """Whether this is a terminal that a person looks at."""
     plain = os.environ.get("CI") or os.environ.get("TERM") == "dumb"
-    return stream.isatty() and not plain
+    return is_terminal(stream) and not plain
 
 
 def wants_colour(stream: TextIO) -> bool:
@@ -43,6 +48,18 @@ def tell_lines(text: str) -> None:
     print(escape_controls(text.rstrip("\n"), keep="\n"), file=sys.stderr)
 
 
+def fold(line: str, indent: int = 4) -> str:
+    """A line in as many of 80 columns as it takes, all but the first indented; paths stay whole."""
+    lines = textwrap.wrap(
+        line,
+        80,
+        subsequent_indent=" " * indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    return "\n".join(lines)
+
+
 def in_notebook() -> bool:
     """Whether this is a cell of a notebook, which shows bars though it is no terminal."""
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
@@ -52,6 +69,17 @@ def in_notebook() -> bool:
 def wants_bar(progress: str, stream: TextIO) -> bool:
     """A bar only where someone can see it move."""
     return progress == "bar" or (progress == "auto" and (is_watched(stream) or in_notebook()))
+
+
+def columns_of(stream: TextIO) -> int:
+    """How wide this terminal is. COLUMNS wins, as for other programs; 80 where nothing says so."""
+    asked = os.environ.get("COLUMNS", "")
+    if asked.isdecimal() and int(asked):
+        return int(asked)
+    try:
+        return os.get_terminal_size(stream.fileno()).columns or 80  # some terminals say 0
+    except (OSError, ValueError):
+        return 80
 
 
 def format_number(number: float) -> str:
@@ -67,6 +95,15 @@ def format_duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def describe_duration(seconds: float) -> str:
+    """An estimate in words, such as 40 seconds, 12 minutes, 3 hours or 5 days."""
+    for unit, size, most in (("second", 1, 99), ("minute", 60, 99), ("hour", 3600, 48)):
+        number = max(1, round(seconds / size))
+        if number <= most:
+            return f"{number} {unit}{'s' * (number > 1)}"
+    return f"{round(seconds / 86400):,} days"
 
 
 @contextmanager
@@ -104,8 +141,8 @@ def describe_exit(error: BaseException) -> tuple[int, list[str]]:
         return StorageError.exit_code, [f"gptlite: {where}{error.strerror}"]
     if is_out_of_memory(error):
         return 1, [
-            "gptlite: out of memory; lower train.memory_gib, train.micro_batch_size or the "
-            "sizes under model. What was saved is whole"
+            "gptlite: out of memory; lower train.memory_gib, train.micro_batch_size or "
+            "model.context_length, n_layer or n_embd. What was saved is whole"
         ]
     first = f"{type(error).__name__}: {error}".splitlines()[0]
     return 1, [f"gptlite: {first} (a bug; -v shows where)"]

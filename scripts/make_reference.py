@@ -8,6 +8,7 @@ from typing import Any
 
 from typer.main import get_command
 
+from gptlite.cli.help import group_parameters
 from gptlite.cli.main import app
 from gptlite.config.dropout import PRESETS, SiteConfig
 from gptlite.config.wording import all_keys, describe, resolve, run_schema, schema_at
@@ -68,10 +69,13 @@ def cli_reference() -> Iterator[str]:
 def command_reference(name: str, command: Any) -> Iterator[str]:
     inner = getattr(command, "commands", {})
     if not inner:
-        yield f"\n## {name}\n\n{command.help}\n\n| option | meaning |\n|---|---|"
-        for option in command.params:
-            flags = ", ".join(f"`{flag}`" for flag in option.opts)
-            yield f"| {flags} | {option.help or ''} |"
+        yield f"\n## {name}\n\n{command.help}"
+        groups = group_parameters(command, command.context_class(command))
+        for group, rows in groups.items():
+            yield f"\n| {group} | |\n|---|---|"
+            for parameter, meaning in rows:
+                cells = [cell.replace("|", "\\|") for cell in (f"`{parameter}`", meaning)]
+                yield f"| {' | '.join(cells)} |"
     for word, one in inner.items():
         yield from command_reference(f"{name} {word}", one)
 

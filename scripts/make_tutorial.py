@@ -38,15 +38,17 @@ from gptlite.measure.look import (
 )
 from gptlite.measure.marks import FALLEN, KEPT, marks_of_mask
 from gptlite.report import charts
-from gptlite.report.charts import Line
+from gptlite.report.charts import Dots
+from gptlite.report.curves import lines
 from gptlite.report.look import CELL, LABEL, grid, label, name_of, square, svg_head
+from gptlite.report.series import Line, rate_color
 from gptlite.runs.opened import Run
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "tutorial.md"
 PICTURES = PAGE.parent / "tutorial"
 TEXT = "The sun was"
 RATE = 0.5
-LAYER, HEAD = 1, 3
+LAYER, HEAD = 1, 1
 """That look at several tokens at once."""
 EVEN = 0, 0
 """Layer and head that look at all tokens alike."""
@@ -187,7 +189,7 @@ def draw_row_sums(looks: Sequence[dict[str, Any]]) -> str:
         for row, of in enumerate(sums.T)
     ]
     name = "Sums of the rows of A after dropout"
-    return charts.dots(name, [("mean", points)], "row", "sum of its weights")
+    return charts.dots(name, [Dots("mean", points, 0)], "row", "sum of its weights")
 
 
 def draw_padding(run: Run) -> str:
@@ -231,9 +233,8 @@ def draw_rates(study: Path) -> str:
                 losses = [row.get(key) for row in rows]
                 series.append((rate, Line(f"{name}, rate {rate:g}", steps, losses, dashed=dashed)))
     series.sort(key=lambda found: found[0])
-    rates = sorted({rate for rate, _ in series})
-    colored = [line._replace(color=rates.index(rate)) for rate, line in series]
-    return charts.lines("Losses of five rates", colored, "updates", "nats per character")
+    colored = [line._replace(color=rate_color(rate)) for rate, line in series]
+    return lines("Losses of five rates", colored, "updates", "nats per character")
 
 
 def draw_removed(runs: Path) -> str:
@@ -244,13 +245,14 @@ def draw_removed(runs: Path) -> str:
         heads = result["kinds"]["head"]["mean"]["random"]["retained"]
         series.append(Line(name.replace("-", " "), result["fractions"], heads))
     x, y = "share of the heads that is removed", "skill that is left"
-    return charts.lines("Skill without some of the heads", series, x, y)
+    return lines("Skill without some of the heads", series, x, y)
 
 
 def save(name: str, svg: str) -> None:
     """A picture of its own: with colours and a size, and on white for pages that are dark."""
     width = float(re.findall(r'viewBox="0 0 ([\d.]+)', svg)[0])
     svg = svg.replace("<svg", f'<svg width="{min(WIDEST, 1.5 * width):.0f}"', 1)
+    svg = re.sub(r'<g class="tips">.*</g>', "", svg)  # pictures of a page get no pointer
     for variable, color in LIGHT.items():
         svg = svg.replace(variable, color)
     paper = '<rect width="100%" height="100%" fill="#ffffff"/>'

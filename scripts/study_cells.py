@@ -12,9 +12,12 @@ from typing import Any
 from gptlite.studies import comparison
 
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "dropout-study"
+DOCS_SIZE = 760.0, 420.0
+"""Of a figure beside the page."""
 KINDS = ("head", "neuron", "layer", "dimension")
 LIGHT = {
-    **{"var(--ink)": "#1d2433", "var(--line)": "#dfe1e6", "var(--c1)": "#2f62b8"},
+    **{"var(--ink)": "#1d2433", "var(--soft)": "#5b6475", "var(--line)": "#dfe1e6"},
+    **{"var(--card)": "#ffffff", "var(--c1)": "#2f62b8"},
     **{"var(--c2)": "#c2571a", "var(--c3)": "#2b8051", "var(--c4)": "#8a4aa8"},
     **{"var(--c5)": "#9a7400", "var(--c6)": "#7b8190"},
 }
@@ -128,8 +131,9 @@ def crossing(epochs: list[float], found: list[Any], key: str) -> float | None:
 
 
 def save(name: str, svg: str) -> None:
+    svg = re.sub(r'<g class="tips">.*</g>', "", svg)  # pictures of a page get no pointer
     for variable, color in LIGHT.items():
         svg = svg.replace(variable, color)
     paper = '<rect width="100%" height="100%" fill="#ffffff"/>'  # for pages that are dark
     svg = re.sub(r"(<svg[^>]*>)", rf"\1{paper}", svg, count=1)
-    (DOCS / f"{name}.svg").write_text(svg)
+    (DOCS / f"{name}.svg").write_text(svg + "\n")

@@ -11,6 +11,7 @@ from typing import Any
 
 from study_cells import (
     DOCS,
+    DOCS_SIZE,
     KINDS,
     Study,
     area,
@@ -27,8 +28,8 @@ from study_cells import (
     together,
 )
 
-from gptlite.report import charts
-from gptlite.report.charts import Line
+from gptlite.report.curves import lines
+from gptlite.report.series import Line, rate_color
 from gptlite.studies import comparison
 
 
@@ -59,12 +60,23 @@ def sweep(study: Study, name: str) -> Iterator[str]:
         known = [(n, f) for n, f in zip(epochs, found, strict=True) if f is not None]
         low, high = ([f[key] for _, f in known] for key in ("low", "high"))
         y = [f["difference"] for _, f in known]
-        series.append(Line(f"rate {rate:g}", [n for n, _ in known], y, low, high))
+        color = rate_color(rate)
+        series.append(Line(f"rate {rate:g}", [n for n, _ in known], y, low, high, color=color))
     caption = "Best validation loss minus that of rate 0 with the same seed"
     yield f"{caption}, and the epochs at which it falls below 0:\n\n" + table(
         [*head, "crossover"], rows
     )
-    save(name, charts.lines(caption, series, "epochs over the text (log)", "nats", log_x=True))
+    drawing = lines(
+        caption,
+        series,
+        "epochs over the text (log)",
+        "nats",
+        size=DOCS_SIZE,
+        sides=("dropout hurts", "dropout helps"),
+        log_x=True,
+        marked=True,
+    )
+    save(name, drawing)
     yield f"![{caption}](dropout-study/{name}.svg)"
 
 

@@ -5,6 +5,8 @@ import runpy
 import shlex
 import subprocess
 import sys
+import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +123,7 @@ def test_the_commands_of_a_page_run(desk: Path, page: str) -> None:
 
 @pytest.mark.parametrize("command", EXAMPLES)
 def test_the_examples_of_a_command_run_and_its_help_shows_them(desk: Path, command: str) -> None:
-    shown = CliRunner().invoke(app, [command, "--help"]).output
+    shown = CliRunner().invoke(app, [*command.split(), "--help"]).output
     for line in EXAMPLES[command]:
         assert f"  {line}\n" in shown
     if command == "import":
@@ -173,6 +175,58 @@ def test_the_links_of_a_page_lead_somewhere(page: str) -> None:
         target = ((ROOT / page).parent / file).resolve() if file else ROOT / page
         assert target.exists(), f"{page}: {link}"
         assert not anchor or anchor in anchors_of(target), f"{page}: {link}"
+
+
+INSTALLS = re.compile(r"\b(?:pip3? install|pipx install|uvx?(?: pip| tool)? (?:install|add))\b(.*)")
+
+
+def read_install_lines() -> Iterator[tuple[str, str]]:
+    """Every line of documents, scripts and code that installs something, with its file."""
+    folders = ("", "docs", "data", "scripts", "configs")
+    paths = [p for folder in folders for p in (ROOT / folder).iterdir() if p.is_file()]
+    for path in [*paths, *(ROOT / "gptlite").rglob("*.py"), *(ROOT / "gptlite").rglob("*.html")]:
+        if path.suffix in (".svg", ".png", ".jsonl"):
+            continue
+        for line in path.read_text().splitlines():
+            if found := INSTALLS.search(line):
+                yield str(path.relative_to(ROOT)), found[1].partition("  #")[0]
+
+
+def foreign_names(line: str) -> list[str]:
+    """What of a line pip would take from PyPI under the name gptlite, with or without extras."""
+    words = re.findall(r"[^\s'\"`(),;]+", line)
+    return [word for word in words if re.fullmatch(r"gptlite(\[.*\]?)?([=<>~!@].*)?", word)]
+
+
+@pytest.mark.parametrize(
+    ("line", "n_found"),
+    [
+        (" 'gptlite[study]'", 1),
+        (" gptlite==0.1", 1),
+        (" -U gptlite` and go", 1),
+        (" -c constraints.txt -e '.[study]'", 0),
+        (" dist/gptlite-0.1.0-py3-none-any.whl", 0),
+    ],
+)
+def test_a_line_that_installs_another_project_is_found(line: str, n_found: int) -> None:
+    assert len(foreign_names(line)) == n_found
+
+
+def test_every_line_installs_from_here() -> None:
+    """gptlite on PyPI is another project's."""
+    lines = list(read_install_lines())
+    assert len(lines) > 5
+    assert not [(path, line) for path, line in lines if foreign_names(line)]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    named = [match for _, line in lines for match in re.findall(r"\.\[([a-z,]+)\]", line)]
+    assert {"study,serve", "data", "serve", "eval", "gguf"} <= set(named)
+    assert {extra for name in named for extra in name.split(",")} <= set(extras)
+
+
+def test_hints_to_install_come_from_one_place() -> None:
+    files = (ROOT / "gptlite").rglob("*.py")
+    assert [path.name for path in files if "pip install" in path.read_text()] == ["errors.py"]
 
 
 def test_there_are_commands_to_run() -> None:

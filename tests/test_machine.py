@@ -328,7 +328,7 @@ def test_every_command_works_in_as_many_threads_as_there_are_cores(workshop: Wor
     config, run = workshop.folder / "config.yaml", workshop.folder / "run"
     config.write_text(yaml.safe_dump(values))
     given = ["--config", str(config)]
-    trains = [["plan", *given], ["train", *given, "--out-dir", str(run)]]
+    trains = [["plan", *given], ["train", *given, "--out-dir", str(run), "--verbose"]]
     elsewhere = workshop.folder / "elsewhere"
     train(workshop.run(train={"threads": 2}), elsewhere)
     uses = [

@@ -23,6 +23,21 @@ SHOWN = r"\x1b[31m\x1b]0;title\x07\x9b2J\r\x08\x7f"
 OBEYED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
+def test_streams_are_asked_in_one_place() -> None:
+    folder = Path(terminal.__file__).parent
+    asking = [path.name for path in folder.rglob("*.py") if ".isatty(" in path.read_text()]
+    assert asking == ["terminal.py"]
+
+
+@pytest.mark.parametrize("text", ["", "a short line", "a" * 200, " ".join(["word"] * 60)])
+def test_a_folded_line_fits_and_loses_nothing(text: str) -> None:
+    lines = terminal.fold(f"head: {text}", indent=6).split("\n")
+    assert " ".join(" ".join(lines).split()) == f"head: {text}".strip()
+    assert all(line.startswith("      ") for line in lines[1:])
+    assert all(len(line) <= 80 for line in lines) or " " not in text
+    assert terminal.fold("") == ""
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run on text of escapes, in a folder and with a config whose names have some."""

@@ -1,20 +1,49 @@
 """`gptlite config`: look at configs without running them."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from gptlite.cli.help import add_command, make_app
 from gptlite.cli.options import ConfigFiles, Json, Overrides
 from gptlite.cli.printing import print_json
-from gptlite.terminal import user_errors
+from gptlite.terminal import fold, user_errors
 from gptlite.words import escape_controls
 
-config_app = typer.Typer(help="Look at configs without running them.", no_args_is_help=True)
+config_app = make_app("config", "Look at configs without running them.")
+command = partial(add_command, config_app)
 
 
-@config_app.command(name="show")
+@command("list", "config list")
+def list_configs(json_: Json = False) -> None:
+    """List the shipped configs and studies, each with what it is for."""
+    with user_errors():
+        from gptlite.config.reader import opening_comment, shipped_configs
+
+        folder = shipped_configs()
+        configs, studies = (sorted(folder.glob(f"{at}*.yaml")) for at in ("", "studies/"))
+        kinds = {**dict.fromkeys(configs, "config"), **dict.fromkeys(studies, "study")}
+        if json_:
+            keys = ("name", "kind", "description", "path")
+            values = [(p.stem, kind, opening_comment(p), str(p)) for p, kind in kinds.items()]
+            print_json([dict(zip(keys, row, strict=True)) for row in values])
+            return
+        width = max(len(path.stem) for path in kinds)
+        heads = {
+            "config": "configs, as in: gptlite train --config quickstart",
+            "study": f"studies, as in: gptlite study {folder / 'studies' / 'quick.yaml'}",
+        }
+        for kind, head in heads.items():
+            print(("\n" if kind == "study" else "") + head)
+            for path in (path for path in kinds if kinds[path] == kind):
+                line = f"  {path.stem:{width}}  {opening_comment(path)}"
+                print(fold(escape_controls(line), indent=width + 4))
+
+
+@command("show")
 def show_config(config: ConfigFiles, overrides: Overrides = None, json_: Json = False) -> None:
     """Print every value of a config and where it was set."""
     with user_errors():
@@ -31,7 +60,7 @@ def show_config(config: ConfigFiles, overrides: Overrides = None, json_: Json = 
             print(f"{f'{key}: {json.dumps(value)}':{min(width, 60)}}  # {escape_controls(place)}")
 
 
-@config_app.command()
+@command("check")
 def check(config: ConfigFiles, overrides: Overrides = None) -> None:
     """Validate a config; every problem is printed with its place."""
     with user_errors():
@@ -41,7 +70,7 @@ def check(config: ConfigFiles, overrides: Overrides = None) -> None:
         print("ok")
 
 
-@config_app.command()
+@command("schema")
 def schema() -> None:
     """Print the JSON schema of configs, for editors."""
     with user_errors():
@@ -50,9 +79,15 @@ def schema() -> None:
         print_json(RunConfig.model_json_schema())
 
 
-@config_app.command(name="import")
+@command("import", "config import")
 def import_config(
-    file: Annotated[Path, typer.Argument(help="nanoGPT's config/*.py, or the book's dictionary.")],
+    file: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE",
+            help="nanoGPT's config/*.py, or a .py or .json with the book's GPT_CONFIG_124M.",
+        ),
+    ],
 ) -> None:
     """Print another project's config as YAML; its file is read, never run."""
     with user_errors():

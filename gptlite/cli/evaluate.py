@@ -23,34 +23,69 @@ from gptlite.errors import ConfigError
 from gptlite.terminal import tell, user_errors
 from gptlite.words import escape_controls
 
+MEASURED, HARNESS = "What is measured", "Tasks of EleutherAI's harness (--suite lm-eval)"
+
 
 def evaluate(
     runs: RunsToEnsemble = None,
     run: RunOption = None,
     ensemble: Ensembled = False,
     split: Annotated[
-        str, typer.Option(help="val, train, test, or text: what data.source takes.")
+        str,
+        typer.Option(
+            metavar="SPLIT",
+            rich_help_panel=MEASURED,
+            help="val, train, test, or any text that data.source takes: a file, folder or glob.",
+        ),
     ] = "val",
     suite: Annotated[
         list[str] | None,
         typer.Option(
-            help="loss (the default), calibration, knockout, importance, memorisation, mc-dropout "
-            "or all; a comma list or repeated. lm-eval: the --tasks of EleutherAI's harness."
+            metavar="SUITE",
+            rich_help_panel=MEASURED,
+            help="loss (the default), calibration, knockout, importance, memorisation, "
+            "mc-dropout, all, or lm-eval for --tasks. Several: separated by commas, or repeated.",
         ),
     ] = None,
-    tasks: Annotated[str, typer.Option(help="Tasks of the harness, separated by commas.")] = "",
-    include_path: Annotated[
-        Path | None, typer.Option(help="Folder with task files of one's own.")
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="Only so many examples of each task.")
-    ] = None,
     fast: Annotated[
-        bool, typer.Option("--fast", help="Fewer units, masks and tokens: wider intervals.")
+        bool,
+        typer.Option(
+            "--fast",
+            rich_help_panel=MEASURED,
+            help="Take fewer units, masks and tokens: sooner done, with wider intervals.",
+        ),
     ] = False,
     dropout_active: Annotated[
-        bool, typer.Option("--dropout-active", help="Leave dropout on, to see what that costs.")
+        bool,
+        typer.Option(
+            "--dropout-active",
+            rich_help_panel=MEASURED,
+            help="Leave dropout on, to see what forgetting to switch it off would cost.",
+        ),
     ] = False,
+    tasks: Annotated[
+        str,
+        typer.Option(
+            metavar="TASKS",
+            rich_help_panel=HARNESS,
+            help="Tasks to run, separated by commas, as in lambada_openai,arc_easy.",
+        ),
+    ] = "",
+    include_path: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", rich_help_panel=HARNESS, help="Folder with task files of your own."
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="EXAMPLES",
+            rich_help_panel=HARNESS,
+            help="Take only the first examples of each task, so many.",
+        ),
+    ] = None,
     checkpoint: CheckpointOption = "best",
     full: Annotated[
         bool, typer.Option("--full", help="Print every number by its name, not sentences.")

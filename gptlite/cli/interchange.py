@@ -1,7 +1,7 @@
 """`gptlite export` and `gptlite import`: models to and from other tools."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import typer
 
@@ -11,31 +11,55 @@ from gptlite.errors import ConfigError
 from gptlite.terminal import tell, user_errors
 from gptlite.words import escape_controls
 
+Format = Literal["hf", "gguf"]
 NumberType = Literal["f32", "f16", "bf16", "q8_0"]
+WRITTEN = "What is written"
 
 
 def export(
-    out: Annotated[Path, typer.Option(help="The new directory.")],
+    out: Annotated[
+        Path,
+        typer.Option(metavar="DIRECTORY", rich_help_panel=WRITTEN, help="Directory to make."),
+    ],
     to: Annotated[
-        Literal["hf", "gguf"],
-        typer.Option(help="hf: Hugging Face. gguf: llama.cpp, Ollama, LM Studio."),
+        Format,
+        typer.Option(
+            metavar="|".join(get_args(Format)),
+            rich_help_panel=WRITTEN,
+            help="hf: for Hugging Face transformers; gguf: for llama.cpp, Ollama and LM Studio.",
+        ),
     ] = "hf",
     type_: Annotated[
         NumberType | None,
-        typer.Option("--type", help="Of the weights in a GGUF file; default: f32."),
+        typer.Option(
+            "--type",
+            metavar="|".join(get_args(NumberType)),
+            rich_help_panel=WRITTEN,
+            show_default="f32",
+            help="Type of the weights in a GGUF file.",
+        ),
     ] = None,
     run: RunOption = None,
     checkpoint: CheckpointOption = "best",
     push: Annotated[
         str | None,
-        typer.Option(metavar="USER/NAME", help="Publish the directory on Hugging Face's Hub, too."),
+        typer.Option(
+            metavar="USER/NAME",
+            rich_help_panel=WRITTEN,
+            help="Publish the directory on Hugging Face's Hub, too.",
+        ),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the model card, write and publish nothing.")
+        bool,
+        typer.Option(
+            "--dry-run",
+            rich_help_panel=WRITTEN,
+            help="Print the model card; write and publish nothing.",
+        ),
     ] = False,
     verbose: Verbose = False,
 ) -> None:
-    """Write a run as a directory that other tools load without code of ours."""
+    """Write a run's model as a directory that other tools load without gptlite."""
     with user_errors(verbose):
         from gptlite.runs.directory import existing_run
 
@@ -68,17 +92,26 @@ def export(
 def import_(
     source: Annotated[
         str,
-        typer.Argument(help="Hugging Face directory, gpt2 or another Hub name, nanoGPT's ckpt.pt."),
+        typer.Argument(
+            metavar="SOURCE",
+            help="Hugging Face directory, gpt2 or another name on its Hub, or nanoGPT's ckpt.pt.",
+        ),
     ],
     out: Annotated[
-        Path | None, typer.Option(help="The run directory; default: runs/ and the name.")
+        Path | None,
+        typer.Option(
+            metavar="DIRECTORY",
+            show_default="runs/ and the source's name",
+            help="Run directory to make.",
+        ),
     ] = None,
     meta: Annotated[
-        Path | None, typer.Option(help="nanoGPT's meta.pkl, for a model of characters.")
+        Path | None,
+        typer.Option(metavar="FILE", help="nanoGPT's meta.pkl, for a model of characters."),
     ] = None,
     verbose: Verbose = False,
 ) -> None:
-    """Make a run of a model from elsewhere: GPT-2 and Llama shapes, checkpoints of nanoGPT."""
+    """Make a run from a model trained elsewhere: of the GPT-2 and Llama families, or nanoGPT's."""
     with user_errors(verbose):
         from gptlite.runs.importing import import_model
 

@@ -5,42 +5,79 @@ from typing import Annotated
 
 import typer
 
-from gptlite.cli.options import CheckpointOption, RunOption, Verbose
+from gptlite.cli.options import CheckpointOption, Json, RunOption, Verbose
 from gptlite.cli.printing import print_json, tell_notes
 from gptlite.terminal import user_errors
 from gptlite.words import escape_controls
+
+SHOWN, DROPS = "What is shown", "What drops"
 
 
 def look(
     text: Annotated[str, typer.Argument(metavar="TEXT", help="A few words.")],
     run: RunOption = None,
     checkpoint: CheckpointOption = "best",
-    layer: Annotated[int, typer.Option(help="Counted from 0.")] = 0,
-    head: Annotated[int, typer.Option(help="Counted from 0.")] = 0,
-    step: Annotated[int, typer.Option(min=0, help="The update whose masks are shown.")] = 0,
-    rate: Annotated[
-        float | None,
-        typer.Option(min=0, max=0.99, help="Try this rate instead of the run's own."),
-    ] = None,
+    layer: Annotated[
+        int,
+        typer.Option(metavar="LAYER", rich_help_panel=SHOWN, help="Layer to show, counted from 0."),
+    ] = 0,
+    head: Annotated[
+        int,
+        typer.Option(metavar="HEAD", rich_help_panel=SHOWN, help="Head to show, counted from 0."),
+    ] = 0,
     site: Annotated[
         str | None,
-        typer.Option(help="Show this site from near; with --rate, drop nowhere else."),
+        typer.Option(
+            metavar="SITE",
+            rich_help_panel=SHOWN,
+            help="Dropout site to show closely; with --rate, the only one that drops.",
+        ),
+    ] = None,
+    step: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            metavar="UPDATE",
+            rich_help_panel=DROPS,
+            help="Update of the training run whose masks are drawn.",
+        ),
+    ] = 0,
+    rate: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=0.99,
+            metavar="RATE",
+            rich_help_panel=DROPS,
+            show_default="the run's",
+            help="Share to drop.",
+        ),
     ] = None,
     granularity: Annotated[
         str | None,
-        typer.Option(help="What falls at --site: element (each value) or locked (one mask)."),
+        typer.Option(
+            metavar="element|locked",
+            rich_help_panel=DROPS,
+            show_default="the run's",
+            help="At --site: element drops each value by itself, locked takes one mask for all "
+            "positions.",
+        ),
     ] = None,
     page: Annotated[
-        Path | None, typer.Option(help="Also write what is seen as a self-contained HTML page.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Also write an HTML page of it, in one file."),
     ] = None,
-    json_: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.")] = False,
+    json_: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Show what dropout lets fall of a text: masks on the model's own numbers, as in training."""
+    """Show what dropout drops of a text, on the model's own numbers and with training's masks."""
     with user_errors(verbose):
         from gptlite.runs.directory import existing_run
+        from gptlite.storage import require_place_for_file
 
         directory = existing_run(run)
+        if page is not None:
+            require_place_for_file("--page", page)
         from gptlite.measure.look import look as look_at
         from gptlite.report.look import lines_of
         from gptlite.report.page import write_look

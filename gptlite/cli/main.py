@@ -12,15 +12,17 @@ import typer
 
 from gptlite.cli.config import config_app
 from gptlite.cli.evaluate import evaluate
+from gptlite.cli.help import add_command, make_app
 from gptlite.cli.interchange import export, import_
 from gptlite.cli.look import look
 from gptlite.cli.options import (
+    PLACE,
+    TEXT,
     ConfigFiles,
     Json,
     MoreConfigFiles,
     Overrides,
     Verbose,
-    examples,
     print_version,
 )
 from gptlite.cli.printing import print_json
@@ -30,17 +32,11 @@ from gptlite.cli.trained import generate
 from gptlite.distributed.torchrun import join_ranks, refuse_ranks
 from gptlite.errors import UserError
 from gptlite.machine import let_waiting_threads_sleep
-from gptlite.terminal import leave_when_terminated, tell, tell_lines, user_errors
+from gptlite.terminal import fold, leave_when_terminated, tell, tell_lines, user_errors
 from gptlite.words import escape_controls
 
-app = typer.Typer(
-    name="gptlite",
-    help="Train small GPTs from YAML, with dropout as a named, measured thing.",
-    add_completion=True,
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
+app = make_app("gptlite", "Train small GPTs from YAML, with dropout as a named, measured thing.")
+command = partial(add_command, app)
 app.add_typer(config_app, name="config")
 
 
@@ -57,14 +53,17 @@ def main_options(
             refuse_ranks(f"gptlite {context.invoked_subcommand}")
 
 
-@app.command(epilog=examples("train"))
+@command("train")
 def train(
     config: MoreConfigFiles = None,
     overrides: Overrides = None,
     data: Annotated[
         list[str] | None,
         typer.Option(
-            help="A text: alone, its config is made for it; beside --config, data.source."
+            metavar="TEXT",
+            rich_help_panel=TEXT,
+            help="File, folder, glob or address of a text. Without --config a config is made for "
+            "it; with one it takes the place of data.source. Repeat for several.",
         ),
     ] = None,
     minutes: Annotated[
@@ -72,17 +71,42 @@ def train(
         typer.Option(
             min=0.1,
             max=10_000,
-            help="Time of the whole command, if --data makes its config; default: 5.",
+            metavar="MINUTES",
+            rich_help_panel=TEXT,
+            show_default="5",
+            help="Time for the whole command where --data has its config made.",
         ),
     ] = None,
-    out_dir: Annotated[str | None, typer.Option(help="The run directory itself.")] = None,
+    out_dir: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIRECTORY",
+            rich_help_panel=PLACE,
+            show_default="runs/ and the name of the config, with a number if it is taken",
+            help="Run directory to make.",
+        ),
+    ] = None,
     resume: Annotated[
-        str | None, typer.Option(help="`auto`: go on where this run stopped; or a run directory.")
+        str | None,
+        typer.Option(
+            metavar="auto|RUN",
+            rich_help_panel=PLACE,
+            help="Go on with a run: with auto the one of this config or --out-dir, if there is "
+            "one, else the run directory or checkpoint named.",
+        ),
     ] = None,
     strict_resume: Annotated[
-        bool, typer.Option("--strict-resume", help="Not if torch, threads or device have changed.")
+        bool,
+        typer.Option(
+            "--strict-resume",
+            rich_help_panel=PLACE,
+            help="Refuse to go on where torch, device or number of threads have changed.",
+        ),
     ] = False,
-    verbose: Verbose = False,
+    verbose: Annotated[
+        bool,
+        typer.Option("--verbose", "-v", help="Show the reasons of every choice, and tracebacks."),
+    ] = False,
 ) -> None:
     """Train a model: tokenize if needed, train, evaluate, sample, save."""
     began = time.perf_counter()  # what came before took less than a tenth of a second
@@ -103,23 +127,35 @@ def train(
         if launch.recipe is not None and world.first:
             from gptlite.runs.recipe import write_recipe
 
-            tell_lines(launch.recipe)
-            write_recipe(launch.recipe, launch.directory)
-        run, directory = launch.run, launch.directory
-        train(run, directory, resume=launch.resumes, strict=strict_resume, world=world)
-        if world.first:
-            from gptlite.report.page import add_report
-            from gptlite.runs.look import add_look
+            path = write_recipe(launch.recipe, launch.directory)
+            tell(f"config: made for this text, every choice with its reason in {path}")
+            if verbose:
+                tell_lines(launch.recipe)
+        from gptlite.report.page import add_report
+        from gptlite.runs.viewer import Viewer
 
-            add_look(directory)
-            add_report(directory, tell)
+        viewer = Viewer(
+            verbose=verbose,
+            foresees=True,
+            seconds=launch.seconds,
+            promise=launch.promise,
+            add_report=add_report,
+        )
+        train(
+            launch.run,
+            launch.directory,
+            resume=launch.resumes,
+            strict=strict_resume,
+            world=world,
+            viewer=viewer,
+        )
 
 
-app.command(epilog=examples("generate"))(generate)
-app.command(name="eval", epilog=examples("eval"))(evaluate)
+command("generate")(generate)
+command("eval")(evaluate)
 
 
-@app.command(epilog=examples("prepare"))
+@command("prepare")
 def prepare(
     config: ConfigFiles,
     overrides: Overrides = None,
@@ -148,21 +184,30 @@ def prepare(
         print(f"{files.meta['bytes_per_token']:.3f} bytes per token; {folder}")
 
 
-@app.command(epilog=examples("plan"))
+@command("plan")
 def plan(
     config: ConfigFiles,
     overrides: Overrides = None,
     world_size: Annotated[
-        int, typer.Option(min=1, max=1 << 16, help="Memory and batch of each of so many processes.")
+        int,
+        typer.Option(
+            min=1,
+            max=1 << 16,
+            metavar="PROCESSES",
+            help="Plan for so many processes: memory and batch are those of each.",
+        ),
     ] = 1,
     audit: Annotated[
         bool,
-        typer.Option("--audit", help="Run one real batch and compare what drops with the plan."),
+        typer.Option(
+            "--audit",
+            help="Also send one batch through the network and compare what drops with the plan.",
+        ),
     ] = False,
     json_: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Say what a run would do: sizes, choices, dropout sites, time. Nothing is trained."""
+    """Say what a run would do, without training: sizes, choices, dropout sites, time."""
     with user_errors(verbose):
         from gptlite.runs.launch import look_at_text
         from gptlite.runs.origin import given_tokenizer, load_run
@@ -178,24 +223,33 @@ def plan(
             audited = {} if found is None else {"audit": found}
             print_json({**planned.plan, **audited, "config": planned.run.model_dump(mode="json")})
         else:
-            print("\n".join(map(escape_controls, plan_table(planned.run, planned.plan))))
-            if found is not None:
-                print("\naudit of one batch:\n" + "\n".join(auditing.audit_lines(found)))
+            lines = plan_table(planned.run, planned.plan)
+            lines += [] if found is None else ["", *auditing.audit_lines(found)]
+            print("\n".join(fold(escape_controls(line)) for line in lines))
         if found is not None and found["problems"]:
             raise UserError(*found["problems"])
 
 
-app.command(epilog=examples("study"))(study)
+command("study")(study)
 
 
-@app.command(epilog=examples("report"))
+@command("report")
 def report(
     sources: Annotated[
         list[Path] | None,
-        typer.Argument(help="Run directories, or one study; default: the latest run."),
+        typer.Argument(
+            metavar="RUN",
+            show_default="the latest under runs/",
+            help="Run directories, or the folder of one study.",
+        ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="The page; default: report.html of the run or study.")
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            show_default="report.html in the run or study; here, if there are several",
+            help="Page to write.",
+        ),
     ] = None,
     verbose: Verbose = False,
 ) -> None:
@@ -203,14 +257,17 @@ def report(
     with user_errors(verbose):
         from gptlite.report import page
         from gptlite.runs.directory import latest_run
+        from gptlite.storage import require_place_for_file
 
+        if out is not None:
+            require_place_for_file("--out", out)
         print(escape_controls(str(page.write_page(sources or [latest_run()], out))))
 
 
-app.command(epilog=examples("look"))(look)
-app.command(epilog=examples("serve"))(serve)
-app.command(epilog=examples("export"))(export)
-app.command(name="import", epilog=examples("import"))(import_)
+command("look")(look)
+command("serve")(serve)
+command("export")(export)
+command("import")(import_)
 
 
 def main() -> None:

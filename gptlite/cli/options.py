@@ -1,4 +1,4 @@
-"""What several commands share: options with help and completions, and examples for `--help`."""
+"""What several commands share: options with help and completions, and the examples of each."""
 
 import os
 from pathlib import Path
@@ -42,14 +42,10 @@ EXAMPLES = {
         "gptlite export --run runs/names --out names-hf",
         "gptlite export --run runs/names --to gguf --type q8_0 --out names-gguf",
     ),
+    "config list": ("gptlite config list",),
     "import": ("gptlite import names-hf --out runs/back", "gptlite import gpt2"),
 }
 """By command; each is run by a test, in this order."""
-
-
-def examples(command: str) -> str:
-    """The epilogue of a command's help; its lines are not wrapped."""
-    return "Examples:\n\n\b\n" + "\n".join(f"  {line}" for line in EXAMPLES[command])
 
 
 def complete_configs(incomplete: str) -> list[str]:
@@ -77,10 +73,16 @@ def complete_keys(incomplete: str) -> list[str]:
     return [f"{key}=" for key in all_keys() if key.startswith(incomplete)]
 
 
+MODEL, CONFIG, TEXT, SAMPLING, PLACE = "Model", "Config", "Text", "Sampling", "Run directory"
+"""Groups of options in `--help`."""
+
 _CONFIG = typer.Option(
     "--config",
     "-c",
-    help="YAML file or shipped config; repeat: later ones win.",
+    metavar="CONFIG",
+    rich_help_panel=CONFIG,
+    help="YAML file, or name of a shipped config (`gptlite config list`). Give several and the "
+    "values of later ones win.",
     autocompletion=complete_configs,
 )
 ConfigFiles = Annotated[list[str], _CONFIG]
@@ -90,7 +92,9 @@ Overrides = Annotated[
     typer.Option(
         "--set",
         "-s",
-        help="One value, as in --set optim.lr=3e-4; wins over files.",
+        metavar="KEY=VALUE",
+        rich_help_panel=CONFIG,
+        help="Set one key, as in --set optim.lr=3e-4; wins over all files. Repeat for several.",
         autocompletion=complete_keys,
     ),
 ]
@@ -98,21 +102,42 @@ RunOption = Annotated[
     str | None,
     typer.Option(
         "--run",
-        help="Run directory; default: the latest under runs/.",
+        metavar="RUN",
+        rich_help_panel=MODEL,
+        show_default="the latest under runs/",
+        help="Run directory.",
         autocompletion=complete_runs,
     ),
 ]
 RunsToEnsemble = Annotated[
     list[str] | None,
-    typer.Argument(help="Run directories, with --ensemble.", autocompletion=complete_runs),
+    typer.Argument(
+        metavar="RUN",
+        help="Run directories of an ensemble; only with --ensemble.",
+        autocompletion=complete_runs,
+    ),
 ]
 Ensembled = Annotated[
     bool,
-    typer.Option("--ensemble", help="Use the runs named as one model, the mean of their logits."),
+    typer.Option(
+        "--ensemble",
+        rich_help_panel=MODEL,
+        help="Use all the runs named as one model: the mean of their logits.",
+    ),
 ]
-CheckpointOption = Annotated[str, typer.Option("--checkpoint", help="best, last or step-N.")]
+CheckpointOption = Annotated[
+    str,
+    typer.Option(
+        "--checkpoint",
+        metavar="best|last|step-N",
+        rich_help_panel=MODEL,
+        help="Checkpoint to load; best is the one with the lowest validation loss.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show tracebacks.")]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", "-v", help="Show the traceback of an error, too.")
+]
 
 
 def split_commas(text: str) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from gptlite.cli.sentences import SENTENCES, describe
 from gptlite.runs.results import scalars
-from gptlite.terminal import tell
+from gptlite.terminal import is_terminal, tell
 from gptlite.words import escape_controls
 
 WIDTH = 110
@@ -81,7 +81,7 @@ def format_result(value: Any) -> str:
 def print_texts(generation: Any) -> None:
     """Stream a single continuation; several are printed one after the other when all are done."""
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
-    on_screen = sys.stdout.isatty()
+    on_screen = is_terminal(sys.stdout)
 
     def write(text: str) -> None:
         print(escape_controls(text, keep="\n\t") if on_screen else text, end="", flush=True)

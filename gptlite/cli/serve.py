@@ -10,6 +10,7 @@ from gptlite.errors import ConfigError, MissingPackages
 from gptlite.terminal import tell, user_errors
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
+ADDRESS, LIMITS = "Address", "Limits"
 PACKAGES = ("starlette", "uvicorn", "prometheus_client")
 
 
@@ -17,37 +18,94 @@ def serve(
     runs: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Run directories; default: the latest under runs/, if there is one.",
+            metavar="RUN",
+            show_default="the latest under runs/, if there is one",
+            help="Run directories.",
             autocompletion=complete_runs,
         ),
     ] = None,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
+    port: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            max=65535,
+            metavar="PORT",
+            rich_help_panel=ADDRESS,
+            help="Port to listen at; 0 takes any that is free.",
+        ),
+    ] = 8000,
     host: Annotated[
-        str, typer.Option(help="Address to listen at. Beyond this machine it needs --token.")
+        str,
+        typer.Option(
+            metavar="ADDRESS",
+            rich_help_panel=ADDRESS,
+            help="Address to listen at; one that other machines reach needs --token.",
+        ),
     ] = "127.0.0.1",
     token: Annotated[
         str | None,
-        typer.Option(help="What a client must send to be answered.", envvar="GPTLITE_TOKEN"),
+        typer.Option(
+            metavar="TOKEN",
+            rich_help_panel=ADDRESS,
+            help="Secret that every request must send. The environment variable GPTLITE_TOKEN "
+            "does the same and stays out of the list of processes.",
+            envvar="GPTLITE_TOKEN",
+        ),
     ] = None,
     batch: Annotated[
-        int, typer.Option(min=1, max=1024, help="Completions written at once, of each model.")
+        int,
+        typer.Option(
+            min=1,
+            max=1024,
+            metavar="COMPLETIONS",
+            rich_help_panel=LIMITS,
+            help="Completions that a model writes at once.",
+        ),
     ] = 32,
     queue: Annotated[
-        int, typer.Option(min=1, max=100_000, help="Requests that may wait; more are told 429.")
+        int,
+        typer.Option(
+            min=1,
+            max=100_000,
+            metavar="REQUESTS",
+            rich_help_panel=LIMITS,
+            help="Requests that may wait; further ones are answered with status 429.",
+        ),
     ] = 64,
     max_tokens: Annotated[
-        int, typer.Option(min=1, max=1_000_000, help="Longest completion, in tokens.")
+        int,
+        typer.Option(
+            min=1,
+            max=1_000_000,
+            metavar="TOKENS",
+            rich_help_panel=LIMITS,
+            help="Longest completion, in tokens.",
+        ),
     ] = 4096,
     max_body: Annotated[
-        int, typer.Option(min=1000, max=1 << 30, help="Largest request, in bytes.")
+        int,
+        typer.Option(
+            min=1000,
+            max=1 << 30,
+            metavar="BYTES",
+            rich_help_panel=LIMITS,
+            help="Largest request, in bytes.",
+        ),
     ] = 1_000_000,
     timeout: Annotated[
-        float, typer.Option(min=1, max=86_400, help="Longest answer, in seconds.")
+        float,
+        typer.Option(
+            min=1,
+            max=86_400,
+            metavar="SECONDS",
+            rich_help_panel=LIMITS,
+            help="Longest time for an answer, in seconds.",
+        ),
     ] = 600.0,
     checkpoint: CheckpointOption = "best",
     verbose: Verbose = False,
 ) -> None:
-    """Serve trained runs over HTTP: OpenAI's API, and a page to play, watch and see dropout."""
+    """Serve trained runs over HTTP: OpenAI's API, and a page to write, watch and see dropout."""
     with user_errors(verbose):
         if host not in LOOPBACK and not token:
             raise ConfigError(f"--host {host}: others could ask; give a --token as well")
@@ -63,7 +121,7 @@ def serve(
         from gptlite.cli.printing import tell_notes
         from gptlite.runs.directory import RUNS, existing_run
 
-        directories = [existing_run(name) for name in runs or []]
+        directories = [existing_run(name, "") for name in runs or []]
         if not runs and any(RUNS.glob("*/config.yaml")):
             directories = [existing_run(None)]
         named = server.name_models(directories)

@@ -16,43 +16,68 @@ if TYPE_CHECKING:
 
 SEEDS = 3
 """Of a study that is made of options."""
+SWEEP = "Without FILE, beside --config"
+"""The group of the options that make a study."""
 
 
 def study(
     file: Annotated[
-        Path | None, typer.Argument(help="YAML: base, axes, seeds, what to evaluate.")
+        Path | None,
+        typer.Argument(
+            metavar="FILE",
+            help="YAML file of the study: base config, axes, seeds, what to evaluate.",
+        ),
     ] = None,
     config: MoreConfigFiles = None,
     sweep: Annotated[
         list[str] | None,
         typer.Option(
-            help="Without FILE: a key and its values, as in --sweep dropout.rate=0,0.1,0.2; "
-            "several make a grid.",
+            metavar="KEY=VALUE,VALUE",
+            rich_help_panel=SWEEP,
+            help="Values of a key to try, as in --sweep dropout.rate=0,0.1,0.2. Repeat for a grid.",
             autocompletion=complete_keys,
         ),
     ] = None,
     seeds: Annotated[
         int | None,
-        typer.Option(min=1, max=10_000, help=f"With --sweep: seeds 1 to N; default: {SEEDS}."),
+        typer.Option(
+            min=1,
+            max=10_000,
+            metavar="N",
+            rich_help_panel=SWEEP,
+            show_default=str(SEEDS),
+            help="Run every point with the seeds 1 to N.",
+        ),
     ] = None,
     overrides: Overrides = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only say how many runs, and about how long.")
+        bool,
+        typer.Option("--dry-run", help="Only say how many runs there are, and about how long."),
     ] = False,
-    workers: Annotated[int, typer.Option(min=1, max=1024, help="Processes on this machine.")] = 1,
+    workers: Annotated[
+        int,
+        typer.Option(min=1, max=1024, metavar="PROCESSES", help="Processes on this machine."),
+    ] = 1,
     out_dir: Annotated[
-        Path | None, typer.Option(help="The study's folder; default: studies/NAME.")
+        Path | None,
+        typer.Option(
+            metavar="DIRECTORY",
+            show_default="studies/ and the name of the file or config",
+            help="Folder of the study.",
+        ),
     ] = None,
     storage: Annotated[
-        str | None, typer.Option(help="Database URL for machines that share no folder.")
+        str | None,
+        typer.Option(metavar="URL", help="Database, for machines that share no folder."),
     ] = None,
     json_: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Train and measure many runs, each once; say what is above the noise of seeds."""
+    """Train and measure many runs, each once, and say which differences are above seed noise."""
     with user_errors(verbose):
         options = {"--config": config, "--sweep": sweep, "--seeds": seeds, "--set": overrides}
         check_options(file, [name for name, value in options.items() if value])
+        from gptlite.storage import require_folder
         from gptlite.studies import sweep as sweeping
         from gptlite.studies.config import load_study
 
@@ -65,6 +90,7 @@ def study(
             folder = out_dir or sweeping.STUDIES / made.name
             file = sweeping.sweep_file(folder)
             new = sweeping.is_new(file, made)
+        require_folder("--out-dir", folder)
         if dry_run:
             print_estimate(made, folder, workers, json_)
             return

@@ -7,6 +7,8 @@ from typing import Annotated, Any
 import typer
 
 from gptlite.cli.options import (
+    SAMPLING,
+    TEXT,
     CheckpointOption,
     Ensembled,
     Json,
@@ -19,6 +21,13 @@ from gptlite.errors import ConfigError, add_step_to_errors
 from gptlite.terminal import user_errors
 
 
+def sampling(metavar: str, help: str) -> Any:
+    """An option of SampleConfig, which also checks its value."""
+    return typer.Option(
+        metavar=metavar, rich_help_panel=SAMPLING, show_default="the run's", help=help
+    )
+
+
 def choose_runs(runs: list[str] | None, ensemble: bool, run: str | None) -> list[Path]:
     """The run directories that are meant: several with --ensemble, else one. Raises ConfigError."""
     from gptlite.runs.directory import existing_run
@@ -29,7 +38,7 @@ def choose_runs(runs: list[str] | None, ensemble: bool, run: str | None) -> list
         return [existing_run(run)]
     if not runs or run is not None:
         raise ConfigError("--ensemble: needs run directories behind it, and takes no --run")
-    return [existing_run(name) for name in runs]
+    return [existing_run(name, "") for name in runs]
 
 
 def load_members(directories: list[Path], checkpoint: str) -> list[Any]:
@@ -47,38 +56,87 @@ def generate(
     run: RunOption = None,
     ensemble: Ensembled = False,
     prompt: Annotated[
-        list[str] | None, typer.Option(help="Text to continue; repeat for a batch.")
+        list[str] | None,
+        typer.Option(
+            metavar="TEXT",
+            rich_help_panel=TEXT,
+            help="Text to continue. Repeat for several, which are written together.",
+        ),
     ] = None,
     prompt_file: Annotated[
-        Path | None, typer.Option(help="File with one prompt: its whole text.")
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            rich_help_panel=TEXT,
+            help="File whose whole text is one prompt.",
+        ),
     ] = None,
-    max_new_tokens: Annotated[
-        int | None, typer.Option(help="Longest continuation, in tokens.")
-    ] = None,
-    temperature: Annotated[
-        float | None, typer.Option(help="Divides the logits; 0 is greedy.")
-    ] = None,
-    top_k: Annotated[int | None, typer.Option(help="Keep the k most likely tokens.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Keep the likeliest that sum to p.")] = None,
-    min_p: Annotated[
-        float | None, typer.Option(help="Keep tokens at least p times as likely as the likeliest.")
-    ] = None,
-    repetition_penalty: Annotated[float | None, typer.Option(help="Above 1: repeat less.")] = None,
-    stop: Annotated[
-        list[str] | None, typer.Option(help="End before this text; repeat for several.")
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Names the random draws.")] = 1337,
-    num_samples: Annotated[
-        int, typer.Option(min=1, max=10_000, help="Continuations of each prompt.")
-    ] = 1,
     interactive: Annotated[
-        bool, typer.Option("--interactive", "-i", help="Line by line; `:help` says more.")
+        bool,
+        typer.Option(
+            "--interactive",
+            "-i",
+            rich_help_panel=TEXT,
+            help="Continue one line after the other as you type them; `:help` says more.",
+        ),
     ] = False,
+    num_samples: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            max=10_000,
+            metavar="SAMPLES",
+            rich_help_panel=TEXT,
+            help="Continuations of each prompt.",
+        ),
+    ] = 1,
+    max_new_tokens: Annotated[
+        int | None, sampling("TOKENS", "Longest continuation, in tokens.")
+    ] = None,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TEXT",
+            rich_help_panel=SAMPLING,
+            help="End before this text. Repeat for several.",
+        ),
+    ] = None,
+    seed: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            metavar="SEED",
+            rich_help_panel=SAMPLING,
+            help="Seed of the random draws: the same one writes the same text.",
+        ),
+    ] = 1337,
+    temperature: Annotated[
+        float | None,
+        sampling("T", "Divides the logits: below 1 likelier tokens gain; 0 is greedy."),
+    ] = None,
+    top_k: Annotated[
+        int | None, sampling("TOKENS", "Draw from this many tokens, the most likely ones.")
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        sampling("SHARE", "Draw from the most likely tokens that together have this probability."),
+    ] = None,
+    min_p: Annotated[
+        float | None,
+        sampling("SHARE", "Draw from tokens at least this likely relative to the most likely one."),
+    ] = None,
+    repetition_penalty: Annotated[
+        float | None,
+        sampling("FACTOR", "Above 1: tokens that are in the text already become less likely."),
+    ] = None,
     checkpoint: CheckpointOption = "best",
     json_: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Continue prompts with a trained model; text streams to stdout."""
+    """Continue prompts with a trained model.
+
+    Text streams to stdout. The defaults of sampling are those of the run's config, section
+    `sample`."""
     given = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
@@ -121,7 +179,8 @@ def generate(
             unseen=sorted(set.intersection(*(set(member.unseen) for member in members))),
         )
         if interactive:
-            talk(make_generation, options, seed)
+            who = "" if ensemble else f"{directories[0]}, step {first.state.step}"
+            talk(make_generation, options, seed, who or f"{len(members)} runs as one")
             return
         generation = make_generation(prompts or [""], options, seed=seed, num_samples=num_samples)
         with add_step_to_errors(first.state.step):

@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from itertools import chain
+from itertools import chain, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,17 @@ def shipped_configs() -> Path:
     return here / "configs" if (here / "configs").is_dir() else here.parent / "configs"
 
 
+def opening_comment(path: Path) -> str:
+    """What a file says of itself, in the comment that it begins with."""
+    lines = takewhile(lambda line: line.startswith("#"), path.read_text("utf-8").splitlines())
+    return " ".join(line.lstrip("# ") for line in lines)
+
+
+def is_study(document: Document) -> bool:
+    """Whether this describes many runs: it has a base, and nothing of a run itself."""
+    return "base" in document.values and not document.values.keys() & RunConfig.model_fields.keys()
+
+
 def find(name: str) -> Path:
     """A file, or the name of a shipped config."""
     if not name:
@@ -57,7 +68,12 @@ def read_layers(files: Sequence[str], overrides: Sequence[str]) -> Document:
     unreadable: list[str] = []
     for file in files:
         try:
-            merge(merged, strict_yaml.read_yaml(find(file)))
+            found = find(file)
+            layer = strict_yaml.read_yaml(found)
+            if is_study(layer):
+                told = f"is a study, which describes many runs; run it with: gptlite study {found}"
+                raise ConfigError(f"{found}: {told}")
+            merge(merged, layer)
         except ConfigError as error:
             unreadable += error.problems
     if unreadable:

@@ -28,6 +28,7 @@ FOREIGN = {
     "num_attention_heads": "model.n_head",
     "num_key_value_heads": "model.n_kv_head",
     "qkv_bias": "model.bias",
+    "dropout": "dropout.rate",
     "drop_rate": "dropout.rate",
     "dropout_rate": "dropout.rate",
     "embd_pdrop": "dropout.sites.embedding",
@@ -72,7 +73,7 @@ FOREIGN = {
 def explain(path: Path_, kind: str, document: Document, schema: dict[str, Any]) -> str:
     """What is wrong with the value at `path`, in the words of its field's schema."""
     if kind == "extra_forbidden":
-        return unknown_key(path) + twice(path, document)
+        return unknown_key(path, document, schema) + twice(path, document)
     node = schema_at(schema, path)
     value = document.value(path)
     if value is None:
@@ -93,6 +94,8 @@ def explain(path: Path_, kind: str, document: Document, schema: dict[str, Any]) 
     got = repr(value) if isinstance(value, str) else json.dumps(value, default=str)
     got = got if len(got) <= 60 else got[:57] + "..."
     hint = did_you_mean(value, names) if isinstance(value, str) else ""
+    if is_number(value) and (meant := FOREIGN.get(str(path[-1]))):
+        hint = f"; the number is {meant}"
     return f"expected {describe(node, schema)}, got {got}{hint}"
 
 
@@ -100,18 +103,23 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def unknown_key(path: Path_) -> str:
+def unknown_key(path: Path_, document: Document, schema: dict[str, Any]) -> str:
     """Another project's name, a key of another section, or a slip of the pen."""
     key = str(path[-1])
-    if key in FOREIGN:
+    if key in FOREIGN and not isinstance(document.value(path), dict):
         return f"unknown key '{key}'; gptlite calls it {FOREIGN[key]}"
-    known = [name.rpartition(".") for name in all_keys()]
-    siblings = [name for section, _, name in known if section == ".".join(map(str, path[:-1]))]
-    homes = [section for section, _, name in known if name == key]
+    homes = [section for section, _, name in (k.rpartition(".") for k in all_keys()) if name == key]
     if homes:
-        return f"unknown key '{key}' here; it belongs in '{homes[0] or 'the top level'}'"
-    hint = did_you_mean(key, siblings) or f"; known here: {', '.join(siblings)}"
-    return f"unknown key '{key}'{hint}"
+        where = f"it belongs in '{homes[0]}'" if homes[0] else "it stands at the top level"
+        return f"unknown key '{key}' here; {where}"
+    return f"unknown key '{key}'{hint_at_known(path, schema)}"
+
+
+def hint_at_known(path: Path_, schema: dict[str, Any]) -> str:
+    """The key that is meant, or all that may stand beside it."""
+    around = branches(schema_at(schema, path[:-1]), schema)
+    known = [name for branch in around for name in branch.get("properties", {})]
+    return did_you_mean(str(path[-1]), known) or f"; known here: {', '.join(known)}"
 
 
 def twice(path: Path_, document: Document) -> str:

@@ -125,6 +125,7 @@ def find_or_make(run: RunConfig, own: Tokenizer | None, trained_on: str = "") ->
     folder = Path(os.path.expanduser(run.sources[0]))
     if len(run.sources) == 1 and os.path.isfile(folder / "train.bin"):
         return adopt_token_files(folder, run, own)
+    storage.require_folder("data.cache_dir:", Path(run.data.cache_dir))
     to_train, to_validate = sources.locate(run), sources.locate_val(run)
     files = [*to_train, *to_validate]
     before = file_states(files)

@@ -76,8 +76,18 @@ def read_constants(path: Path) -> tuple[dict[str, Any], list[str]]:
         with warnings.catch_warnings(action="ignore"):  # of its strings
             return constants(ast.parse(text))
     except (OSError, ValueError, SyntaxError, RecursionError, MemoryError) as error:
-        why = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ConfigError(f"{path}: {why}") from None
+        raise ConfigError(f"{path}: {describe_unreadable(error)}") from None
+
+
+def describe_unreadable(error: Exception) -> str:
+    """Why a file is none of a project's configs."""
+    if isinstance(error, SyntaxError):
+        return f"not Python (line {error.lineno}: {error.msg})"
+    if isinstance(error, json.JSONDecodeError):
+        return f"not JSON ({error})"
+    if isinstance(error, RecursionError | MemoryError):
+        return "nested too deep"
+    return getattr(error, "strerror", None) or str(error)
 
 
 def flatten(value: Any) -> dict[str, Any]:

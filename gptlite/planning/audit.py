@@ -8,7 +8,8 @@ import math
 import re
 import statistics
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +32,8 @@ from gptlite.planning.regularisation import advise_decay, pick_rate
 STANDARD_ERRORS = 4
 """Further than this from its rate, a site is off."""
 ENOUGH_DROPPED = 20
-"""Expected number of dropped units that is worth a verdict; more masks are drawn until then."""
+"""Expected number of dropped units that is worth a verdict; more masks are drawn until then. A
+layer is judged by itself where it has as many."""
 MOST_PASSES = 16
 
 
@@ -126,9 +128,19 @@ def site_seconds(run: RunConfig, model: GPT, entry: dict[str, Any]) -> float:
     return statistics.median(times) * calls * run.train.batch_size / part
 
 
+def planned_rates(run: RunConfig, model: GPT) -> dict[Dropout, float]:
+    """The full rate that the config plans for each module: that of its site in its layer."""
+    plan, layers = run.dropout.plan(), Counter[str]()
+    rates = {}
+    for module in dropouts(model):
+        rates[module] = plan[module.site].rate_in(layers[module.site], run.model.n_layer)
+        layers[module.site] += 1
+    return rates
+
+
 @dataclass
 class DropCounts:
-    """What passed through the modules of one site."""
+    """What passed through a module, or through all modules of a site."""
 
     units: int = 0
     """Draws that could be told: of values that were not zero before."""
@@ -136,8 +148,8 @@ class DropCounts:
     expected: float = 0.0
     variance: float = 0.0
 
-    def add(self, module: Dropout, units: int, dropped: int) -> None:
-        rate = cut_of(module.p) / RATES
+    def add(self, units: int, dropped: int, planned: float) -> None:
+        rate = cut_of(planned) / RATES
         self.units, self.dropped = self.units + units, self.dropped + dropped
         self.expected += units * rate
         self.variance += units * rate * (1 - rate)
@@ -147,10 +159,27 @@ class DropCounts:
         return self.dropped / self.units if self.units else 0.0
 
     @property
+    def planned(self) -> float:
+        """The rate expected of these units, which are of several layers."""
+        return self.expected / self.units if self.units else 0.0
+
+    @property
     def errors_off(self) -> float:
         """Distance of what dropped from what should have, in standard errors."""
         gap = self.dropped - self.expected
-        return gap / math.sqrt(self.variance) if self.variance else math.copysign(math.inf, gap)
+        if self.variance:
+            return gap / math.sqrt(self.variance)
+        return math.copysign(math.inf, gap) if gap else 0.0
+
+
+def add_up(counts: Iterable[DropCounts]) -> DropCounts:
+    each = list(counts)
+    return DropCounts(
+        units=sum(one.units for one in each),
+        dropped=sum(one.dropped for one in each),
+        expected=sum(one.expected for one in each),
+        variance=sum(one.variance for one in each),
+    )
 
 
 def count_dropped(module: Dropout, x: Tensor, y: Tensor, real: Tensor | None) -> tuple[int, int]:
@@ -169,8 +198,13 @@ def count_dropped(module: Dropout, x: Tensor, y: Tensor, real: Tensor | None) ->
     return int(alive.sum()), int(fallen.sum())
 
 
+Seen = dict[Dropout, DropCounts]
+
+
 @contextmanager
-def watch(model: nn.Module, real: Tensor | None, seen: dict[str, DropCounts]) -> Iterator[None]:
+def watch(
+    model: nn.Module, real: Tensor | None, rates: dict[Dropout, float], seen: Seen
+) -> Iterator[None]:
     """Count inside what every module drops; the second call of a layer's module has its mask."""
     called: set[Dropout] = set()
 
@@ -178,7 +212,8 @@ def watch(model: nn.Module, real: Tensor | None, seen: dict[str, DropCounts]) ->
         assert isinstance(module, Dropout)
         if module not in called:
             called.add(module)
-            seen[module.site].add(module, *count_dropped(module, inputs[0], output, real))
+            units, dropped = count_dropped(module, inputs[0], output, real)
+            seen.setdefault(module, DropCounts()).add(units, dropped, rates[module])
 
     hooks = [module.register_forward_hook(look) for module in dropouts(model)]
     try:
@@ -209,16 +244,19 @@ def audit(run: RunConfig, model: GPT, rows: Layout) -> dict[str, Any]:
         with precision(run):
             return model(inputs, real, samples=samples)
 
-    training, evaluation = ({site: DropCounts() for site in SITES} for _ in range(2))
-    rates = run.dropout.rates()
+    training: Seen = {}
+    evaluation: Seen = {}
+    planned = planned_rates(run, model)
+    live = [site for site, rate in run.dropout.rates().items() if rate]
     with torch.random.fork_rng():
         with torch.no_grad():
             for step in range(MOST_PASSES):
-                with watch(model, real, training):
+                with watch(model, real, planned, training):
                     logits(step)
-                if all(s.expected >= ENOUGH_DROPPED for site, s in training.items() if rates[site]):
+                drops = (add_up(layers_of(training, site)).expected for site in live)
+                if all(expected >= ENOUGH_DROPPED for expected in drops):
                     break
-            with evaluating(model), watch(model, real, evaluation):
+            with evaluating(model), watch(model, real, planned, evaluation):
                 quiet, again = logits(0), logits(1)
         if not quiet.isfinite().all():
             raise DivergedError("audit: the model's logits are not finite")
@@ -230,10 +268,10 @@ def audit(run: RunConfig, model: GPT, rows: Layout) -> dict[str, Any]:
     norm = torch.linalg.vector_norm  # that of a tensor warns on Apple's GPUs
     distance = norm(off.detach() - quiet) / norm(quiet)
     fused = run.dropout.fused_sites(run.attention)
-    sites = [
-        judge_site(site, training[site], evaluation[site], rates[site], site in fused)
-        for site in SITES
-    ]
+    sites = []
+    for site, rate in run.dropout.rates().items():
+        before, after = layers_of(training, site), add_up(layers_of(evaluation, site))
+        sites.append(judge_site(site, before, after, rate, inside=site in fused))
     problems = [f"dropout.sites.{s['site']}: {s['problem']}" for s in sites if s["problem"]]
     if not torch.equal(quiet, again):
         problems.append("dropout: two passes of evaluation differ; something drops there")
@@ -251,21 +289,18 @@ def zero_gradient_share(model: GPT, scaler: LossScaler, logits: Tensor, targets:
     return zeros / sum(gradient.numel() for gradient in gradients)
 
 
+def layers_of(seen: Seen, site: str) -> list[DropCounts]:
+    """What was counted at a site, layer by layer."""
+    return [counts for module, counts in seen.items() if module.site == site]
+
+
 def judge_site(
-    site: str, training: DropCounts, evaluation: DropCounts, rate: float, inside: bool
+    site: str, layers: list[DropCounts], evaluation: DropCounts, rate: float, *, inside: bool
 ) -> dict[str, Any]:
     """What was found at a site, and what is wrong with it, if anything."""
-    problem = ""
+    training, problem = add_up(layers), ""
     if rate and not inside:
-        if not training.units:
-            problem = f"dead: rate {rate:g} reaches nothing"
-        elif not training.dropped and training.errors_off < -STANDARD_ERRORS:
-            problem = f"dead: none of {training.units:,} dropped at rate {rate:g}"
-        elif abs(training.errors_off) > STANDARD_ERRORS:
-            problem = (
-                f"off: dropped {training.rate:.5f} of {training.units:,} at rate {rate:g}, "
-                f"{training.errors_off:+.1f} standard errors"
-            )
+        problem = off_its_rate(training, layers, rate)
     elif training.dropped:
         problem = f"drops {training.rate:.5f} in training at rate 0"
     if evaluation.dropped:
@@ -273,6 +308,7 @@ def judge_site(
     return {
         "site": site,
         "rate": rate,
+        "planned": None if inside else training.planned,
         "training": None if inside else training.rate,
         "units": training.units,
         "standard_errors_off": training.errors_off if training.variance else 0.0,
@@ -281,22 +317,58 @@ def judge_site(
     }
 
 
+def off_its_rate(training: DropCounts, layers: list[DropCounts], rate: float) -> str:
+    """What is wrong with a site in training, judged as a whole and layer by layer."""
+    if not training.units:
+        return f"dead: rate {rate:g} reaches nothing"
+    if not training.dropped and training.errors_off < -STANDARD_ERRORS:
+        return f"dead: none of {training.units:,} dropped at rate {rate:g}"
+    found = [("", training, float(STANDARD_ERRORS))]
+    # The furthest of many layers is further off by chance than a single one.
+    bound = math.sqrt(STANDARD_ERRORS**2 + 2 * math.log(len(layers)))
+    found += [(f" in layer {i}", one, bound) for i, one in enumerate(layers) if len(layers) > 1]
+    for where, counts, most in found:
+        judged = counts is training or not 0 < counts.expected < ENOUGH_DROPPED
+        if judged and abs(counts.errors_off) > most:
+            return (
+                f"off{where}: dropped {counts.rate:.5f} of {counts.units:,} at rate "
+                f"{counts.planned:.4g}, {counts.errors_off:+.1f} standard errors"
+            )
+    return ""
+
+
 def audit_lines(found: dict[str, Any]) -> list[str]:
     """The audit for people."""
-    lines = [
-        f"{'dropout site':18} {'rate':>8} {'training':>10} {'of units':>12} {'off by':>9} eval"
-    ]
-    for site in found["sites"]:
+    live = [site for site in found["sites"] if site["rate"] or site["problem"]]
+    lines = ["audit: what drops of one batch, at full rates"]
+    if live:
+        lines.append(
+            f"{'dropout site':18} {'planned':>8} {'dropped':>8} {'of values':>13} {'off by':>9}"
+            "  in evaluation"
+        )
+    for site in live:
         if site["training"] is None:
-            lines.append(f"{site['site']:18} {site['rate']:8g} inside a fused kernel: not visible")
-        elif site["rate"] or site["problem"]:
             lines.append(
-                f"{site['site']:18} {site['rate']:8g} {site['training']:10.5f} "
-                f"{site['units']:12,} {site['standard_errors_off']:+6.1f} SE {site['evaluation']:g}"
+                f"{site['site']:18} {site['rate']:8.4g}  inside a fused kernel: not visible"
             )
+            continue
+        lines.append(
+            f"{site['site']:18} {site['planned']:8.4g} {site['training']:8.5f} {site['units']:13,} "
+            f"{site['standard_errors_off']:+6.1f} SE  {site['evaluation']:g}"
+        )
     zero = found["zero_gradient_share"]
     lines.append(
         f"parameters with a gradient of exactly 0: {zero['dropout_on']:.4%} with dropout, "
         f"{zero['dropout_off']:.4%} without"
     )
-    return lines
+    return [*lines, verdict(found, [site for site in live if site["rate"]])]
+
+
+def verdict(found: dict[str, Any], live: list[dict[str, Any]]) -> str:
+    good = sum(site["training"] is not None and not site["problem"] for site in live)
+    count = f"{good} of {len(live)} sites drop as planned"
+    if found["problems"]:
+        return f"failed: {count}"
+    hidden = len(live) - good
+    seen = f" ({hidden} inside a fused kernel, not visible)" if hidden else ""
+    return f"passed: {count}{seen}, none in evaluation" if live else "passed: no site drops"

@@ -185,6 +185,7 @@ def pick_kernels(
     if dtypes == ["float16"] and world.size > 1 and run.distributed.engine == "fsdp":
         dtypes, why_dtype = ["float32"], "fsdp splits gradients, which float16 checks whole"
     kernels = kernels if run.attention == "auto" else [run.attention]
+    kernels = memory.fitting_kernels(run, kernels, device)
     dtypes = dtypes if run.dtype == "auto" else [run.dtype]
     seconds = {(kernel, dtype): 0.0 for kernel in kernels for dtype in dtypes}
     if len(seconds) > 1:

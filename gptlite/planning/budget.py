@@ -8,7 +8,6 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable
-from importlib.util import find_spec
 from typing import NamedTuple
 
 from tqdm import tqdm
@@ -33,14 +32,16 @@ LOOKS = 10
 """Evaluations of a run."""
 MOST_EVALUATING = 0.1
 """Share of the time for the looks; where all validation text would take more, a part is taken."""
+MOST_FOR_PAGES = 0.03
+"""Share of the time for the page that is made again while the run trains."""
 LEAST_GROWTH = 0.4
 """From one rung to the next the time of an update grows at least by so much of what its FLOPs grow
 by: docs/benchmarks.md, Growth."""
 RUNG_SHARE, CLIMB_SHARE = 0.005, 0.1
 """Of the time, for timing a rung (a fifth of a second to one second), and after which no other rung
 is tried, as where other programs keep the machine busy."""
-ENDING, ENDING_WITHOUT_FIGURES = 0.9, 0.4
-"""What the page and leaving take, beside what loading took: measured 0.8 to 1.1 and 0.3 to 0.5."""
+ENDING = 0.4
+"""What the page and leaving take, beside what loading took: measured 0.3 to 0.5."""
 
 
 class Budget:
@@ -59,7 +60,7 @@ class Budget:
     @property
     def ending(self) -> float:
         """Seconds for the page and for leaving, which cannot be tried before."""
-        return self.loading * (ENDING if find_spec("matplotlib") else ENDING_WITHOUT_FIGURES)
+        return self.loading * ENDING
 
     def seconds_left(self) -> float:
         """Seconds from now until the page."""
@@ -160,6 +161,8 @@ class Fit(NamedTuple):
     """None: all of the validation text."""
     evaluating: float = 0.0
     """Share of the time of training."""
+    seconds: float = 0.0
+    """That the whole command is expected to take."""
 
 
 def guess_fit(rung: Rung, budget: Budget) -> Fit:
@@ -184,7 +187,8 @@ def fit_run(costs: Costs, rung: Rung, n_val: int, budget: Budget, asked: Documen
     each = costs.update + costs.save / train.save_interval
     if sample.interval:
         each += costs.sample / sample.interval
-    rest = seconds - costs.begin - costs.sample
+    pages = min(MOST_FOR_PAGES * seconds, LOOKS * budget.ending)
+    rest = seconds - pages - costs.begin - costs.sample
     if is_asked(asked, "eval_interval"):
         each += (look + costs.save) / train.eval_interval
     else:
@@ -198,7 +202,8 @@ def fit_run(costs: Costs, rung: Rung, n_val: int, budget: Budget, asked: Documen
         why = f"{MOST_EPOCHS} passes over the text: more bring nothing, though there is more time"
         steps = rung.most_steps
     why += f"; timed at {1e3 * costs.update:.3g} ms each, optimizer included"
-    return Fit(steps, why, batches, LOOKS * look / (LOOKS * look + steps * each))
+    whole = budget.seconds - rest + steps * each
+    return Fit(steps, why, batches, LOOKS * look / (LOOKS * look + steps * each), whole)
 
 
 def is_asked(asked: Document, key: str) -> bool:

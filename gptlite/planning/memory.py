@@ -150,6 +150,29 @@ def refuse_too_large(run: RunConfig) -> None:
         )
 
 
+def fitting_kernels(run: RunConfig, kernels: list[str], device: torch.device) -> list[str]:
+    """Those of the attention kernels by which at least one sequence can be trained, however it is
+    done: `math` and `fused` keep a weight for each pair of positions.
+
+    Raises ConfigError if there is none. By arithmetic, so that no kernel is tried that cannot end.
+    """
+    vocab_size, total = ASSUMED_VOCABULARY[run.tokenizer.kind], memory_bytes(device)
+    smallest = {"dtype": "bfloat16"} if run.dtype == "auto" else {}
+    need = {}
+    for kernel in kernels:
+        one = run.model_copy(update={**smallest, "attention": kernel})
+        need[kernel] = training_bytes(one, vocab_size, 1, run.train.recompute is not False)
+    fitting = [kernel for kernel in kernels if need[kernel] <= total]
+    if not fitting:
+        largest = largest_size(run.model)
+        raise ConfigError(
+            f"model.{largest}: {getattr(run.model, largest)} needs about "
+            f"{min(need.values()) / GIB:,.0f} GiB to train one sequence, {device} has "
+            f"{total / GIB:.3g}; lower {largest}"
+        )
+    return fitting
+
+
 def micro_batch_options(run: RunConfig, ranks: int) -> Iterator[tuple[int, bool]]:
     """Ways to split and recompute that the run leaves open, the fastest first."""
     train, batch = run.train, run.train.batch_size // ranks

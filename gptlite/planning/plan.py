@@ -1,7 +1,6 @@
 """What a run would do, without doing it: sizes, cost, memory, choices, and every dropout site."""
 
 import math
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,9 +13,9 @@ from gptlite.data.batches import Layout
 from gptlite.data.prepare import prepare
 from gptlite.data.token_files import TokenFiles
 from gptlite.data.tokenizers import Tokenizer
-from gptlite.interchange.families import describe_export
-from gptlite.planning.audit import advice, site_plan, site_seconds
+from gptlite.planning.audit import site_plan, site_seconds
 from gptlite.planning.auto import check_ranks, check_warmup, resolve_run
+from gptlite.planning.header import detail_lines, header_lines, note_lines
 from gptlite.planning.memory import refuse_too_large, training_bytes
 from gptlite.planning.rehearsal import (
     count_evaluated,
@@ -130,68 +129,11 @@ def mean_targets(rows: Layout) -> float:
     return float(np.mean(counts))
 
 
-def summary_lines(run: RunConfig, plan: dict[str, Any]) -> list[str]:
-    """The plan for people: the head of a run's log, and what `gptlite plan` prints."""
-    model, train = run.model, run.train
-    tokens = f"{plan['train_tokens']:,} train + {plan['val_tokens']:,} val tokens"
-    kind = f"{run.tokenizer.kind} {plan['vocab_size']}, {plan['bytes_per_token']:.2f} bytes/token"
-    each_rank = " in each process" if plan["ranks"] > 1 else ""
-    shape = f"{model.n_layer} layers, {model.n_head} heads, {model.n_embd} wide"
-    update = f"{train.batch_size} x {model.context_length} tokens"
-    if run.data.layout == "documents":
-        update = f"{train.batch_size} documents"
-    timed = train.max_minutes is not None
-    lines = [
-        f"data: {', '.join(run.sources)}: {tokens} ({kind})",
-        f"model: {shape}, context {model.context_length}: "
-        f"{format_number(plan['parameters'])} parameters, "
-        f"about {plan['memory_bytes_estimate'] / 2**30:.2g} GiB to train{each_rank}; "
-        f"{describe_export(model)}",
-        f"plan: {'at most ' * timed}{plan['steps']} updates of {update} = "
-        f"{plan['epochs']:.2f} epochs, {format_number(plan['flops'])}FLOP",
-    ]
-    lines += extra_lines(run, plan["steps"])
-    if plan["ranks"] > 1:
-        each = f"{plan['sequences_per_rank']} sequences of an update"
-        lines.append(f"ranks: {plan['ranks']}, each with {each}")
-    lines += [f"auto: {name} = {why}" for name, why in plan["auto"].items()]
-    sites = [f"{site['site']} {site['rate']:g}" for site in plan["dropout"] if site["rate"]]
-    lines.append(f"dropout: {', '.join(sites) or 'none'}")
-    notes = advice(run, plan["epochs"], plan["train_tokens"])
-    lines += [f"note: {line}" for line in notes]
-    reached = model.reached(plan["longest_row"])
-    if reached and run.init_from is None:
-        lines.append(
-            f"note: no row of the text has more than {reached} tokens, so later positions stay "
-            f"untrained: texts are continued from their last {reached} tokens at most"
-        )
-    return lines
-
-
-def extra_lines(run: RunConfig, max_steps: int) -> Iterator[str]:
-    """What is not as in most runs."""
-    optim, train, distill = run.optim, run.train, run.distill
-    if optim.weight_decay_schedule != "constant":
-        yield f"weight decay: {optim.weight_decay:g}, {optim.weight_decay_schedule}"
-    if train.average == "ema":
-        half_life = run.half_life(max_steps)
-        yield (
-            f"average: of the weights, half-life {half_life:.3g} updates; it is what is evaluated, "
-            "saved and generated from"
-        )
-    if distill.teachers:
-        each = ", ".join(distill.teachers)
-        yield f"teachers: {each}: {distill.weight:.0%} of the loss (T = {distill.temperature:g})"
-    if train.max_minutes is not None:
-        yield f"time: at most {train.max_minutes:g} minutes"
-
-
 def plan_table(run: RunConfig, plan: dict[str, Any]) -> list[str]:
-    """summary_lines, the dropout sites as a table, and the time."""
-    lines = [line for line in summary_lines(run, plan) if not line.startswith("dropout:")]
-    lines += ["", *site_table(plan["dropout"])]
-    if any(site["rate"] for site in plan["dropout"]):
-        lines.append("cost: forward and backward of the site alone, measured here, per update")
+    """Head and details, the dropout sites as a table, and the time."""
+    head = [line for line in header_lines(run, plan) if not line.startswith("dropout:")]
+    lines = [*head, *detail_lines(run, plan), *note_lines(run, plan)]
+    lines += ["", *site_table(plan["dropout"]), ""]
     lines.append(f"attention: {plan['attention']}")
     update, evaluation = plan["seconds_per_update"], plan["seconds_per_evaluation"]
     total = plan["steps"] * update + plan["evaluations"] * evaluation
@@ -206,22 +148,47 @@ def plan_table(run: RunConfig, plan: dict[str, Any]) -> list[str]:
 
 
 def site_table(sites: list[dict[str, Any]]) -> list[str]:
-    """A row per site; of those that never drop only what they are."""
-    rows = [
-        ["site", "module", "tensor", "mask", "start", "middle", "end", "values", "cost", "masks"]
-    ]
-    for site in sites:
-        shape = "x".join(map(str, site["shape"]))
-        row = [site["site"], f"{site['modules']} x {site['module']}", shape]
-        if not site["rate"]:
-            rows.append([*row, "-", "0", "0", "0", "-", "-", "-"])
-            continue
-        cost = f"{site['milliseconds_per_update']:.2f} ms {site['share_of_update']:.1%}"
-        notes = [site["profile"]] if site["profile"] != "constant" else []
-        notes += ["unscaled"] if site["scale"] == "none" else []
-        rates = [f"{rate:.4g}" for rate in site["rates"].values()]
-        mask = "x".join(map(str, site["mask"]))
-        by = ", ".join(map(str, [site["masks"], *notes]))
-        rows.append([*row, mask, *rates, format_number(site["elements_per_update"]), cost, by])
+    """Of each site that drops a row of numbers, and a line that says where; the others by name."""
+    live = [site for site in sites if site["rate"]]
+    moves = any(len(set(site["rates"].values())) > 1 for site in live)
+    rates = ("start", "middle", "end") if moves else ("rate",)
+    rows = [["dropout site", *rates, "values", "ms/update", "share", "masks"]]
+    for site in live:
+        shown = list(site["rates"].values()) if moves else [site["rate"]]
+        numbers = [f"{rate:.4g}" for rate in shown]
+        numbers += [format_number(site["elements_per_update"])]
+        cost = f"{site['milliseconds_per_update']:.2f}", f"{site['share_of_update']:.1%}"
+        rows.append([site["site"], *numbers, *cost, site["masks"].partition(",")[0]])
+    lines = []
+    if live:
+        head, *body = align(rows)
+        lines = [head]
+        for row, site in zip(body, live, strict=True):
+            lines += [row, f"  {describe_site(site)}"]
+        lines.append("cost: forward and backward of the site alone, measured here")
+    idle = [site["site"] for site in sites if not site["rate"]]
+    return [*lines, f"rate 0: {', '.join(idle)}"] if idle else lines
+
+
+def align(rows: list[list[str]]) -> list[str]:
+    """Columns of one width each: the first and the last are words, the others numbers."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(f"{c:{w}}" for c, w in zip(r, widths, strict=True)).rstrip() for r in rows]
+    lines = []
+    for first, *numbers, last in rows:
+        right = [f"{number:>{width}}" for number, width in zip(numbers, widths[1:-1], strict=True)]
+        lines.append("  ".join([f"{first:{widths[0]}}", *right, last]))
+    return lines
+
+
+def describe_site(site: dict[str, Any]) -> str:
+    """Its modules, shapes and what is not as at most sites."""
+    shape, mask = ("x".join(map(str, site[name])) for name in ("shape", "mask"))
+    parts = [f"{site['modules']} x {site['module']}: {shape}"]
+    parts += [f"mask {mask}"] if mask != shape else []
+    parts += ["inside the fused kernel"] if "fused" in site["masks"] else []
+    if site["profile"] != "constant":
+        each = [f"{rate:.3g}" for rate in site["by_layer"]]
+        each = each if len(each) <= 8 else [*each[:3], "...", *each[-2:]]
+        parts.append(f"rate by layer {' '.join(each)}")
+    parts += ["what stays is not scaled"] if site["scale"] == "none" else []
+    return ", ".join(parts)

@@ -4,6 +4,7 @@ A Trainer that is made for it works at a learning rate of 0, so weights stay as 
 generators are left as they were, and what is written is deleted again.
 """
 
+import math
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -36,6 +37,8 @@ BATCHES = 4
 """Of an evaluation that is timed: in a whole one the check of the first batch counts little."""
 FEWEST = 3
 """Times that count of what is timed for long: a single one may be any time on a busy machine."""
+FORWARD = 1 / 3
+"""Of the time of an update, for the sequences of an evaluation: it only goes forward."""
 ENDLESS = 1 << 62
 
 
@@ -201,6 +204,26 @@ def rehearse(run: RunConfig, files: TokenFiles, seconds: float) -> Costs:
             save=time_save(trainer),
             sample=time_sample(trainer, files.tokenizer),
         )
+
+
+def foresee(run: RunConfig, files: TokenFiles, world: World, steps: int) -> float | None:
+    """About how many seconds so many updates of a resolved run take, with their evaluations; None
+    where a model by itself does not tell. It is timed for a hundredth of that, a second at most.
+
+    Nothing is compiled for it: that takes longer.
+    """
+    if run.distill.teachers or (world.size > 1 and run.distributed.engine == "fsdp"):
+        return None
+    alone = World(world.size)
+    trainer = make_idle_trainer(run.model_copy(update={"compile": False}), files, alone)
+    seconds = time_updates(trainer, 0.0).seconds
+    longer = min(1.0, steps * seconds / 100)
+    if longer > seconds:
+        seconds = time_updates(trainer, longer).seconds
+    n_rows = count_evaluated(run, files) + min(trainer.rows.n_rows, TRAIN_SUBSET_ROWS)
+    evaluation = FORWARD * seconds * n_rows / run.train.batch_size
+    whole = steps * seconds + math.ceil(steps / run.train.eval_interval) * evaluation
+    return min(whole, 60 * (run.train.max_minutes or math.inf))
 
 
 def typical_seconds(act: Callable[[], object], seconds: float) -> float:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from gptlite.report.charts import shorten
+from gptlite.report.series import shorten
 from gptlite.runs.results import DAMAGED, LONGEST_SAMPLE, Row, RunFiles
 
 LONGEST = 4000

@@ -3,8 +3,16 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from gptlite.report.charts import Line, finite_points, format_x, name_line, name_x
-from gptlite.runs.results import format_cell, spread
+from gptlite.report.series import (
+    Line,
+    choose_places,
+    finite_points,
+    format_x,
+    lowest_place,
+    name_line,
+    name_x,
+)
+from gptlite.runs.results import format_cell
 
 TABLE_LINES, TABLE_ROWS = 6, 10
 """Of lines a narrow page has room for no more; of rows the lowest values come on top."""
@@ -25,28 +33,13 @@ def values_of(
     columns = [{x: y for x, y, _, _ in finite_points(line)} for line in series]
     if not any(columns) or len(series) > TABLE_LINES:
         return None
-    best = [min(c, key=c.__getitem__) if lowest and c else None for c in columns]
+    best = [lowest_place(column) if lowest else None for column in columns]
     head = [name_x(x_label), *(name_line(line, y_label) for line in series)]
     rows = []
-    for x in chosen_places(columns, best):
+    for x in choose_places(columns, TABLE_ROWS, best):
         cells = [
             format_cell(column.get(x)) + " (lowest)" * (x == at)
             for column, at in zip(columns, best, strict=True)
         ]
         rows.append([format_x(x), *cells])
     return Values(head, rows)
-
-
-def chosen_places(
-    columns: Sequence[dict[float, float]], best: Sequence[float | None]
-) -> list[float]:
-    """Values of x: the first and the last of all, the best, and some evenly spaced between.
-
-    Those between are taken where most lines have a value: training is logged more often than
-    anything is evaluated.
-    """
-    every = sorted({x for column in columns for x in column})
-    shared = [x for x in every if sum(x in column for column in columns) > 1]
-    among = shared if len(shared) > 2 else every
-    between = {among[place] for place in spread(len(among), TABLE_ROWS)}
-    return sorted({every[0], every[-1]} | between | {x for x in best if x is not None})

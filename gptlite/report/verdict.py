@@ -20,6 +20,8 @@ class Verdict(NamedTuple):
     title: str
     found: str
     advice: list[str]
+    gap: float | None = None
+    """The one it speaks of: of the last evaluation, in nats."""
 
 
 def verdict(rows: Sequence[Row], config: dict[str, Any], plan: dict[str, Any]) -> Verdict:
@@ -32,12 +34,14 @@ def verdict(rows: Sequence[Row], config: dict[str, Any], plan: dict[str, Any]) -
     gap = generalisation_gap(last)
     drops = largest_rate(last) > 0
     rise = last["val/loss"] - best["val/loss"]
-    if best is not last and rise > NOTICEABLE:
-        return overfitting(best, last, rise, gap, drops, decay_advice(config, plan))
     fall = recent_fall(evaluated)
-    if fall > NOTICEABLE and (gap is None or gap < WIDE_GAP):
-        return underfitting(fall, gap, drops, epochs)
-    return plateau(gap, drops, epochs)
+    if best is not last and rise > NOTICEABLE:
+        found = overfitting(best, last, rise, gap, drops, decay_advice(config, plan))
+    elif fall > NOTICEABLE and (gap is None or gap < WIDE_GAP):
+        found = underfitting(fall, gap, drops, epochs)
+    else:
+        found = plateau(gap, drops, epochs)
+    return found._replace(gap=gap)
 
 
 def decay_advice(config: dict[str, Any], plan: dict[str, Any]) -> str:
@@ -59,9 +63,10 @@ def overfitting(
     epoch = number(best.get("epoch"))
     at += "" if epoch is None else f" (epoch {epoch:.1f})"
     found = f"The validation loss was lowest at {at} and has risen by {rise:.2f} nats since"
-    found += (
-        "." if gap is None else f", while the gap to training text has grown to {gap:.2f} nats."
-    )
+    earlier = generalisation_gap(best)
+    grown = gap is not None and (earlier is None or gap > earlier)
+    became = "has grown to" if grown else "is"
+    found += "." if gap is None else f", while the gap to training text {became} {nats(gap)} nats."
     advice = [
         "Use the best checkpoint, which is what every command takes unless told otherwise; "
         "train.early_stop saves the time after it.",
@@ -76,7 +81,7 @@ def underfitting(fall: float, gap: float | None, drops: bool, epochs: float) -> 
     found = (
         f"The validation loss was still falling, by {fall:.2f} nats in the last quarter of the run"
     )
-    found += "." if gap is None else f", and the gap to training text is {gap:.2f} nats."
+    found += "." if gap is None else f", and the gap to training text is {nats(gap)} nats."
     advice = ["Train longer, or with a higher learning rate or a larger model."]
     if drops:
         advice.append(
@@ -97,11 +102,23 @@ def plateau(gap: float | None, drops: bool, epochs: float) -> Verdict:
             "A wide gap, not yet overfitting", found, [f"Training longer would overfit: {instead}."]
         )
     found = "The validation loss has levelled off"
-    found += "." if gap is None else f", {gap:.2f} nats above that of training text."
+    found += "." if gap is None else f", {compare_with_training(gap)}."
     advice = ["A larger model, or a longer schedule, would learn more from this text."]
     if drops and not pick_rate(epochs)[0]:
         advice.append(f"Try it without dropout: {pick_rate(epochs)[1]}.")
     return Verdict("Levelled off", found, advice)
+
+
+def nats(value: float) -> str:
+    """Two digits, and no minus before a zero."""
+    return f"{round(value, 2) + 0.0:.2f}"
+
+
+def compare_with_training(gap: float) -> str:
+    """Where the validation loss is, as seen from that of training text."""
+    if nats(gap) == "0.00":
+        return "level with that of training text"
+    return f"{nats(abs(gap))} nats {'above' if gap > 0 else 'below'} that of training text"
 
 
 def recent_fall(evaluated: Sequence[Row]) -> float:

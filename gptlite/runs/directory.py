@@ -51,6 +51,21 @@ def has_run(directory: Path) -> bool:
     return os.path.isfile(directory / "config.yaml")
 
 
+def state_of(directory: Path) -> str:
+    """`running`, `dead` (its process ended without a word), `finished` or `interrupted`.
+
+    A run that trains holds its lock and has written its name into it; a process that has died has
+    left its name there and holds nothing.
+    """
+    try:
+        with (directory / locks.LOCK).open("rb") as file:
+            if file.read(1) and (free := locks.try_lock(file)) is not None:
+                return "dead" if free else "running"
+    except OSError:
+        pass
+    return "finished" if (directory / "summary.json").is_file() else "interrupted"
+
+
 def latest_run() -> Path:
     """The run under runs/ that was written to last. Raises ConfigError if there is none."""
     found = [path.parent for path in RUNS.glob("*/config.yaml")]
@@ -95,13 +110,15 @@ def resolve_resume(named: str) -> Path:
     return directory
 
 
-def existing_run(given: str | None) -> Path:
-    """The run a command reads: the one named, or the latest."""
+def existing_run(given: str | None, option: str = "--run ") -> Path:
+    """The run a command reads: the one named, behind an option or without one, or the latest."""
     directory = latest_run() if given is None else Path(given)
     if not os.path.isdir(directory):
-        raise ConfigError(f"--run {directory}: no such directory")
+        exists = os.path.lexists(directory)
+        why = "is a file, not a run directory" if exists else "no such directory"
+        raise ConfigError(f"{option}{directory}: {why}")
     if not has_run(directory):
-        raise ConfigError(f"--run {directory}: not a run directory (it has no config.yaml)")
+        raise ConfigError(f"{option}{directory}: not a run directory (it has no config.yaml)")
     return directory
 
 

@@ -71,6 +71,9 @@ def import_model(source: str, out: Path | None, meta: Path | None) -> Path:
     """Write the run directory and return it. Raises ConfigError, CheckpointError, StorageError."""
     path = Path(source)
     directory = out or RUNS / re.sub(r"[^A-Za-z0-9._-]", "_", path.name or "imported")
+    if has_run(path) and not (path / "config.json").is_file():
+        raise ConfigError(f"{source}: is a run already; give it to --run")
+    storage.require_folder("--out", directory)
     if has_run(directory):
         raise ConfigError(f"--out {directory}: contains a run; give another directory")
     if path.suffix in TORCH_FILES:

@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from gptlite.config.promise import Promise, read_promise
 from gptlite.config.run import RunConfig
 from gptlite.core.world import World
 from gptlite.data import readers, sources
@@ -23,6 +24,8 @@ LOOKED_AT = 1 << 22
 """Characters at the beginning of a text that are read before anything is loaded for training."""
 
 
+FREE = ("seed=", "out_dir=", "log.", "data.cache_dir=")
+"""Values of --set that make no run slower."""
 DEFAULT_MINUTES = 5.0
 """Of a command that makes its config for a text."""
 
@@ -31,8 +34,12 @@ class Launch(NamedTuple):
     run: RunConfig
     directory: Path
     resumes: bool
+    promise: Promise | None = None
+    """How long it may take, by what its config or the command line says."""
     recipe: str | None = None
     """The YAML of a config that was made for a text, with its reasons."""
+    seconds: float | None = None
+    """That such a config is expected to take."""
 
 
 def agree_on_launch(
@@ -91,7 +98,8 @@ def make_launch(
         if named is not None:
             return Launch(run, named, True)
         directory, resumes = choose_directory(run.out_dir, configs, resume)
-        return Launch(run, directory, resumes)
+        promise = read_promise(configs, describe_changes(configs, overrides, data))
+        return Launch(run, directory, resumes, promise)
     if not data:
         raise ConfigError("--config: missing option; give a file, a shipped config, or --data TEXT")
     name = Path(data[0]).name.partition(".")[0] or "text"
@@ -103,8 +111,17 @@ def make_launch(
     look_at_text(load_run([], add_options(of_data, data, None), to_train=False))
     from gptlite.runs import recipe  # only now: it times models
 
-    run, text = recipe.make_recipe(data, minutes or DEFAULT_MINUTES, values, began)
-    return Launch(run, directory, False, text)
+    minutes = minutes or DEFAULT_MINUTES
+    made = recipe.make_recipe(data, minutes, values, began)
+    promise = Promise(60 * minutes, "--minutes", describe_changes([], overrides, []))
+    return Launch(made.run, directory, False, promise, made.text, made.seconds)
+
+
+def describe_changes(configs: list[str], overrides: list[str], data: list[str]) -> str:
+    """What was asked for besides the first config, in words; what is free of charge is left out."""
+    more = [f"--config {config}" for config in configs[1:]]
+    more += [f"--set {value}" for value in overrides if not value.startswith(FREE)]
+    return ", ".join([*more, *(f"--data {text}" for text in data)])
 
 
 def look_at_text(run: RunConfig) -> None:

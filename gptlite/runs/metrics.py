@@ -1,4 +1,4 @@
-"""What a run says while it works: metrics.jsonl, train.log and the line on the terminal.
+"""What a run measures while it works: its pace, and metrics.jsonl.
 
 metrics.jsonl is the truth: one object per line, appended whole. A resumed run first cuts it
 back to its step, so that each step is there once.
@@ -6,25 +6,15 @@ back to its step, so that each step is there once.
 
 import json
 import math
-import shutil
-import sys
 import time
-import traceback
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from gptlite import storage
-from gptlite.errors import StorageError, UserError
+from gptlite.errors import StorageError
 from gptlite.runs.results import parse_row
 from gptlite.storage import write_bytes
-from gptlite.terminal import format_duration, format_number, in_notebook, wants_bar
-from gptlite.words import escape_controls
-
-SECONDS_BETWEEN_LINES = 5.0
 
 
 class Meter:
@@ -104,71 +94,3 @@ def append_line(path: Path, line: str) -> None:
         storage.disk.append(path, line.encode(errors="replace") + b"\n")
     except OSError as error:
         raise StorageError(f"{path}: {error.strerror}") from None
-
-
-class Console:
-    """Progress on stderr: a bar on a terminal, plain lines elsewhere; all lines go to train.log."""
-
-    def __init__(self, log: Path | None, progress: str, total: int, start: int) -> None:
-        self.log = log
-        self.total = total
-        shown = wants_bar(progress, sys.stderr)
-        screen = shutil.get_terminal_size()  # some terminals say 0; this then says 80 x 24
-        self.bar = tqdm(
-            total=total,
-            initial=start,
-            unit="step",
-            disable=not shown,
-            ncols=None if in_notebook() else screen.columns,
-            nrows=screen.lines,
-            file=sys.stderr,
-            bar_format="{percentage:3.0f}% {bar:20} {n_fmt}/{total_fmt}{postfix} "
-            "[{elapsed}, {remaining} left]",
-        )
-        self.started = time.perf_counter()
-        self.start = start
-        self.said_at = -math.inf
-
-    def say(self, line: str) -> None:
-        """A line that stays."""
-        line = escape_controls(line, keep="\n\t")
-        if self.log is not None:
-            append_line(self.log, line)
-        if self.bar.disable:
-            print(line, file=sys.stderr, flush=True)
-        else:
-            self.bar.write(line, file=sys.stderr)
-
-    def log_failure(self, error: BaseException) -> None:
-        """Why a run ended, in train.log alone; of what was not foreseen, the place in the code."""
-        if self.log is not None:
-            foreseen = isinstance(error, UserError)
-            text = str(error) if foreseen else "".join(traceback.format_exception(error))
-            with suppress(StorageError):  # the disk may be why
-                append_line(self.log, escape_controls(text, keep="\n"))
-
-    def show_progress(self, step: int, row: dict[str, Any], val_loss: float | None) -> None:
-        """The numbers of now; without a bar a line, at every evaluation and else now and then."""
-        loss = row["train/loss"]
-        parts = [f"loss {math.nan if loss is None else loss:.3f}"]
-        if val_loss is not None:
-            parts.append(f"val {val_loss:.3f}")
-        parts.append(f"{format_number(row['tokens_per_second'])} tok/s")
-        if not self.bar.disable:
-            self.bar.set_postfix_str(", ".join(parts), refresh=False)
-            return
-        now = time.perf_counter()
-        if "val/loss" not in row and now - self.said_at < SECONDS_BETWEEN_LINES:
-            return
-        self.said_at = now
-        left = (now - self.started) / max(1, step - self.start) * (self.total - step)
-        self.say(f"step {step}/{self.total}  {'  '.join(parts)}  {format_duration(left)} left")
-
-    def advance(self) -> None:
-        self.bar.update(1)
-
-    def set_total(self, total: int) -> None:
-        self.total = self.bar.total = total
-
-    def close(self) -> None:
-        self.bar.close()

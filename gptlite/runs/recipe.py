@@ -6,6 +6,7 @@ and run again. Speed is measured on this machine, with the text itself, before c
 
 import math
 import re
+import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,6 +43,8 @@ SURVEYED = 1 << 24
 """Characters that are looked at; of a longer text, its beginning."""
 FEWEST_NAMES, LONGEST_NAME, USUAL_NAME = 200, 40, 16
 """Lines, characters of a line, and their mean, from which a list of names is known."""
+OPENING = 32
+"""Characters of a text, at most, that samples begin with."""
 FEWEST_LETTERS = 7
 """Different ones; DNA and figures have fewer than names."""
 UNNAMED = re.compile(
@@ -77,6 +80,16 @@ class Choice(NamedTuple):
     reason: str
 
 
+class Recipe(NamedTuple):
+    """A config that was made for a text."""
+
+    run: RunConfig
+    text: str
+    """Its YAML, with the reasons."""
+    seconds: float
+    """That the whole command is expected to take."""
+
+
 class Survey(NamedTuple):
     """What a look at a text finds."""
 
@@ -85,6 +98,8 @@ class Survey(NamedTuple):
     """Different characters."""
     longest_line: int | None
     """In characters, where each line is a word or a name by itself; else None."""
+    opening: str = ""
+    """Its first words."""
 
 
 def survey(data: DataConfig) -> Survey:
@@ -99,7 +114,7 @@ def survey(data: DataConfig) -> Survey:
     on_disk = sum(file.stat().st_size for file in files)
     n_bytes = max(on_disk, lines.n_bytes) if lines.n_bytes > SURVEYED else lines.n_bytes
     longest = lines.longest if lines.are_names() else None
-    return Survey(n_bytes, len(lines.characters) + 1, longest)
+    return Survey(n_bytes, len(lines.characters) + 1, longest, lines.opening)
 
 
 class Lines:
@@ -109,8 +124,10 @@ class Lines:
         self.characters: set[str] = set()
         self.n_bytes = self.n = self.spaced = self.signs = self.unspaced = 0
         self.longest = self.length = 0
+        self.opening = ""
 
     def add(self, text: str, ends: bool) -> None:
+        self.opening = self.opening or first_words(text)
         self.characters.update(text)
         self.n_bytes += len(text.encode("utf-8", errors="replace")) + ends
         self.n += ends
@@ -133,6 +150,14 @@ class Lines:
         )
 
 
+def first_words(text: str) -> str:
+    """What a line begins with, as far as it can be shown; nothing of a line of blanks."""
+    line = text.strip().partition("\n")[0]
+    if not line or not line.isprintable():
+        return ""
+    return textwrap.wrap(line, OPENING, break_on_hyphens=False)[0]
+
+
 def text_choices(found: Survey) -> Iterator[Choice]:
     """How a text is cut into tokens."""
     if found.longest_line is not None:
@@ -149,6 +174,13 @@ def text_choices(found: Survey) -> Iterator[Choice]:
         "tokenizer.kind", "bpe", f"fewer bits per byte than characters, from {BPE_FROM} bytes on"
     )
     yield Choice("tokenizer.vocab_size", vocabulary, "about the square root of the bytes")
+
+
+def sample_choices(found: Survey, asked: Document) -> Iterator[Choice]:
+    """What samples continue. From nothing a model may end the text at once."""
+    names, foreign = found.longest_line is not None, "init_from" in asked.values
+    if found.opening and not names and not foreign:
+        yield Choice("sample.prompts", [found.opening], "how the text begins")
 
 
 def model_section(size: tuple[int, int, int], longest_line: int | None) -> dict[str, Any]:
@@ -298,13 +330,13 @@ def look_at_source(source: list[str], asked: Document) -> tuple[list[Choice], in
     found = survey(validate(Document({"data": data}), to_train=False).data)
     size = f"{format_number(found.n_bytes)} bytes"
     choices = [Choice("data.source", named, size), *text_choices(found)]
-    return choices, found.longest_line
+    return [*choices, *sample_choices(found, asked)], found.longest_line
 
 
 def make_recipe(
     source: list[str], minutes: float, overrides: list[str], began: float | None = None
-) -> tuple[RunConfig, str]:
-    """A run for this text and time, and its YAML. `overrides` as of --set win.
+) -> Recipe:
+    """A run for this text and time. `overrides` as of --set win.
 
     `began` is when the command began, by time.perf_counter; None: now. Raises ConfigError,
     DataError.
@@ -323,12 +355,15 @@ def make_recipe(
             Choice("compile", False, "timed without; compiling takes a minute by itself")
         )
     choices += size_choices(rung.size, longest_line, size)
-    choices += training_choices(rung, rehearse_training(choices, asked, files, rung, budget))
+    fitting = rehearse_training(choices, asked, files, rung, budget)
+    choices += training_choices(rung, fitting)
     head = f"# For {', '.join(source)} in {minutes:g} minutes; keep it, change it, run it again.\n"
-    return make_run(choices, asked), head + format_recipe(final_choices(choices, asked))
+    text = head + format_recipe(final_choices(choices, asked))
+    return Recipe(make_run(choices, asked), text, fitting.seconds)
 
 
-def write_recipe(text: str, directory: Path) -> None:
+def write_recipe(text: str, directory: Path) -> Path:
     """recipe.yaml in the run directory."""
     create_directory(directory)
     storage.write_text(directory / "recipe.yaml", text)
+    return directory / "recipe.yaml"

@@ -3,11 +3,13 @@
 Of several ranks only the first one has records; the others have `NoRecords`, which says nothing.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 from gptlite import storage
 from gptlite.runs import checkpoint
-from gptlite.runs.metrics import Console, MetricsFile
+from gptlite.runs.console import Console
+from gptlite.runs.metrics import MetricsFile
 from gptlite.runs.sinks import RunInfo, Sinks
 
 
@@ -16,6 +18,15 @@ class NoRecords:
 
     def say(self, line: str) -> None:
         """A line that stays, on the terminal and in train.log."""
+
+    def say_head(self, lines: Iterable[str], notes: Iterable[str], most: int) -> None:
+        """Lines that stay, and notes as far as they fit into so many rows of the terminal."""
+
+    def say_folded(self, line: str) -> None:
+        """A line that stays, broken between words where the terminal is narrow."""
+
+    def note(self, line: str) -> None:
+        """A line for train.log, and for the terminal of who wants to see everything."""
 
     def advance(self) -> None:
         """One update more."""
@@ -33,7 +44,7 @@ class NoRecords:
         """Let `last` and `best` name their checkpoints; delete old ones. Raises StorageError."""
 
     def write_sample(self, step: int, text: str) -> None:
-        """samples/step-N.txt."""
+        """samples/step-N.txt, and shown."""
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """summary.json."""
@@ -42,22 +53,31 @@ class NoRecords:
         """Why the run ended, in train.log."""
 
     def close(self) -> None:
-        """No more rows."""
+        """No more rows, and no bar; lines may follow."""
 
 
 class Records(NoRecords):
     """metrics.jsonl, train.log, samples, summary.json, the names of checkpoints, and sinks."""
 
-    def __init__(self, info: RunInfo, total: int, start: int) -> None:
+    def __init__(self, info: RunInfo, total: int, start: int, verbose: bool = False) -> None:
         """`info.step` is the last row that stays; the run goes on at update `start`."""
         self.directory, self.keep_last = info.directory, info.run.train.keep_last
         self.metrics = MetricsFile(self.directory / "metrics.jsonl", info.step)
         log = self.directory / "train.log"
-        self.console = Console(log, info.run.log.progress, total, start)
+        self.console = Console(log, info.run.log.progress, total, start, verbose)
         self.sinks = Sinks(info, self.console.say)
 
     def say(self, line: str) -> None:
         self.console.say(line)
+
+    def say_head(self, lines: Iterable[str], notes: Iterable[str], most: int) -> None:
+        self.console.say_head(lines, notes, most)
+
+    def say_folded(self, line: str) -> None:
+        self.console.say_folded(line)
+
+    def note(self, line: str) -> None:
+        self.console.note(line)
 
     def advance(self) -> None:
         self.console.advance()
@@ -81,6 +101,8 @@ class Records(NoRecords):
 
     def write_sample(self, step: int, text: str) -> None:
         storage.write_text(self.directory / "samples" / f"step-{step:08d}.txt", text + "\n")
+        shown = f":\n{text}" if text.strip() else " is empty: the model ends the text at once"
+        self.say(f"sample at step {step}{shown}")
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         storage.write_json(self.directory / "summary.json", summary)

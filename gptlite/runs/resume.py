@@ -13,6 +13,7 @@ from gptlite.core import loops
 from gptlite.core.dropout import strength_at
 from gptlite.core.optim import lr_at
 from gptlite.core.tensor_files import read_tensors
+from gptlite.core.train import Trainer
 from gptlite.core.weights import FILES
 from gptlite.data.token_files import TokenFiles
 from gptlite.errors import ConfigError
@@ -160,6 +161,17 @@ def jumps(run: RunConfig, state: RunState, n_rows: int, directory: Path) -> Iter
     was, now = (strength_at(min(step, steps - 1), steps, schedule) for steps in (old, new))
     if abs(now - was) > NOTICEABLE and any(run.dropout.rates().values()):
         yield f"dropout: jumps from {was:.0%} to {now:.0%} of its rates here, {spans}"
+
+
+def resumed_lines(trainer: Trainer, found: Checkpoint, directory: Path) -> Iterator[str]:
+    """Where a run goes on, and what is not as it was."""
+    run, state = trainer.run, found.state
+    for problem in found.problems:
+        yield f"{problem}; passed over"
+    yield f"resumed at step {trainer.step} of {trainer.max_steps}"
+    yield from jumps(run, state, trainer.rows.n_rows, directory)
+    for change in changed_surroundings(run, state.environment, trainer.world.size):
+        yield f"not as when it was saved: {change}; the last bits of results may differ"
 
 
 def initial_weights(run: RunConfig) -> tuple[dict[str, Tensor], int | None]:

@@ -20,14 +20,15 @@ from gptlite.data.token_files import TokenFiles
 from gptlite.data.tokenizers import digest
 from gptlite.errors import DivergedError, Stopped, add_step_to_errors
 from gptlite.keys import key
-from gptlite.planning.plan import summary_lines
+from gptlite.planning.header import MOST_LINES, detail_lines, header_lines, note_lines
 from gptlite.runs import checkpoint
 from gptlite.runs.checkpoint import Best, Checkpoint, RunState
 from gptlite.runs.interrupts import Interrupted, Interrupts
 from gptlite.runs.metrics import Meter, null_nonfinite
 from gptlite.runs.records import NoRecords, Records
-from gptlite.runs.resume import changed_surroundings, fingerprint, jumps
+from gptlite.runs.resume import fingerprint, resumed_lines
 from gptlite.runs.sinks import RunInfo
+from gptlite.runs.viewer import NOBODY, Pages, Viewer, next_lines
 from gptlite.terminal import format_duration
 
 Watch = Callable[[int, int, float], None]
@@ -56,8 +57,10 @@ class Session:
         directory: Path,
         saved: RunState | None,
         interrupts: Interrupts,
+        *,
         watch: Watch = watch_nothing,
         teachers: dict[str, str] | None = None,
+        viewer: Viewer = NOBODY,
     ) -> None:
         run = trainer.run
         self.run = run
@@ -89,10 +92,18 @@ class Session:
         self.records = NoRecords()
         if self.world.first:
             info = RunInfo(run, directory, self.run_id, known)
-            self.records = Records(info, trainer.max_steps, trainer.step)
+            self.records = Records(info, trainer.max_steps, trainer.step, viewer.verbose)
         self.val_rows = files.rows("val", run.model.context_length)
         self.lengths = byte_lengths(files.tokenizer, files.meta["splits"]["val"])
         self.verified = False
+        self.sampled_step: int | None = None
+        self.viewer = viewer
+        self.pages = Pages(
+            viewer.add_report if self.world.first else None,
+            directory,
+            self.records.say,
+            time.perf_counter,
+        )
         self.teachers, self.unseen = teachers or {}, unseen_tokens(run, files)
         self.began = time.perf_counter()
         self.wall_before = 0.0 if saved is None else saved.wall_seconds
@@ -120,23 +131,18 @@ class Session:
 
     def introduce(self, plan: dict[str, Any], found: Checkpoint | None, resume: bool) -> None:
         """Say what will happen."""
-        trainer, say = self.trainer, self.records.say
-        for line in summary_lines(self.run, plan):
-            say(line)
-        if trainer.planned:
-            modules = sum(trainer.planned.values())
-            say(f"dropout: {len(trainer.planned)} sites live ({modules} modules)")
-        if found is None:
-            if resume:
-                say("nothing had been saved yet: begun again")
-            return
-        for problem in found.problems:
-            say(f"{problem}; passed over")
-        say(f"resumed at step {trainer.step} of {trainer.max_steps}")
-        for jump in jumps(self.run, found.state, trainer.rows.n_rows, self.directory):
-            say(jump)
-        for change in changed_surroundings(self.run, found.state.environment, self.world.size):
-            say(f"not as when it was saved: {change}; the last bits of results may differ")
+        run, viewer, say, note = self.run, self.viewer, self.records.say, self.records.note
+        lines = header_lines(run, plan, str(self.directory), viewer.seconds, viewer.promise)
+        self.records.say_head(lines, note_lines(run, plan), MOST_LINES)
+        for line in detail_lines(run, plan):
+            note(line)
+        if planned := self.trainer.planned:
+            note(f"dropout: {len(planned)} sites live ({sum(planned.values())} modules)")
+        if found is not None:
+            for line in resumed_lines(self.trainer, found, self.directory):
+                say(line)
+        elif resume:
+            say("nothing had been saved yet: begun again")
 
     def work(self) -> dict[str, Any]:
         """Train, and say where everything is. Raises Stopped after a signal, DivergedError."""
@@ -154,18 +160,26 @@ class Session:
             ) from None
         except DivergedError as error:
             raise self.explain_divergence(error) from None
-        best, took = self.best, format_duration(summary["elapsed_seconds"])
         if ended == "early_stop":
             say(f"stopped early: no better validation loss in {self.worse} evaluations")
+        self.records.close()
+        self.pages.finish()
+        if self.viewer.add_report is not None:
+            for line in next_lines(self.directory):
+                say(line)
+        self.records.say_folded(self.describe_end())
+        return summary
+
+    def describe_end(self) -> str:
+        """The result in a line."""
+        best, took = self.best, format_duration(self.wall_seconds())
         assert best is not None
         per_byte = best.val_bits_per_byte
         bits = "" if per_byte is None else f" ({per_byte:.3f} bits per byte)"
-        say(
-            f"done: {trainer.step} updates in {took}, best validation loss {best.val_loss:.4f} "
-            f"nats{bits} at step {best.step}"
+        return (
+            f"done: {self.trainer.step} updates in {took}, best validation loss "
+            f"{best.val_loss:.4f} nats{bits} at step {best.step}"
         )
-        say(f"everything is in {self.directory}")
-        return summary
 
     def train(self) -> str:
         """Run to the end or an early stop; says which. Raises Interrupted after a signal."""
@@ -242,6 +256,8 @@ class Session:
         if is_best or step % train.save_interval == 0:
             self.save()
         if self.evaluates_at(step):
+            if step < self.trainer.max_steps:  # at the end it is made with all that belongs to it
+                self.pages.refresh(self.wall_seconds(), self.viewer.seconds or 0.0)
             self.watch(step, self.trainer.max_steps, row["val/loss"])
 
     @property
@@ -311,8 +327,8 @@ class Session:
         self.saved_step = trainer.step
         self.records.keep_checkpoints(trainer.step, None if self.best is None else self.best.step)
 
-    def sample(self) -> str:
-        """Continue the configured prompts; the text goes to samples/ and is returned."""
+    def sample(self) -> None:
+        """Continue the configured prompts; the text goes to samples/ and is shown."""
         run, trainer = self.run, self.trainer
         documents = run.data.layout == "documents"
         with (
@@ -334,7 +350,7 @@ class Session:
             )
             text = "\n".join(result["prompt"] + result["text"] for result in generation.results())
         self.records.write_sample(trainer.step, text)
-        return text
+        self.sampled_step = trainer.step
 
     def tell_skipped(self, update: Update) -> None:
         self.records.say(
@@ -362,7 +378,8 @@ class Session:
             self.evaluate(trainer.step)
         if self.saved_step != trainer.step:
             self.save()
-        text = self.sample()
+        if self.sampled_step != trainer.step:
+            self.sample()
         summary = {
             "ended": ended,
             "steps": trainer.step,
@@ -373,5 +390,4 @@ class Session:
             "best": self.best.model_dump() if self.best else None,
         }
         self.records.write_summary(summary)
-        self.records.say(f"sample at step {trainer.step}:\n{text}")
         return summary

@@ -153,3 +153,4 @@ class Sinks:
     def close(self) -> None:
         for name, sink in list(self.open.items()):
             self.guard(name, sink.close)
+        self.open.clear()

@@ -23,7 +23,7 @@ from gptlite.data.prepare import prepare
 from gptlite.data.token_files import TokenFiles
 from gptlite.distributed.agreement import agree
 from gptlite.errors import DataError
-from gptlite.planning import auto
+from gptlite.planning import auto, rehearsal
 from gptlite.planning.memory import keep_freed, refuse_too_large
 from gptlite.planning.plan import make_plan
 from gptlite.runs import checkpoint
@@ -41,6 +41,7 @@ from gptlite.runs.session import Session, Watch, unseen_tokens, watch_nothing
 from gptlite.runs.sinks import check_installed
 from gptlite.runs.teachers import Teachers, load_teachers
 from gptlite.runs.trained import load_tokenizer, write_tokenizer
+from gptlite.runs.viewer import NOBODY, Viewer
 
 
 def train(
@@ -51,6 +52,7 @@ def train(
     strict: bool = False,
     watch: Watch = watch_nothing,
     world: World = ALONE,
+    viewer: Viewer = NOBODY,
 ) -> dict[str, Any]:
     """Train a run in its directory; returns the summary. All ranks call it with the same.
 
@@ -63,8 +65,6 @@ def train(
     stored = load_run([str(directory / "config.yaml")]) if world.first and resume else None
     files = open_files(run, directory, resume, world)
     check_installed(run.log.sinks)
-    if not resume:
-        auto.check_warmup(run, files.rows("train", run.model.context_length).n_rows)
     initial: tuple[dict[str, Tensor], int | None] = ({}, None)
     if world.first and run.init_from is not None and not resume:
         initial = initial_weights(run)
@@ -77,23 +77,24 @@ def train(
         create_directory(directory)
     holding = hold_directory(directory) if world.first else nullcontext()
     with holding, Interrupts(world).catch_signals() as interrupts:
-        find = partial(
-            find_start,
-            resolved,
-            stored,
-            directory,
-            files,
-            strict=strict,
-            n_ranks=world.size,
-            teachers=teachers.digests,
-        )
+        find = partial(find_start, resolved, stored, directory, files, strict=strict)
+        find = partial(find, n_ranks=world.size, teachers=teachers.digests)
         found = agree(world, Checkpoint | None, find)
+        viewer = add_estimate(viewer, resolved, files, found, world)
         trainer = make_trainer(resolved, files, found, initial, teachers, world)
         plan = make_plan(resolved, trainer.model, files, trainer.rows, reasons, world.size)
         if world.first:
             write_description(trainer.run, files, directory, plan)
-        saved = found.state if found else None
-        session = Session(trainer, files, directory, saved, interrupts, watch, teachers.digests)
+        session = Session(
+            trainer,
+            files,
+            directory,
+            found.state if found else None,
+            interrupts,
+            watch=watch,
+            teachers=teachers.digests,
+            viewer=viewer,
+        )
         try:
             session.introduce(plan, found, resume)
             return session.work()
@@ -111,7 +112,9 @@ def open_files(run: RunConfig, directory: Path, resume: bool, world: World) -> T
         own = load_tokenizer(directory)
     before = world.broadcast(lambda: checkpoint.data_digest(directory)) if resume else ""
     files = world.make_in_turn(lambda: prepare(run, own or given_tokenizer(run), before))
-    files.rows("train", run.model.context_length)
+    rows = files.rows("train", run.model.context_length)
+    if not resume:
+        auto.check_warmup(run, rows.n_rows)
     files.tokens("val")  # too little text for validation is better known before training
     for prompt in run.sample.prompts:
         documents = run.data.layout == "documents"
@@ -131,6 +134,17 @@ def resolve_on_all_ranks(
     resolved, reasons = agree(world, tuple[RunConfig, dict[str, str]], resolve)
     device.use_threads(resolved)
     return resolved, reasons
+
+
+def add_estimate(
+    viewer: Viewer, run: RunConfig, files: TokenFiles, found: Checkpoint | None, world: World
+) -> Viewer:
+    """Who follows the run, knowing how long it will take, if they want to and it can be known."""
+    if not viewer.foresees or viewer.seconds is not None:
+        return viewer
+    last = run.planned_steps(files.rows("train", run.model.context_length).n_rows)
+    done = 0 if found is None else found.state.step
+    return viewer._replace(seconds=rehearsal.foresee(run, files, world, max(0, last - done)))
 
 
 def make_trainer(

@@ -1,16 +1,11 @@
-"""What runs are doing, read from their directories without touching them, for the page's Watch.
-
-A run that trains holds its lock and has written its name into it; a process that has died has left
-its name there and holds nothing.
-"""
+"""What runs are doing, read from their directories without touching them, for the page's Watch."""
 
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from gptlite import locks
 from gptlite.report.verdict import verdict
-from gptlite.runs.directory import RUNS, has_run
+from gptlite.runs.directory import RUNS, has_run, state_of
 from gptlite.runs.results import DAMAGED, Row, RunFiles, number, read_run, read_text
 
 MOST_POINTS = 800
@@ -109,17 +104,6 @@ def stamp_of(path: Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return found.st_mtime_ns, found.st_size
-
-
-def state_of(directory: Path) -> str:
-    """`running`, `dead` (its process ended without a word), `finished` or `interrupted`."""
-    try:
-        with (directory / locks.LOCK).open("rb") as file:
-            if file.read(1) and (free := locks.try_lock(file)) is not None:
-                return "dead" if free else "running"
-    except OSError:
-        pass
-    return "finished" if (directory / "summary.json").is_file() else "interrupted"
 
 
 def thin(rows: list[Row]) -> list[Row]:

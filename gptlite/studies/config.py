@@ -27,7 +27,7 @@ from gptlite.config.reader import merge, read_layers, trim_location
 from gptlite.config.run import RunConfig, Texts
 from gptlite.config.section import Count, Section
 from gptlite.config.strict_yaml import Document, Path_, problem_line
-from gptlite.config.wording import branches, explain, schema_at
+from gptlite.config.wording import explain, hint_at_known
 from gptlite.errors import ConfigError
 from gptlite.runs.origin import complete_run
 from gptlite.words import did_you_mean
@@ -47,6 +47,11 @@ ADDED_LATER = {
 }
 """Keys that runs did not have when they were first named: left out of a name at their defaults, so
 that a study begun before finds its runs. Every new key of a config has to stand here."""
+TRAINED_METRICS = (
+    *("best_val_loss", "best_step", "best_epoch", "val_loss", "train_loss"),
+    *("generalisation_gap", "epochs", "seconds"),
+)
+"""What every run has, whichever suites are evaluated."""
 Values = dict[str, Any]
 Suites = Annotated[
     tuple[
@@ -259,7 +264,11 @@ def value_label(value: Any) -> str:
 
 def load_study(path: Path) -> Study:
     """The study in a file, every run of it valid. Raises ConfigError with all problems."""
-    return make_study(path.stem, strict_yaml.read_yaml(path))
+    document = strict_yaml.read_yaml(path)
+    if document.values.keys() <= RunConfig.model_fields.keys():
+        told = f"is the config of one run; train it with: gptlite train --config {path}"
+        raise ConfigError(f"{path}: {told}")
+    return make_study(path.stem, document)
 
 
 def make_study(name: str, document: Document) -> Study:
@@ -285,16 +294,15 @@ def read_study_config(document: Document) -> StudyConfig:
 
 def mistakes(error: ValidationError, document: Document) -> Iterator[str]:
     schema, seen = StudyConfig.model_json_schema(), set()
-    for detail in error.errors(include_url=False):
-        path = trim_location(detail["loc"], document.values)
-        if path in seen:
-            continue
+    details = [(trim_location(d["loc"], document.values), d) for d in error.errors()]
+    for path, detail in details:
+        inside = (other for other, _ in details if len(other) > len(path) > 0)
+        if path in seen or any(other[: len(path)] == path for other in inside):
+            continue  # a list with a value that will not do is called too short as well
         seen.add(path)
         if detail["type"] == "extra_forbidden":
-            around = branches(schema_at(schema, path[:-1]), schema)
-            known = [name for branch in around for name in branch.get("properties", {})]
-            hint = did_you_mean(str(path[-1]), known) or f"; known here: {', '.join(known)}"
-            place, why = document.key_places[path], f"unknown key{hint}"
+            place = document.key_places[path]
+            why = f"unknown key{hint_at_known(path, schema)}"
         else:
             place = document.places.get(path, document.places.get((), "study"))
             why = explain(path, detail["type"], document, schema)
@@ -313,6 +321,9 @@ def study_contradictions(config: StudyConfig, document: Document) -> Iterator[st
             yield problem_line(at("axes", axis), ("axes", axis), why)
     if config.search == "tpe" and not config.axes:
         yield f"{at('search')}: search: tpe needs axes"
+    if config.search == "grid" and "trials" in document.values:
+        yield f"{at('trials')}: trials: a grid runs every point; set search: tpe, or leave it out"
+    yield from unknown_metrics(config, at)
     if len(set(config.seeds)) < len(config.seeds):
         yield f"{at('seeds')}: seeds: lists a seed twice"
     chosen = config.baseline
@@ -337,6 +348,18 @@ def axis_problem(values: list[Any] | Range, search: str) -> str | None:
         return "is empty; list the values to try"
     twice = any(values.count(value) > 1 for value in values)
     return "lists a value twice" if twice else None
+
+
+def unknown_metrics(config: StudyConfig, at: Any) -> Iterator[str]:
+    """Metrics of the table that no run will have. What a suite measures is known to it alone."""
+    suites = [*config.evaluate, *config.checkpoints[1:]] + ["ensemble"] * config.ensembles
+    for number, name in enumerate(config.table):
+        suite, dot, _ = name.partition(".")
+        if name not in TRAINED_METRICS and not (dot and suite in suites):
+            meant = did_you_mean(name, TRAINED_METRICS)
+            known = f"{', '.join(TRAINED_METRICS)}, and of the suites evaluated SUITE.NAME"
+            told = f"{at('table', number)}: table.{number}: no metric {name!r}"
+            yield told + (meant or f"; there are: {known}")
 
 
 def overruled_keys(config: StudyConfig, at: Any) -> Iterator[str]:

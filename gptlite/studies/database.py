@@ -44,6 +44,12 @@ class StudyStorage:
     def __str__(self) -> str:
         return str(self.journal) if self.url is None else mask_passwords(self.url)
 
+    def check(self) -> None:
+        """ConfigError for what is no URL, and for packages that are not there."""
+        optuna()
+        if self.url is not None:
+            self.connection_options(self.url)
+
     def open_study(self, name: str) -> Any:
         """The study of this name there, made if it is new.
 

@@ -30,8 +30,9 @@ class Queue:
     def __init__(self, study: Study, folder: Path, url: str | None = None) -> None:
         self.study = study
         self.folder, self.url = folder, url
-        storage.make_folders(folder / "workers")
         self.storage = StudyStorage(folder / "journal.log", url)
+        self.storage.check()
+        storage.make_folders(folder / "workers")
         with self.lock():
             self.trials = self.storage.open_study(study.name)
         self.states = optuna().trial.TrialState

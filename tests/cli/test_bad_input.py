@@ -257,7 +257,7 @@ def test_a_run_outside_says_where_it_is(run: Path, tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     result = invoke("train", "-c", str(run / "config.yaml"), "--out-dir", "a/../é 😀")
     assert result.exit_code == 0, result.output
-    assert f"everything is in {tmp_path / 'é 😀'}" in result.stderr
+    assert f"report: {tmp_path / 'é 😀'}/report.html" in result.stderr
 
 
 def test_the_second_run_in_a_folder_leaves(run: Path) -> None:

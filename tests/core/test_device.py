@@ -197,11 +197,9 @@ def test_a_plan_and_its_audit(workshop: Workshop, lacking: None) -> None:
 def test_a_config_made_for_a_text(workshop: Workshop, lacking: None) -> None:
     """It times models, most of them with Muon."""
     with NoHalves() as watch:
-        run, _ = recipe.make_recipe(
-            [str(workshop.text)], 0.1, [f"data.cache_dir={workshop.folder}"]
-        )
+        made = recipe.make_recipe([str(workshop.text)], 0.1, [f"data.cache_dir={workshop.folder}"])
     assert watch.n_operations > 1000
-    assert run.dtype == "auto"
+    assert made.run.dtype == "auto"
 
 
 # By name it is done, and the cost is told
@@ -210,12 +208,13 @@ COST = r"bfloat16: asked for, though this CPU has no bfloat16: a matrix product 
 
 
 def test_what_is_asked_for_by_name_is_done_and_its_cost_is_told(
-    workshop: Workshop, lacking: None, capsys: pytest.CaptureFixture[str]
+    workshop: Workshop, lacking: None
 ) -> None:
     run, directory = workshop.run(dtype="bfloat16"), workshop.folder / "run"
     summary = start.train(run, directory)
     assert summary["steps"] == 8
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if "auto: dtype" in line]
+    log = (directory / "train.log").read_text().splitlines()
+    (line,) = [line for line in log if "auto: dtype" in line]
     plan = json.loads((directory / "plan.json").read_text())
     assert line == f"auto: dtype = {plan['auto']['dtype']}"
     assert re.match(COST, plan["auto"]["dtype"])
@@ -225,7 +224,7 @@ def test_what_is_asked_for_by_name_is_done_and_its_cost_is_told(
 
 def test_a_run_in_bfloat16_stays_so_where_that_is_asked_for_by_name(in_half: Path) -> None:
     by_name = ["--set", "dtype=bfloat16", "--set", "train.max_steps=6"]
-    told = call("train", "--resume", str(in_half), *by_name).stderr
+    told = call("train", "--resume", str(in_half), *by_name, "--verbose").stderr
     assert "auto: dtype = bfloat16: asked for, though this CPU has no bfloat16: a matrix" in told
     assert "not as when it was saved" not in told
     assert load_run([str(in_half / "config.yaml")]).dtype == "bfloat16"

@@ -24,7 +24,8 @@ from gptlite.core.train import Trainer
 from gptlite.core.weights import FILES, RAW, model_tensors
 from gptlite.core.world import World
 from gptlite.errors import ConfigError, StorageError
-from gptlite.planning.plan import plan_run, summary_lines
+from gptlite.planning.header import header_lines
+from gptlite.planning.plan import plan_run
 from gptlite.runs import checkpoint
 from gptlite.runs.start import resolve_on_all_ranks, train
 
@@ -396,7 +397,7 @@ def test_a_plan_shows_what_each_of_several_processes_takes(workshop: Workshop) -
         memory.append(planned.plan["memory_bytes_estimate"])
         assert planned.plan["sequences_per_rank"] == 8 // size
     assert memory == sorted(memory, reverse=True)
-    lines = summary_lines(planned.run, planned.plan)
+    lines = header_lines(planned.run, planned.plan)
     assert "ranks: 8, each with 1 sequences of an update" in lines
     with pytest.raises(ConfigError, match="3 processes do not divide 8; set 6 or 9"):
         plan_run(run, 3)

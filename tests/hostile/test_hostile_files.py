@@ -26,7 +26,6 @@ from gptlite import storage
 from gptlite.core.weights import FILES
 from gptlite.data import tokenizers
 from gptlite.errors import CheckpointError, DataError
-from gptlite.report import charts
 from gptlite.runs import checkpoint
 from gptlite.runs.checkpoint import RunState
 
@@ -106,8 +105,7 @@ def test_the_watch_sees_what_it_is_there_for(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def copy(run: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(charts, "available", lambda: False)  # most of the time of a short run
+def copy(run: Path) -> Path:
     return Path(shutil.copytree(run, "copy"))
 
 

@@ -93,14 +93,14 @@ def test_the_book_s_rates_by_place(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("n_layer = ", "SyntaxError"),
+        ("n_layer = ", r"not Python \(line 1: "),
         ("import os\nos.system('touch ran')\n", "no setting of nanoGPT"),
         ("n_layer = __import__('os').system('touch ran')\n", "no setting of nanoGPT"),
         ("n_layer = 'six'\n", "n_layer: expected a positive integer"),
         ("dropout = 1.5\n", "dropout.rate"),
         ("dropout = None\n", "another type"),
         ("n_layer = 'x' * 10**9\nn_head = 1/0\n", "no setting"),
-        ("n_layer = " + "(" * 5000 + ")" * 5000, "Error"),
+        ("n_layer = " + "(" * 5000 + ")" * 5000, "nested"),
     ],
 )
 def test_what_is_no_config_is_refused_and_not_run(

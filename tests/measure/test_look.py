@@ -190,7 +190,7 @@ def test_a_report_shows_one_text(workshop: Workshop, monkeypatch: pytest.MonkeyP
         result = CliRunner().invoke(app, ["train", "--config", "run.yaml", "--out-dir", out])
         assert result.exit_code == 0, result.output
         html = Path(out, "report.html").read_text()
-        assert "One text, and what falls of it" in html
+        assert "<h3>Attention weights A, " in html
         assert told in html
     Path(out, "look.json").write_text("{")
     result = CliRunner().invoke(app, ["report", out])

@@ -134,6 +134,32 @@ def test_a_site_off_its_rate_is_found(workshop: Workshop, site: str) -> None:
     )
 
 
+@pytest.mark.parametrize("profile", ["increasing", [1.0, 0.2]])
+def test_the_rate_of_a_layer_is_that_of_its_profile(workshop: Workshop, profile: Any) -> None:
+    """The network is asked what it drops, never what it means to drop."""
+    dropout = only("mlp_output", rate=0.4, profile=profile)
+    found = audited(workshop, dropout)
+    (site,) = (site for site in found["sites"] if site["site"] == "mlp_output")
+    mean = 0.3 if profile == "increasing" else 0.24
+    assert site["planned"] == pytest.approx(mean, abs=1e-4)
+    assert site["training"] == pytest.approx(mean, abs=0.02)
+    assert found["problems"] == []
+
+    def level(model: GPT) -> None:
+        for module in modules(model, "mlp_output"):
+            module.p = 0.4
+
+    (problem,) = audited(workshop, dropout, level)["problems"]
+    assert problem.startswith("dropout.sites.mlp_output: off: dropped 0.39")
+
+    def swap(model: GPT) -> None:
+        first, last = modules(model, "mlp_output")
+        first.p, last.p = last.p, first.p
+
+    (problem,) = audited(workshop, dropout, swap)["problems"]
+    assert problem.startswith("dropout.sites.mlp_output: off in layer 0: dropped 0.")
+
+
 def test_dropout_without_a_name_is_found(workshop: Workshop) -> None:
     """A functional call in the network, in training only or always (nanoGPT PR 240)."""
 
@@ -249,9 +275,12 @@ def test_the_command_shows_costs_and_passes_an_honest_network(workshop: Workshop
     file = config_file(workshop, run)
     result = CliRunner().invoke(app, ["plan", "--config", file, "--audit"])
     assert result.exit_code == 0, result.output
-    row = next(line for line in result.stdout.splitlines() if line.startswith("attention_weights "))
-    assert "blocks.*.attention.drop_weights" in row
-    assert " ms " in row
+    lines = result.stdout.splitlines()
+    at = next(i for i, line in enumerate(lines) if line.startswith("attention_weights "))
+    assert lines[at].split()[1] == "0.1"
+    assert lines[at + 1].startswith("  2 x blocks.*.attention.drop_weights: ")
+    assert all(len(line) <= 80 for line in lines)
+    assert lines[-1] == "passed: 5 of 5 sites drop as planned, none in evaluation"
     assert "drops attention weights by keyed masks" in result.stdout
     assert "parameters with a gradient of exactly 0" in result.stdout
     document = json.loads(
@@ -292,4 +321,4 @@ def test_the_command_fails_on_a_dead_site(
 def test_a_model_without_dropout_has_nothing_to_audit(workshop: Workshop) -> None:
     found = audited(workshop, NO_DROPOUT)
     assert found["problems"] == []
-    assert len(audit_lines(found)) == 2
+    assert audit_lines(found)[-1] == "passed: no site drops"

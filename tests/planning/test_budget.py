@@ -28,11 +28,6 @@ class Clock:
         return self.now
 
 
-@pytest.fixture(autouse=True)
-def _figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(budget, "find_spec", lambda name: object())
-
-
 def rung(workshop: Workshop, **train: Any) -> Rung:
     run = workshop.run(train={"save_interval": 1000, "eval_interval": 250, **train})
     made = make_rung((2, 32, 16), run, workshop.files())
@@ -58,16 +53,12 @@ def seconds_of(fitting: Fit, costs: Costs, one: Rung, n_val: int = N_VAL) -> flo
     return total
 
 
-def test_what_loading_took_is_taken_off_and_kept_for_the_page(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_what_loading_took_is_taken_off_and_kept_for_the_page() -> None:
     clock = Clock(now=103.0)
     made = Budget(1, 100.0, clock)
     assert made.seconds_left() == pytest.approx(60 - 3 - 3 * budget.ENDING)
     clock.now = 110.0
     assert made.seconds_left() == pytest.approx(60 - 10 - 3 * budget.ENDING)
-    monkeypatch.setattr(budget, "find_spec", lambda name: None)
-    assert made.seconds_left() == pytest.approx(60 - 10 - 3 * budget.ENDING_WITHOUT_FIGURES)
     assert Budget(1, None, clock).seconds_left() == 60
 
 

@@ -10,7 +10,7 @@ from gptlite.config.run import RunConfig
 from gptlite.core import loops
 from gptlite.core.device import GIB
 from gptlite.errors import ConfigError
-from gptlite.planning import memory
+from gptlite.planning import auto, memory
 from gptlite.planning.memory import SLACK, fit_micro_batch, keep_freed, mask_bytes, training_bytes
 
 CPU = torch.device("cpu")
@@ -59,6 +59,38 @@ def test_without_a_budget_half_the_memory_is_used_and_all_of_it_in_need(
     monkeypatch.setattr(memory, "memory_bytes", lambda device: least - 10)
     with pytest.raises(ConfigError, match=r"needs about .* GiB to train one sequence, cpu has"):
         fit_micro_batch(run, V, CPU)
+
+
+@pytest.mark.parametrize("attention", ["auto", "math"])
+def test_a_context_that_cannot_fit_is_refused_before_a_kernel_is_tried(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch, attention: str
+) -> None:
+    """There is a weight of attention for each pair of positions, in every head."""
+
+    def time_blocks(run: RunConfig, ways: list[tuple[str, str]]) -> dict[tuple[str, str], float]:
+        raise AssertionError(f"would allocate: {ways}")
+
+    monkeypatch.setattr(auto, "time_blocks", time_blocks)
+    monkeypatch.setattr(memory, "memory_bytes", lambda device: 8 * GIB)
+    run = workshop.run(
+        attention=attention,
+        dtype="auto",
+        model={"context_length": 200_000},
+        dropout={"preset": "gpt2"},
+    )
+    told = r"^model\.context_length: 200000 needs about .* GiB to train one sequence, cpu has 8;"
+    with pytest.raises(ConfigError, match=told):
+        auto.pick_kernels(run, CPU)
+
+
+def test_a_kernel_that_keeps_no_weights_is_left_for_a_long_context(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "memory_bytes", lambda device: 8 * GIB)
+    run = workshop.run(model={"context_length": 200_000}, dropout={"preset": "none"})
+    assert memory.fitting_kernels(run, ["math", "sdpa"], CPU) == ["sdpa"]
+    short = workshop.run(dropout={"preset": "none"})
+    assert memory.fitting_kernels(short, ["math", "sdpa"], CPU) == ["math", "sdpa"]
 
 
 def test_a_budget_too_small_is_said(workshop: Workshop) -> None:

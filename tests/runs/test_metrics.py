@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gptlite.runs.metrics import Console, Meter, MetricsFile
+from gptlite.runs.metrics import Meter, MetricsFile
 from gptlite.terminal import format_duration, format_number, wants_bar
 
 
@@ -70,21 +70,6 @@ def test_a_bar_is_only_shown_where_it_can_move(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("CI", "true")
     assert not wants_bar("auto", Terminal())
-
-
-def test_lines_go_to_the_log_and_to_stderr(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    console = Console(tmp_path / "train.log", "lines", total=10, start=0)
-    row = {"train/loss": 1.5, "tokens_per_second": 12_345.0, "val/loss": 2.0}
-    console.show_progress(5, row, 2.0)
-    console.show_progress(6, {k: row[k] for k in ("train/loss", "tokens_per_second")}, 2.0)
-    console.close()
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.splitlines() == (tmp_path / "train.log").read_text().splitlines()
-    assert len(err.splitlines()) == 1
-    assert err.startswith("step 5/10  loss 1.500  val 2.000  12.3k tok/s")
 
 
 def test_numbers_for_people() -> None:

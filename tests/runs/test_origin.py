@@ -228,7 +228,7 @@ def test_a_config_made_for_a_text_keeps_the_model_that_it_begins_from(
     first: Path, desk: Desk
 ) -> None:
     values = [f"init_from={first}", f"data.cache_dir={desk.folder / 'cache'}", "device=cpu"]
-    run, _ = recipe.make_recipe(
+    run, *_ = recipe.make_recipe(
         [str(desk.text)], 0.1, [*values, "train.max_steps=3", "optim.warmup_steps=0"]
     )
     before = load_trained(first, "last")

@@ -43,7 +43,6 @@ def _clock(monkeypatch: pytest.MonkeyPatch) -> None:
         return Costs(0.0, seconds(run), EvaluationPace(seconds(run) / 3, 64), 0.01, 0.1)
 
     monkeypatch.setattr(budget, "time_rung", time_rung)
-    monkeypatch.setattr(budget, "find_spec", lambda name: object())
     monkeypatch.setattr(recipe, "rehearse", rehearse)
     monkeypatch.setattr(recipe, "Budget", partial(Budget, clock=lambda: NOW))
 
@@ -52,7 +51,8 @@ def composed(
     workshop: Workshop, minutes: float = 0.5, *overrides: str, began: float | None = None
 ) -> tuple[RunConfig, str]:
     cache = f"data.cache_dir={workshop.folder / 'cache'}"
-    return recipe.make_recipe([str(workshop.text)], minutes, [cache, *overrides], began)
+    run, text, _ = recipe.make_recipe([str(workshop.text)], minutes, [cache, *overrides], began)
+    return run, text
 
 
 def look(workshop: Workshop, text: str) -> recipe.Survey:
@@ -149,7 +149,8 @@ def test_what_has_passed_since_the_command_began_is_taken_off(
     early, late = (composed(workshop, 0.2, began=at)[0] for at in (NOW, NOW - 3))
     assert early.model == late.model
     assert early.train.max_steps == 12 / 0.2
-    assert late.train.max_steps == int((12 - 3 * (1 + budget.ENDING)) / 0.2)
+    left = (12 - 3 * (1 + budget.ENDING)) * (1 - budget.MOST_FOR_PAGES)
+    assert late.train.max_steps == int(left / 0.2)
 
 
 def test_the_model_is_timed_as_it_will_be_trained(
@@ -249,7 +250,8 @@ def test_one_line_trains_on_a_text_and_goes_on(
 ) -> None:
     monkeypatch.chdir(workshop.folder)
     short = ["--set", "train.max_steps=30", "--set", "model.n_layer=1", "--set", "device=cpu"]
-    result = CliRunner().invoke(app, ["train", "--data", "text.txt", "--minutes", "0.5", *short])
+    command = ["train", "--data", "text.txt", "--minutes", "0.5", *short]
+    result = CliRunner().invoke(app, [*command, "--verbose"])
     assert result.exit_code == 0, result.output
     assert "kind: bpe  # " in result.output
     directory = Path("runs/text")
@@ -262,6 +264,37 @@ def test_one_line_trains_on_a_text_and_goes_on(
     result = CliRunner().invoke(app, ["train"])
     assert result.exit_code == 2
     assert "or --data TEXT" in result.output
+
+
+def test_samples_begin_as_the_text_does(workshop: Workshop) -> None:
+    """From nothing, a model that has learned little may end the text at once."""
+    begun = {
+        "Once, there was a king.\nHe\n": "Once, there was a king.",
+        "\n \n  A line that is longer than there is room\n": "A line that is longer than there",
+        "x" * 40: "x" * 32,
+        "床前明月光\n疑是地上霜": "床前明月光",
+        "\x1b[31m red\nplain\n": "plain",
+    }
+    for text, opening in begun.items():
+        assert look(workshop, text).opening == opening
+    workshop.text.write_text('It\'s "quoted": yes\n' + prose())
+    run, _ = composed(workshop)
+    assert run.sample.prompts == ('It\'s "quoted": yes',)
+    workshop.text.write_text("\n".join(NAMES))
+    assert composed(workshop)[0].sample.prompts == ("",)
+
+
+def test_a_command_says_what_it_will_take_and_what_was_asked(workshop: Workshop) -> None:
+    options = {"minutes": 0.1, "began": NOW, "out_dir": str(workshop.folder / "out")}
+    cache = f"data.cache_dir={workshop.folder / 'cache'}"
+    launch = make_launch([], [cache], [str(workshop.text)], **options, resume=None)
+    assert launch.promise == (6.0, "--minutes", "")
+    assert launch.seconds == pytest.approx(6.0, rel=0.05)
+    more = [cache, "train.max_steps=100000"]
+    launch = make_launch([], more, [str(workshop.text)], **options, resume=None)
+    assert launch.promise == (6.0, "--minutes", "--set train.max_steps=100000")
+    assert launch.seconds is not None
+    assert launch.seconds > 12
 
 
 def test_a_path_that_is_not_utf_8_may_stand_beside_a_config(workshop: Workshop) -> None:

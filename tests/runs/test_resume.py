@@ -282,9 +282,12 @@ def interrupt_in(monkeypatch: pytest.MonkeyPatch, inside: str, at: int = 4) -> N
     come: list[int] = []
     session: list[Session] = []
     initial = Session.__init__
-    monkeypatch.setattr(
-        Session, "__init__", lambda self, *a: (session.append(self), initial(self, *a))[1]
-    )
+
+    def begin(self: Session, *args: Any, **more: Any) -> None:
+        session.append(self)
+        initial(self, *args, **more)
+
+    monkeypatch.setattr(Session, "__init__", begin)
 
     def interrupted(*args: Any, **more: Any) -> Any:
         if session and session[-1].trainer.step == at and not come:

@@ -118,7 +118,7 @@ def test_a_signal_lets_what_has_begun_end(tiny: Path, number: int) -> None:
     [
         (["--host", "0.0.0.0"], "--host 0.0.0.0: others could ask; give a --token as well\n"),
         (["--token", "a\nb"], "--token: give printable ASCII characters\n"),
-        (["nowhere"], "--run nowhere: no such directory\n"),
+        (["nowhere"], "nowhere: no such directory\n"),
         (["--checkpoint", "step-99"], "step-99"),
     ],
 )

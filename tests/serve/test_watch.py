@@ -14,9 +14,9 @@ import yaml
 from conftest import TINY, Workshop, merged
 from service import serving, train_tiny
 
-from gptlite.runs.directory import hold_directory
+from gptlite.runs.directory import hold_directory, state_of
 from gptlite.serve import watch as watching
-from gptlite.serve.watch import Watch, state_of
+from gptlite.serve.watch import Watch
 
 
 @pytest.fixture(scope="module")

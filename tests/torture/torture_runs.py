@@ -23,7 +23,6 @@ from gptlite import storage
 from gptlite.cli.main import app
 from gptlite.core import loops
 from gptlite.core.weights import FILES
-from gptlite.report import charts
 from gptlite.runs import checkpoint, session
 from gptlite.runs.metrics import Meter
 
@@ -59,7 +58,6 @@ def get_ready() -> None:
     torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])  # imports a second's worth of torch
     setattr(session, "Meter", lambda: Meter(clock=lambda: 0.0))  # noqa: B010
     checkpoint.SECONDS_BETWEEN_ATTEMPTS = 0
-    setattr(charts, "available", lambda: False)  # noqa: B010 - half of what a tiny run takes
 
 
 class Outcome(NamedTuple):
