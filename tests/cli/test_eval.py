@@ -24,7 +24,6 @@ from gptlite.cli.sentences import (
 from gptlite.data.prepare import prepare
 from gptlite.measure import memorisation, suites
 from gptlite.measure.suites import SUITES, Effort
-from gptlite.report import figures
 from gptlite.runs.start import train
 from gptlite.runs.trained import load_trained
 
@@ -78,7 +77,6 @@ def say(results: dict[str, Any], full: bool = False) -> str:
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(suites, "FAST", SMALL)
-    monkeypatch.setattr(figures.charts, "available", lambda: False)  # drawing takes a second
 
 
 def call(*arguments: str, code: int = 0) -> Result:
@@ -114,7 +112,7 @@ def test_the_command_says_where_its_files_are_and_makes_the_page_anew(
     ]
     assert len(list(run.glob("eval/*-val-step-00000060.json"))) == 2
     assert f"report: {run / 'report.html'}" in result.stderr
-    assert "generalisation_gap" in (run / "report.html").read_text()
+    assert "gptlite eval: calibration" in (run / "report.html").read_text()
     assert "--full: --json has every number" in call("--full", "--json", code=2).stderr
 
 
