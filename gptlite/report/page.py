@@ -5,9 +5,7 @@ be read is named on the page, never a traceback.
 """
 
 import json
-import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,8 +24,6 @@ from gptlite.report.verdict import Verdict, verdict
 from gptlite.runs.directory import has_run
 from gptlite.runs.results import DAMAGED, RunFiles, read_run
 
-REFRESH_SECONDS = 5
-"""A page takes a few hundredths of a second, of a very long run more."""
 MEASURED = {"loss", "calibration", "knockout", "importance"}
 """Suites without which a page says how to get more."""
 Part = TypeVar("Part")
@@ -53,16 +49,6 @@ def add_report(directory: Path, say: Callable[[str], None]) -> None:
         say(f"no report: {error}")
     except Exception as error:  # what was trained is worth more
         say(f"no report: {type(error).__name__}: {error}")
-
-
-def refresh_report(directory: Path) -> None:
-    """The page of a run that goes on, which says how far the run is; not more often than every
-    REFRESH_SECONDS. No failure reaches the run.
-    """
-    with suppress(Exception):
-        target = directory / "report.html"
-        if not target.exists() or time.time() - target.stat().st_mtime >= REFRESH_SECONDS:
-            write_page([directory])
 
 
 def write_look(found: dict[str, Any], target: Path) -> None:

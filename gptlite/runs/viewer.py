@@ -9,9 +9,8 @@ from gptlite.config.promise import Promise
 from gptlite.planning.budget import MOST_FOR_PAGES
 from gptlite.runs.look import add_look
 
-FIRST_PAGE = 1.5
-"""Seconds that the first page is expected to take, with loading what draws; of the next ones it is
-known."""
+FIRST_PAGE = 0.2
+"""Seconds that the first page is expected to take; of the next ones it is known."""
 
 AddReport = Callable[[Path, Callable[[str], None]], None]
 """Makes the page of a run directory and says so, or why there is none."""
