@@ -75,10 +75,8 @@ def advice(run: RunConfig, epochs: float, text_tokens: float) -> Iterator[str]:
     """What is known of these rates and this decay; docs/dropout.md has the sources."""
     live = {site: rate for site, rate in run.dropout.rates().items() if rate > 0}
     rate, why = pick_rate(epochs)
-    if live and not rate:
-        yield f"dropout in {why} (rate 0)"
-    if not live and rate:
-        yield f"no dropout in {why} (rate {rate:g})"
+    if bool(live) != bool(rate):
+        yield f"dropout is {'on' if live else 'off'}: the rule says rate {rate:g} for {why}"
     high = [f"{site} {value:g}" for site, value in live.items() if value >= 0.5]
     if high:
         yield f"half and more is much to drop: {', '.join(high)}"

@@ -1,14 +1,15 @@
 """From a text and the passes over it to weight decay and dropout: the one rule. No torch.
 
-Measured with the models of `train --data` (docs/dropout-study.md, "What a recipe should choose").
+The decay was measured with the models of `train --data`, the rates with GPT-2's as well
+(docs/dropout-study.md).
 """
 
 import math
 
 RATES = (
-    (13, 0.0, "dropout costs up to about 13"),
-    (70, 0.1, "the best rate at 20, as good as any at 60"),
-    (math.inf, 0.2, "no worse than 0.1 at 60, and more of a brake"),
+    (13, 0.0, "up to about 13 epochs, dropout costs more than it gains"),
+    (70, 0.1, "0.1 was the best rate at 20 epochs, and as good as any at 60"),
+    (math.inf, 0.2, "at 60 epochs 0.2 was no worse than 0.1, and it holds back more"),
 )
 """Up to so many epochs, the rate, and why."""
 DECAY_OF_A_MILLION = 0.64
@@ -42,7 +43,9 @@ def advise_decay(optimizer: str, lr: float, weight_decay: float, text_tokens: fl
     """A word on a weight decay that is far from the best; of Muon, with which it was measured."""
     if optimizer != "muon" or lr == 0:
         return None
-    best, why = pick_decay(text_tokens, lr)
+    best, tokens = pick_decay(text_tokens, lr)[0], f"{text_tokens:,.0f} tokens of text"
     if best / CLOSE <= weight_decay <= best * CLOSE:
         return None
-    return f"optim.weight_decay {weight_decay:g}: the rule of train --data says {best:g} for {why}"
+    return (
+        f"optim.weight_decay {weight_decay:g}: the rule of train --data says {best:g} for {tokens}"
+    )

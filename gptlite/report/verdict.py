@@ -12,6 +12,8 @@ from gptlite.runs.results import Row, best_evaluation, evaluations, generalisati
 
 NOTICEABLE = 0.02
 """Nats."""
+LEAST_RATE = 0.1
+"""To try where a run overfits, however few its epochs."""
 WIDE_GAP = 0.1
 """Nats between training and validation text, dropout off on both."""
 
@@ -36,7 +38,8 @@ def verdict(rows: Sequence[Row], config: dict[str, Any], plan: dict[str, Any]) -
     rise = last["val/loss"] - best["val/loss"]
     fall = recent_fall(evaluated)
     if best is not last and rise > NOTICEABLE:
-        found = overfitting(best, last, rise, gap, drops, decay_advice(config, plan))
+        rate = 0.0 if drops else max(LEAST_RATE, pick_rate(epochs)[0])
+        found = overfitting(best, last, rise, gap, rate, decay_advice(config, plan))
     elif fall > NOTICEABLE and (gap is None or gap < WIDE_GAP):
         found = underfitting(fall, gap, drops, epochs)
     else:
@@ -57,8 +60,9 @@ def decay_advice(config: dict[str, Any], plan: dict[str, Any]) -> str:
 
 
 def overfitting(
-    best: Row, last: Row, rise: float, gap: float | None, drops: bool, more_decay: str
+    best: Row, last: Row, rise: float, gap: float | None, rate: float, more_decay: str
 ) -> Verdict:
+    """`rate` is what to try where nothing drops yet, else 0."""
     at = f"step {best['step']}"
     epoch = number(best.get("epoch"))
     at += "" if epoch is None else f" (epoch {epoch:.1f})"
@@ -70,7 +74,7 @@ def overfitting(
     advice = [
         "Use the best checkpoint, which is what every command takes unless told otherwise; "
         "train.early_stop saves the time after it.",
-        "Raise the dropout rates." if drops else "Try dropout.rate 0.1 to 0.2.",
+        f"Try dropout.rate {rate:g}." if rate else "Raise the dropout rates.",
         f"{more_decay} It is dropout's rival, so compare both (gptlite study).",
         "More text helps more than either.",
     ]

@@ -248,11 +248,11 @@ def test_native_sites_are_announced(workshop: Workshop) -> None:
         (
             {"preset": "gpt2"},
             0.9,
-            ["dropout in 0.9 epochs", "costs up to about 13 (rate 0)"],
+            ["dropout is on", "rate 0 for 0.9 epochs", "costs more than it gains"],
         ),
         ({"preset": "gpt2"}, 20.0, []),
         ({"preset": "none"}, 2.0, []),
-        ({"preset": "none"}, 20.0, ["no dropout in 20 epochs", "(rate 0.1)"]),
+        ({"preset": "none"}, 20.0, ["dropout is off", "rate 0.1 for 20 epochs"]),
         ({"preset": "gpt2", "rate": 0.6}, 50.0, ["half and more", "embedding 0.6"]),
     ],
 )
