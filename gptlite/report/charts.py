@@ -32,6 +32,8 @@ from gptlite.report.series import (
 
 DASH_PATTERNS = ("", DASHES, ' stroke-dasharray="1.5 3"', ' stroke-dasharray="9 3 2 3"')
 """That tell lines apart whose points have the colours."""
+SIDE = 0.25
+"""Of the width that is drawn, for the word on one side of zero."""
 NUMBERED_COLUMNS = 8
 """Of a map at most, for a number to have room in a square."""
 
@@ -108,7 +110,8 @@ def forest(
     known = [end for end in ends if end is not None]
     step, top = 36.0, 34.0 if sides else 14.0
     size = (SMALL[0], top + step * len(rows) + 44)
-    low, high = find_range([*known, 0.0])
+    margin = SIDE * (max(known, default=0.0) - min(known, default=0.0)) if sides else 0.0
+    low, high = find_range([*known, -margin, margin])
     canvas = Drawing(name, size, (low, high), (0, 1))
     canvas.top = top
     zero = canvas.x(0)
