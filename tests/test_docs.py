@@ -255,6 +255,16 @@ def test_the_tutorial_runs_from_top_to_bottom(
         assert (ROOT / "docs" / "tutorial" / f"{name}.svg").is_file()
 
 
+@pytest.mark.filterwarnings("ignore")  # of transformers, about itself
+def test_what_was_exported_is_loaded_as_the_page_says(desk: Path) -> None:
+    save(prepare_hf(load_trained(desk / "runs" / "names", "best")), desk / "names-hf")
+    (block,) = python_blocks("docs/interchange.md")
+    (desk / "load.py").write_text(block)
+    loaded = runpy.run_path(str(desk / "load.py"))
+    ids = loaded["tokenizer"]("The of", return_tensors="pt")
+    assert loaded["model"](**ids).logits.isfinite().all()
+
+
 def test_the_notebook_runs_from_top_to_bottom(
     desk: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,5 +1,7 @@
 """OpenAI's own client drives every endpoint over a socket."""
 
+import re
+import runpy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -80,3 +82,15 @@ def test_errors_are_the_ones_it_knows(client: Any) -> None:
         client.completions.create(model="tiny", prompt=["The"] * 6, max_tokens=4)
     with pytest.raises(openai.AuthenticationError, match="the token is missing or wrong"):
         client.with_options(api_key="wrong").models.list()
+
+
+def test_the_example_of_the_documentation_runs(
+    client: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "serve.md").read_text()
+    (block,) = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    block = block.replace("http://127.0.0.1:8000/v1", str(client.base_url))
+    block = block.replace('api_key="none"', 'api_key="sesame"').replace("quickstart", "tiny")
+    (tmp_path / "ask.py").write_text(block)
+    runpy.run_path(str(tmp_path / "ask.py"))
+    assert len(capsys.readouterr().out) > 10
