@@ -93,7 +93,6 @@ CLAIMS: dict[str, dict[str, Callable[[], bool] | None]] = {
     "docs/interchange.md": {
         "LM Studio were not tried": lambda: no_word("(?i)ollama|lm.studio", "tests", "scripts"),
     },
-    "docs/measuring.md": {"why this suite was not measured": None},
     "docs/regularisation.md": {
         "rates this has not been measured": lambda: not (ROOT / RESULTS / "sizes.jsonl").exists(),
     },

@@ -377,8 +377,8 @@ def test_the_workers_of_a_study_share_the_cores(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, n_workers: int, threads: int
 ) -> None:
     given = []
-    for name in ("take_runs", "run_workers"):
-        monkeypatch.setattr(study, name, lambda *arguments: given.append(arguments[-1]))
+    monkeypatch.setattr(study, "take_runs", lambda _, queue, threads, look: given.append(threads))
+    monkeypatch.setattr(study, "run_workers", lambda *arguments: given.append(arguments[-1]))
     monkeypatch.setattr(machine, "count_cores", lambda: 4)
     study.run_study(bench.write(), bench.out, n_workers, None)
     assert given == [threads]

@@ -155,7 +155,8 @@ def test_the_newest_good_checkpoint_stands_in_for_a_damaged_best(copy: Path) -> 
         for command in ("generate", "eval"):
             result = invoke(command, "--run", "copy")
             assert result.exit_code == 0, result.output
-            (line,) = result.stderr.splitlines()
+            line, *others = result.stderr.splitlines()
+            assert [other.partition(":")[0] for other in others] == ["report"] * (command == "eval")
             assert f"{STEP / FILES[0]}: " in line
             assert line.endswith("; using the one of step 3")
     assert sorted(path.name for path in STEP.parent.iterdir()) == [

@@ -279,7 +279,7 @@ def test_the_command_shows_costs_and_passes_an_honest_network(workshop: Workshop
     at = next(i for i, line in enumerate(lines) if line.startswith("attention_weights "))
     assert lines[at].split()[1] == "0.1"
     assert lines[at + 1].startswith("  2 x blocks.*.attention.drop_weights: ")
-    assert all(len(line) <= 80 for line in lines)
+    assert all(len(line) <= 80 for line in lines if str(workshop.folder) not in line)
     assert lines[-1] == "passed: 5 of 5 sites drop as planned, none in evaluation"
     assert "drops attention weights by keyed masks" in result.stdout
     assert "parameters with a gradient of exactly 0" in result.stdout

@@ -88,7 +88,8 @@ def test_it_reads_well_in_80_columns(workshop: Workshop, monkeypatch: pytest.Mon
     }
     planned = plan_run(workshop.run(**ON_ANY_MACHINE, dropout=dropout))
     shown = "\n".join(map(fold, plan_table(planned.run, planned.plan)))
-    assert all(len(line) <= 80 for line in shown.splitlines())
+    place = str(workshop.folder)  # a word of its own, however long
+    assert all(len(line) <= 80 for line in shown.splitlines() if place not in line)
     assert shown.partition("\n\n")[2] == PLANNED
 
 

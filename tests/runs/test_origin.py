@@ -192,8 +192,8 @@ def test_an_imported_run_is_used_and_says_what_it_lacks(first: Path, desk: Desk)
 
     code, text = lines("generate", "--run", imported, "--prompt", "The", "--max-new-tokens", "5")
     assert (code, text[:3]) == (0, "The")
-    code, text = lines("eval", "--run", imported, "--split", str(desk.text), "--json")
-    assert (code, json.loads(text)["step"]) == (0, 0)
+    result = ask(app, ["eval", "--run", imported, "--split", str(desk.text), "--json"])
+    assert (result.exit_code, json.loads(result.stdout)["step"]) == (0, 0)
     code, text = lines("eval", "--run", imported)
     assert code == 2
     assert "give --split FILE" in text
