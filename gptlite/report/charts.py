@@ -25,10 +25,10 @@ from gptlite.report.curves import (
 )
 from gptlite.report.series import (
     Line,
-    format_difference,
     format_ends,
     shorten,
 )
+from gptlite.runs.results import format_difference
 
 DASH_PATTERNS = ("", DASHES, ' stroke-dasharray="1.5 3"', ' stroke-dasharray="9 3 2 3"')
 """That tell lines apart whose points have the colours."""

@@ -22,14 +22,13 @@ from gptlite.report.series import (
     Line,
     choose_places,
     finite_points,
-    format_difference,
     format_ends,
     format_x,
     lowest_place,
     name_line,
     name_x,
 )
-from gptlite.runs.results import format_cell, spread
+from gptlite.runs.results import format_cell, format_difference, spread
 
 CURVE_POINTS = 500
 """Of a curve; more cannot be seen."""

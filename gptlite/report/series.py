@@ -51,11 +51,6 @@ def format_ends(low: float | None, high: float | None) -> str:
     return "" if low is None or high is None else f" ({format_cell(low)} to {format_cell(high)})"
 
 
-def format_difference(value: float) -> str:
-    """With its sign; a zero has a plus."""
-    return f"{round(value, 4) + 0.0:+.4f}"
-
-
 def finite_points(line: Line) -> Iterator[Place]:
     """The places of a line at which something is drawn."""
     nothing = [None] * len(line.x)

@@ -9,7 +9,7 @@ from gptlite.report.answer import answer_of, capital, direction_of
 from gptlite.report.charts import Dots
 from gptlite.report.figures import Figure, Figures, Group, draw_lines, make_figures
 from gptlite.report.layout import Page, Table
-from gptlite.report.series import Line, colors_of, format_difference
+from gptlite.report.series import Line, colors_of
 from gptlite.report.suites import HEADLINES, SUITES, format_interval, short_metric
 from gptlite.report.values import values_of
 from gptlite.report.verdict import Verdict
@@ -17,6 +17,7 @@ from gptlite.runs.results import (
     Row,
     evaluations,
     format_cell,
+    format_difference,
     number,
     read_json,
     read_rows,

@@ -180,6 +180,11 @@ def format_cell(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
+def format_difference(value: float) -> str:
+    """With its sign; a zero has a plus."""
+    return f"{round(value, 4) + 0.0:+.4f}"
+
+
 def number(value: Any) -> float | None:
     """A finite number, or None: a log may have a null where a loss was not finite."""
     known = isinstance(value, int | float) and not isinstance(value, bool)

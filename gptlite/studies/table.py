@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+from gptlite.runs.results import format_difference
 from gptlite.terminal import format_duration
 
 
@@ -35,12 +36,13 @@ def table_lines(found: dict[str, Any]) -> Iterator[str]:
             half = "" if value["low"] is None else f" ± {value['high'] - value['mean']:.4f}"
             line = f"  {point['label']:{width}}  {value['mean']:9.4f}{half:9}"
             other = against.get((point["label"], metric))
-            yield line if other is None else f"{line}  {format_difference(other)}"
+            yield line if other is None else f"{line}  {compare_words(other)}"
 
 
-def format_difference(comparison: dict[str, Any]) -> str:
+def compare_words(comparison: dict[str, Any]) -> str:
     above = {True: "yes", False: "no", None: "not known"}[comparison["above_seed_noise"]]
-    value = f"{comparison['difference']:+.4f}"
+    value = format_difference(comparison["difference"])
     if comparison["p"] is not None:
-        value += f" [{comparison['low']:+.4f}, {comparison['high']:+.4f}], p {comparison['p']:.2g}"
+        low, high = (format_difference(comparison[end]) for end in ("low", "high"))
+        value += f" [{low}, {high}], p {comparison['p']:.2g}"
     return f"{value} to {comparison['against']}; above seed noise: {above}"

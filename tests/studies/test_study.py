@@ -391,3 +391,9 @@ def test_two_workers_killed_and_started_again_lose_nothing_and_repeat_nothing(be
         assert (a["label"], a["seed"]) == (b["label"], b["seed"])
         metrics = ({k: v for k, v in r["metrics"].items() if k not in clock} for r in (a, b))
         assert next(metrics) == next(metrics)
+
+
+def test_a_difference_of_nothing_has_no_minus() -> None:
+    nothing = {"difference": -1e-9, "low": -1e-7, "high": 1e-7, "p": 0.9}
+    words = compare_words({**nothing, "above_seed_noise": False, "against": "rate=0"})
+    assert words == "+0.0000 [+0.0000, +0.0000], p 0.9 to rate=0; above seed noise: no"
