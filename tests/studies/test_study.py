@@ -31,7 +31,7 @@ from gptlite.runs.session import watch_nothing
 from gptlite.studies import study
 from gptlite.studies.config import Job, Point, StudyConfig, load_study
 from gptlite.studies.queue import Queue
-from gptlite.studies.table import table_lines
+from gptlite.studies.table import compare_words, table_lines
 
 
 def test_a_grid_is_the_product_of_its_axes_seed_by_seed(bench: Bench) -> None:
