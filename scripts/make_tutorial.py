@@ -129,7 +129,9 @@ def draw_pictures(folder: Path) -> None:
     save("rows", draw_row_sums([look_at(run, *EVEN, step) for step in range(STEPS)]))
     save("padding", draw_padding(run))
     save("train-eval", draw_modes(run))
-    save("rates", draw_rates(folder / "studies" / "tutorial"))
+    study = folder / "studies" / "tutorial"
+    save("rates-training", draw_rates(study, TRAIN, "training loss"))
+    save("rates-validation", draw_rates(study, "val/loss", "validation loss"))
     save("removed", draw_removed(folder / "runs"))
 
 
@@ -220,21 +222,18 @@ def draw_modes(run: Run) -> str:
     return beside(drawn, ["training, update 0", "training, update 1", "evaluation"])
 
 
-def draw_rates(study: Path) -> str:
-    """Losses of the first seed of each rate: training (dashed) and validation."""
+def draw_rates(study: Path, key: str, what: str) -> str:
+    """A loss of the first seed of each rate."""
     series = []
-    for path in sorted(study.rglob("metrics.jsonl")):
+    for path in study.rglob("metrics.jsonl"):
         run = gptlite.load(path.parent)
         rate = max(run.config.dropout.rates().values())
         if run.config.seed == 1:
             rows = [row for row in run.metrics() if "val/loss" in row]
-            steps = [row["step"] for row in rows]
-            for name, key, dashed in (("validation", "val/loss", False), ("training", TRAIN, True)):
-                losses = [row.get(key) for row in rows]
-                series.append((rate, Line(f"{name}, rate {rate:g}", steps, losses, dashed=dashed)))
-    series.sort(key=lambda found: found[0])
-    colored = [line._replace(color=rate_color(rate)) for rate, line in series]
-    return lines("Losses of five rates", colored, "updates", "nats per character")
+            steps, losses = [row["step"] for row in rows], [row.get(key) for row in rows]
+            series.append((rate, Line(f"rate {rate:g}", steps, losses, color=rate_color(rate))))
+    ordered = [line for _, line in sorted(series, key=lambda found: found[0])]
+    return lines(f"{what} of five rates", ordered, "updates", f"{what}, nats per character")
 
 
 def draw_removed(runs: Path) -> str:
