@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +32,9 @@ for name, examples in (("short", 300), ("long", 20_000)):
         suppress_health_check=[HealthCheck.too_slow],
     )
 settings.load_profile("short")  # `--hypothesis-profile=long` takes the other
+
+# A shell that starts the tests in the background has Ctrl-C ignored, here and in every child.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 WORDS = "the of and to a in is it you that he was for on are with as his they be at one have this"
 
