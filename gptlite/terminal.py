@@ -48,11 +48,11 @@ def tell_lines(text: str) -> None:
     print(escape_controls(text.rstrip("\n"), keep="\n"), file=sys.stderr)
 
 
-def fold(line: str, indent: int = 4) -> str:
-    """A line in as many of 80 columns as it takes, all but the first indented; paths stay whole."""
+def fold(line: str, indent: int = 4, columns: int = 80) -> str:
+    """A line in as many of these columns as it takes, all but the first indented; paths stay whole."""
     lines = textwrap.wrap(
         line,
-        80,
+        columns,
         subsequent_indent=" " * indent,
         break_long_words=False,
         break_on_hyphens=False,
@@ -98,11 +98,11 @@ def format_duration(seconds: float) -> str:
 
 
 def describe_duration(seconds: float) -> str:
-    """An estimate in words, such as 40 seconds, 12 minutes, 3 hours or 5 days."""
-    for unit, size, most in (("second", 1, 99), ("minute", 60, 99), ("hour", 3600, 48)):
-        number = max(1, round(seconds / size))
-        if number <= most:
-            return f"{number} {unit}{'s' * (number > 1)}"
+    """An estimate in two digits, such as 40 s, 12 min, 2.5 h or 5 days."""
+    for unit, size, most in (("s", 1, 99), ("min", 60, 99), ("h", 3600, 48)):
+        number = max(1.0, seconds / size)
+        if round(number) <= most:
+            return f"{number:.2g} {unit}"
     return f"{round(seconds / 86400):,} days"
 
 

@@ -2,16 +2,15 @@
 
 import io
 import json
-import os
 import re
 import sys
-import threading
 import types
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from screen import open_terminal
 from test_bad_input import invoke
 
 from gptlite import terminal
@@ -68,28 +67,13 @@ def told(trained: Path) -> Any:
 
 def on_a_terminal(*arguments: str, stream: str = "stdout") -> tuple[str, Any]:
     """What a terminal gets on this stream, and the exit code."""
-    ours, theirs = os.openpty()
-    got: list[bytes] = []
-
-    def read() -> None:
+    with pytest.MonkeyPatch.context() as patch, open_terminal(80) as (screen, written):
+        patch.setattr(f"sys.{stream}", screen)
         try:
-            while data := os.read(ours, 65536):
-                got.append(data)
-        except OSError:  # the other end is closed
-            pass
-
-    reader = threading.Thread(target=read)
-    reader.start()
-    with pytest.MonkeyPatch.context() as patch:
-        with open(theirs, "w", encoding="utf-8") as screen:
-            patch.setattr(f"sys.{stream}", screen)
-            try:
-                app(arguments)
-            except SystemExit as ended:
-                code = ended.code
-        reader.join()
-    os.close(ours)
-    return b"".join(got).decode().replace("\r\n", "\n"), code
+            app(arguments)
+        except SystemExit as ended:
+            code = ended.code
+    return written.text.replace("\r\n", "\n"), code
 
 
 def generate(folder: Path, *more: str) -> list[str]:

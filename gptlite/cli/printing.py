@@ -3,13 +3,12 @@
 import json
 import re
 import sys
-import textwrap
 from collections.abc import Iterator
 from typing import Any
 
 from gptlite.cli.sentences import SENTENCES, describe
 from gptlite.runs.results import scalars
-from gptlite.terminal import is_terminal, tell
+from gptlite.terminal import fold, is_terminal, tell
 from gptlite.words import escape_controls
 
 WIDTH = 110
@@ -25,7 +24,7 @@ def print_sentences(results: dict[str, Any]) -> None:
     """What was found, in words; numbers by their names where a suite has no words."""
     sentences = [line for suite, result in results.items() for line in describe(suite, result)]
     for line in sentences:
-        print("\n".join(textwrap.wrap(escape_controls(line), WIDTH, subsequent_indent="  ")))
+        print(fold(escape_controls(line), indent=2, columns=WIDTH))
     if any(" to " in line for line in sentences):
         print("In brackets: what 95 of 100 other texts of this kind would give.")
     print_results({suite: each for suite, each in results.items() if suite not in SENTENCES})

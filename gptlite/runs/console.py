@@ -7,7 +7,6 @@ not in train.log, which is therefore the same with a bar and without.
 
 import math
 import sys
-import textwrap
 import time
 import traceback
 from collections.abc import Iterable
@@ -21,6 +20,7 @@ from gptlite.errors import StorageError, UserError
 from gptlite.runs.metrics import append_line
 from gptlite.terminal import (
     columns_of,
+    fold,
     format_duration,
     format_number,
     in_notebook,
@@ -83,8 +83,7 @@ class Console:
         """The rows of the terminal that a line takes; elsewhere it is one."""
         if not is_watched(sys.stderr):
             return [line]
-        wide = columns_of(sys.stderr)
-        return textwrap.wrap(line, wide, subsequent_indent="  ", break_on_hyphens=False)
+        return fold(line, indent=2, columns=columns_of(sys.stderr)).split("\n")
 
     def note(self, line: str) -> None:
         """A line for train.log, and for who wants to see everything."""

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from gptlite.config.run import RunConfig
 from gptlite.runs.origin import given_tokenizer
 from gptlite.studies.config import Job, Study
-from gptlite.studies.progress import format_about, spread
+from gptlite.studies.progress import spread
 from gptlite.studies.study import fastest_dtype, share_cores, threads_of_each
+from gptlite.terminal import describe_duration
 
 if TYPE_CHECKING:
     from gptlite.data.token_files import TokenFiles
@@ -47,7 +48,7 @@ class Estimate(NamedTuple):
             return f"{said}, all of them trained"
         if self.n_left < self.n_runs:
             said += f", {self.n_left} of them left"
-        said += f", {format_about(self.seconds)} with {count(self.workers, 'worker')}"
+        said += f", about {describe_duration(self.seconds)} with {count(self.workers, 'worker')}"
         return said + (f"; not counted: {', '.join(self.uncounted)}" if self.uncounted else "")
 
     def as_json(self) -> dict[str, Any]:

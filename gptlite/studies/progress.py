@@ -4,7 +4,6 @@ Both say "4 of 9, about 7 min left". The time follows from how long the runs too
 those of the same point first, and from how many workers there are, on whatever machine.
 """
 
-import shutil
 import sys
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -18,7 +17,7 @@ from tqdm import tqdm
 from gptlite.errors import StorageError
 from gptlite.studies.queue import Queue
 from gptlite.studies.table import outcome
-from gptlite.terminal import wants_bar
+from gptlite.terminal import columns_of, describe_duration, wants_bar
 from gptlite.words import escape_controls
 
 Labelled = Sequence[tuple[str, Any]]
@@ -50,7 +49,7 @@ class Progress:
             initial=standing.n_done,
             disable=not wants_bar("auto", sys.stderr),
             leave=False,
-            ncols=shutil.get_terminal_size().columns,
+            ncols=columns_of(sys.stderr),
             file=sys.stderr,
             bar_format="{desc} |{bar}|",
         )
@@ -79,7 +78,7 @@ class Progress:
 
     def move_bar(self, standing: Standing) -> None:
         if not self.bar.disable:
-            self.bar.ncols = shutil.get_terminal_size().columns  # it may be another window by now
+            self.bar.ncols = columns_of(self.stream)  # it may be another window by now
             self.bar.n = standing.n_done
             self.bar.set_description_str(self.words(standing))
 
@@ -88,7 +87,7 @@ class Progress:
         said = f"{standing.n_done} of {standing.n_units}{points}"
         if standing.n_done == standing.n_units or standing.seconds_left is None:
             return said
-        return f"{said}, {format_about(standing.seconds_left)} left"
+        return f"{said}, about {describe_duration(standing.seconds_left)} left"
 
     def say(self, line: str) -> None:
         line = escape_controls(line)
@@ -152,12 +151,3 @@ def spread(seconds: Iterable[float], workers: int, begun: Sequence[float] = ()) 
     for run in seconds:
         heapreplace(free_at, free_at[0] + run)
     return max(free_at)
-
-
-def format_about(seconds: float) -> str:
-    """As in: about 7 min."""
-    if seconds < 90:
-        return f"about {max(1, round(seconds))} s"
-    if seconds < 90 * 60:
-        return f"about {round(seconds / 60)} min"
-    return f"about {seconds / 3600:.1f} h"

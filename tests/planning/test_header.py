@@ -43,7 +43,7 @@ def test_it_says_what_is_trained_on_what_how_long_and_what_drops(workshop: Works
         "runs/tiny: 26.9k parameters (2 layers, 2 heads, 32 wide, context 16)",
         f"text: {workshop.text}, {text:,} tokens (char {plan['vocab_size']}), "
         f"{plan['val_tokens']:,} held out",
-        f"plan: 8 updates of 8 x 16 tokens, {64 / rows:.2f} epochs, about 2 minutes here",
+        f"plan: 8 updates of 8 x 16 tokens, {64 / rows:.2f} epochs, about 2.2 min here",
         "dropout: embedding 0.2, attention_weights 0.2, attention_output 0.2, mlp_output 0.2, "
         "constant",
     ]
@@ -55,7 +55,7 @@ def test_a_time_that_leaves_compiling_out_says_so(workshop: Workshop) -> None:
     run, plan = planned(workshop)
     compiled = run.model_copy(update={"compile": True})
     line = header_lines(compiled, plan, "run", 130.0)[2]
-    assert line.endswith("about 2 minutes here (as timed without compiling)")
+    assert line.endswith("about 2.2 min here (as timed without compiling)")
 
 
 def test_with_all_that_there_is_to_say_it_has_eight_lines(workshop: Workshop) -> None:
@@ -124,8 +124,8 @@ def test_what_is_slow_has_a_reason_and_a_faster_choice(
     run, plan = planned(workshop, train={**over, "max_steps": 1000})
     plan["auto"].pop("loops", None)
     assert header_lines(run, plan, "run", 130.0, promise)[4] == (
-        f"slow: about 2 minutes instead of the 60 seconds of quickstart: {words}; "
-        "--set train.max_steps=460 would take about 60 seconds"
+        f"slow: about 2.2 min instead of the 60 s of quickstart: {words}; "
+        "--set train.max_steps=460 would take about 60 s"
     )
     assert "slow: " not in "\n".join(header_lines(run, plan, "run", 119.0, promise))
     plan["auto"]["loops"] = "none: no C compiler; torch alone is slower"
@@ -180,12 +180,14 @@ def test_what_was_changed_is_named_unless_it_costs_nothing() -> None:
 @pytest.mark.parametrize(
     ("seconds", "words"),
     [
-        (0.0, "1 second"),
-        (99.4, "99 seconds"),
-        (100.0, "2 minutes"),
-        (3600.0, "60 minutes"),
-        (6000.0, "2 hours"),
-        (48 * 3600.0, "48 hours"),
+        (0.0, "1 s"),
+        (42.4, "42 s"),
+        (99.4, "99 s"),
+        (100.0, "1.7 min"),
+        (420.0, "7 min"),
+        (3600.0, "60 min"),
+        (9000.0, "2.5 h"),
+        (48 * 3600.0, "48 h"),
         (50 * 3600.0, "2 days"),
         (4e8, "4,630 days"),
     ],

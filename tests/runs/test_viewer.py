@@ -111,7 +111,7 @@ def told(directory: Path) -> list[str]:
 def test_the_time_is_said_before_training(workshop: Workshop) -> None:
     train(workshop.run(), workshop.folder / "run", viewer=Viewer(foresees=True))
     (line,) = (line for line in told(workshop.folder / "run") if line.startswith("plan: "))
-    assert line.endswith("epochs, about 1 second here")
+    assert line.endswith("epochs, about 1 s here")
 
 
 def test_what_is_known_already_is_not_timed_again(
@@ -121,7 +121,7 @@ def test_what_is_known_already_is_not_timed_again(
 
     monkeypatch.setattr(start.rehearsal, "foresee", lambda *_: 1 / 0)
     train(workshop.run(), workshop.folder / "run", viewer=Viewer(foresees=True, seconds=300.0))
-    assert "epochs, about 5 minutes" in (workshop.folder / "run" / "train.log").read_text()
+    assert "epochs, about 5 min" in (workshop.folder / "run" / "train.log").read_text()
     train(workshop.run(), workshop.folder / "nobody")
     assert "about" not in told(workshop.folder / "nobody")[2]
 
@@ -133,7 +133,7 @@ def test_more_than_twice_what_was_promised_is_told(
     given = Viewer(foresees=True, seconds=seconds, promise=Promise(60.0, "tiny"))
     train(workshop.run(), workshop.folder / "run", viewer=given)
     lines = [line for line in told(workshop.folder / "run") if line.startswith("slow: ")]
-    words = "slow: about 2 minutes instead of the 60 seconds of tiny: it runs in one thread; "
+    words = "slow: about 2 min instead of the 60 s of tiny: it runs in one thread; "
     words += "a smaller model would be faster (model.n_layer, model.n_embd)"
     assert lines == ([words] * slow)
 

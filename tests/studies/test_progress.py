@@ -10,7 +10,7 @@ from conftest import RATES, Bench
 
 from gptlite.studies import progress
 from gptlite.studies.config import load_study
-from gptlite.studies.progress import Progress, find_standing, format_about, spread
+from gptlite.studies.progress import Progress, find_standing, spread
 from gptlite.studies.queue import Queue
 
 
@@ -21,13 +21,6 @@ def test_the_last_of_several_workers_is_what_one_waits_for() -> None:
     assert spread([], 3) == 0
     assert spread([10.0], 2, begun=[4.0, 25.0]) == 25
     assert spread([10.0, 10.0], 1, begun=[4.0, 6.0]) == 16  # the other is on another machine
-
-
-def test_about_how_long() -> None:
-    assert [format_about(seconds) for seconds in (0, 42.4, 100, 420, 5399, 9000)] == [
-        *("about 1 s", "about 42 s", "about 2 min"),
-        *("about 7 min", "about 90 min", "about 2.5 h"),
-    ]
 
 
 class Clock:
@@ -111,7 +104,7 @@ def test_a_search_counts_points(bench: Bench, monkeypatch: pytest.MonkeyPatch) -
     assert (standing.n_units, standing.n_done, len(standing.records)) == (4, 1, 3)
     assert standing.seconds_left == 90
     shown = Progress(clock.queue, 1)
-    assert shown.words(standing) == "1 of 4 points, about 2 min left"
+    assert shown.words(standing) == "1 of 4 points, about 90 s left"
 
 
 def test_without_a_bar_each_run_is_a_line_that_says_how_many(
