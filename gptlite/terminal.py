@@ -49,7 +49,7 @@ def tell_lines(text: str) -> None:
 
 
 def fold(line: str, indent: int = 4, columns: int = 80) -> str:
-    """A line in as many of these columns as it takes, all but the first indented; paths stay whole."""
+    """A line folded to these columns, all lines but the first indented; paths stay whole."""
     lines = textwrap.wrap(
         line,
         columns,
