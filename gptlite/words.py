@@ -1,4 +1,5 @@
-"""Words of others as they are shown: what a terminal would obey, passwords, slips of the pen."""
+"""Words as they are shown: counts, and what others wrote: what a terminal would obey, passwords,
+slips of the pen."""
 
 import re
 from collections.abc import Iterable
@@ -9,6 +10,11 @@ CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069
 """What a terminal obeys: controls, ends of lines, changes of direction, halves of characters."""
 PASSWORD = re.compile(r"(://[^\s:/@]*:|[?&]\w*password=)((?<=:)\S*(?=@)|(?<==)[^&\s]*)")
 """In a URL: what comes before it, and itself."""
+
+
+def count(number: int, noun: str) -> str:
+    """As in: 1 token; 2,048 tokens."""
+    return f"{number:,} {noun}{'s' if number != 1 else ''}"
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -33,7 +33,7 @@ from gptlite.distributed.torchrun import join_ranks, refuse_ranks
 from gptlite.errors import UserError
 from gptlite.machine import let_waiting_threads_sleep
 from gptlite.terminal import fold, leave_when_terminated, tell, tell_lines, user_errors
-from gptlite.words import escape_controls
+from gptlite.words import count, escape_controls
 
 app = make_app("gptlite", "Train small GPTs from YAML, with dropout as a named, measured thing.")
 command = partial(add_command, app)
@@ -177,7 +177,7 @@ def prepare(
             return
         for split, about in files.meta["splits"].items():
             print(
-                f"{split}: {about['tokens']:,} tokens, {about['documents']:,} documents, "
+                f"{split}: {about['tokens']:,} tokens, {count(about['documents'], 'document')}, "
                 f"{about['bytes']:,} bytes"
             )
         folder = escape_controls(str(files.folder))

@@ -227,7 +227,7 @@ class DistillConfig(Section):
     teachers: Texts = ()
     """Run directories whose models the new one learns from, all at once; none: from the text alone.
     They read text as this run does: with its tokenizer."""
-    weight: float = Field(0.5, gt=0, le=1)
+    weight: float = Field(1.0, gt=0, le=1)
     """Share of the loss that is the distance from what the teachers say (Kullback-Leibler
     divergence); the rest is that of the text."""
     temperature: float = Field(1.0, gt=0)

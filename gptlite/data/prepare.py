@@ -47,6 +47,7 @@ from gptlite.digests import FileStates, digests_of, file_states, require_unchang
 from gptlite.errors import ConfigError, DataError, StorageError
 from gptlite.keys import key
 from gptlite.terminal import tell
+from gptlite.words import count
 
 FORMAT, EARLIER_FORMAT = 3, 2
 """Of the earlier one are token files whose validation was a share of the documents, not of the
@@ -113,7 +114,7 @@ def open_split(run: RunConfig, built: Tokenizer, split: str, trained_on: str = "
     try:
         files = find_or_make(run.model_copy(update={"data": data}), built)
         if (n := files.n_tokens("val")) < 2:
-            raise DataError(f"{split}: has {n} tokens, needs >= 2")
+            raise DataError(f"{split}: has {count(n, 'token')}, needs >= 2")
         return files
     except (ConfigError, DataError) as error:
         lines = [problem.removeprefix("data.source: ") for problem in error.problems]

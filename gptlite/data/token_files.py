@@ -19,6 +19,7 @@ from gptlite.data.batches import STRETCH, Documents, Layout, Stream, Tokens
 from gptlite.data.tokenizers import Tokenizer
 from gptlite.digests import digests_of
 from gptlite.errors import DataError
+from gptlite.words import count
 
 MOST_META_BYTES = 1 << 26
 READ_WHOLE_BYTES = 1 << 26
@@ -102,7 +103,8 @@ class TokenFiles:
         wanted = n if self.train_tokens is None else self.train_tokens
         if wanted > n:
             raise DataError(
-                f"data.train_tokens: the training split has {n} tokens (got {self.train_tokens})"
+                f"data.train_tokens: the training split has {count(n, 'token')} "
+                f"(got {self.train_tokens})"
             )
         return (0 if self.train_key is None else self.train_key % (n - wanted + 1), wanted)
 
@@ -125,20 +127,21 @@ class TokenFiles:
         if n < 2:
             more = "data.val_fraction" if split != "test" else "data.test_share"
             raise DataError(
-                f"data.source: {split} has {n} tokens, needs >= 2; give more text, or change {more}"
+                f"data.source: {split} has {count(n, 'token')}, needs >= 2; give more text, "
+                f"or change {more}"
             )
         dtype, left = token_dtype(self.meta["vocab_size"]), n
         mapped = n * dtype.itemsize > READ_WHOLE_BYTES
         parts = []
         for path, about in self.files("val" if split == "test" else split):
             skipped = min(begin, about["tokens"])
-            count = min(left, about["tokens"] - skipped)
-            if count and mapped:
-                parts.append(np.memmap(path, dtype, "r")[skipped : skipped + count])
-            elif count:
+            taken = min(left, about["tokens"] - skipped)
+            if taken and mapped:
+                parts.append(np.memmap(path, dtype, "r")[skipped : skipped + taken])
+            elif taken:
                 offset = skipped * dtype.itemsize
-                parts.append(np.fromfile(path, dtype, count, offset=offset))
-            begin, left = begin - skipped, left - count
+                parts.append(np.fromfile(path, dtype, taken, offset=offset))
+            begin, left = begin - skipped, left - taken
         return parts[0] if len(parts) == 1 else JoinedTokens(parts)
 
     @cached_property

@@ -22,7 +22,7 @@ from gptlite.core.masks import mask_keys, sample_keys
 from gptlite.core.model import GPT, Block
 from gptlite.errors import ConfigError
 from gptlite.measure.marks import marks_of
-from gptlite.words import did_you_mean
+from gptlite.words import count, did_you_mean
 
 MOST_TOKENS = 64
 """Of a text that is looked at; squares of more are no picture."""
@@ -114,7 +114,7 @@ def read_ids(trained: LanguageModel, text: str) -> Tensor:
     ids = encode_prompt(trained.tokenizer, text, documents, place="TEXT") if text else []
     most = min(trained.context_length, MOST_TOKENS)
     if not 2 <= len(ids) <= most:
-        raise ConfigError(f"TEXT: {len(ids)} tokens; give 2 to {most}")
+        raise ConfigError(f"TEXT: {count(len(ids), 'token')}; give 2 to {most}")
     return torch.tensor([ids])
 
 

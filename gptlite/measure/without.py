@@ -21,6 +21,7 @@ from gptlite.core.model import GPT
 from gptlite.data.batches import IGNORED, Batch
 from gptlite.errors import ConfigError
 from gptlite.measure.units import ABLATIONS, KINDS, Subject, n_units, remove_units
+from gptlite.words import count
 
 Gone = dict[str, Tensor]
 """Of each kind of which something is gone, a mask (1, N) over its units."""
@@ -77,7 +78,7 @@ def read_text(trained: LanguageModel, text: str) -> list[int]:
     documents, most = trained.run.data.layout == "documents", trained.context_length
     ids = encode_prompt(trained.tokenizer, text, documents, place="text") if text else []
     if not 2 <= len(ids) <= most:
-        raise ConfigError(f"text: {len(ids)} tokens; give 2 to {most}")
+        raise ConfigError(f"text: {count(len(ids), 'token')}; give 2 to {most}")
     return ids
 
 

@@ -10,6 +10,7 @@ from gptlite.config.run import RunConfig
 from gptlite.interchange.families import describe_export
 from gptlite.planning.audit import advice
 from gptlite.terminal import describe_duration, format_number
+from gptlite.words import count
 
 MOST_LINES = 7
 """Rows of a terminal for a head: notes are left out where it would have more. With the line about a
@@ -31,7 +32,7 @@ def header_lines(
     """What is trained, on what, for how long and with which dropout. `seconds` are what it is
     expected to take."""
     model, parameters = run.model, format_number(plan["parameters"])
-    shape = f"{model.n_layer} layers, {model.n_head} heads, {model.n_embd} wide"
+    shape = f"{count(model.n_layer, 'layer')}, {count(model.n_head, 'head')}, {model.n_embd} wide"
     kind = f"{run.tokenizer.kind} {plan['vocab_size']}"
     lines = [
         f"{name}: {parameters} parameters ({shape}, context {model.context_length})",
@@ -60,8 +61,8 @@ def plan_line(run: RunConfig, plan: dict[str, Any], seconds: float | None) -> st
     timed = train.max_minutes is not None
     update = f"{train.batch_size} x {run.model.context_length} tokens"
     if run.data.layout == "documents":
-        update = f"{train.batch_size} documents"
-    line = f"plan: {'at most ' * timed}{plan['steps']} updates of {update}"
+        update = count(train.batch_size, "document")
+    line = f"plan: {'at most ' * timed}{count(plan['steps'], 'update')} of {update}"
     line += f", {plan['epochs']:.2f} epochs"
     if timed:
         return f"{line}, at most {train.max_minutes:g} minutes"

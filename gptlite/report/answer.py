@@ -10,6 +10,7 @@ from statistics import NormalDist, stdev
 from typing import Any, NamedTuple
 
 from gptlite.runs.results import number
+from gptlite.words import count
 
 LOWER = ("loss", "gap", "perplexity", "bits", "ece", "brier", "penalty", "entropy", "deterministic")
 HIGHER = ("accuracy", "area", "effective_share")
@@ -151,7 +152,7 @@ def half_width(comparison: Comparison) -> float | None:
 
 
 def seeds_words(comparison: Comparison) -> str:
-    return f"{comparison['n']} seeds, above noise"
+    return f"{count(comparison['n'], 'seed')}, above noise"
 
 
 def doubt_words(study: dict[str, Any], metric: str, comparison: Comparison, n_compared: int) -> str:
@@ -161,7 +162,7 @@ def doubt_words(study: dict[str, Any], metric: str, comparison: Comparison, n_co
         return words + "which has no noise to compare it with; run at least two more"
     half = half_width(comparison) or 0.0
     words = f"the difference is {comparison['difference']:+.2g} ± {half:.2g}{unit_of(metric)} "
-    words += f"({n} seeds, within noise); "
+    words += f"({count(n, 'seed')}, within noise); "
     more = seeds_needed(differences(study, metric, comparison), n_compared)
     if more is None or more > MOST_SEEDS:
         return words + f"more than {MOST_SEEDS} more seeds would be needed, if it stays so small"

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from gptlite.runs.directory import state_of
 from gptlite.runs.results import RunFiles, number, read_json
 from gptlite.terminal import format_duration
+from gptlite.words import count
 
 ENDED = {
     "max_steps": "finished",
@@ -76,8 +77,8 @@ def model_words(config: dict[str, Any], plan: dict[str, Any]) -> str:
     model, parameters = config.get("model") or {}, number(plan.get("parameters"))
     parts = [] if parameters is None else [f"{parameters / 1e6:.2f} M parameters"]
     if "n_layer" in model:
-        parts.append(f"{model['n_layer']} layers")
-        parts.append(f"{model.get('n_head')} heads")
+        parts.append(count(model["n_layer"], "layer"))
+        parts.append(count(model.get("n_head", 1), "head"))
         parts.append(f"{model.get('n_embd')} wide")
         parts.append(f"context {model.get('context_length')}")
     return ", ".join(parts)
@@ -96,7 +97,7 @@ def dropout_words(run: RunFiles) -> str:
 
 def length_words(run: RunFiles, directory: Path, state: str) -> str:
     last = run.rows[-1] if run.rows else {}
-    parts = [f"{last['step']:,} updates"] if last else []
+    parts = [count(last["step"], "update")] if last else []
     if (epoch := number(last.get("epoch"))) is not None:
         parts.append(f"{epoch:.3g} epochs")
     if (seconds := number(last.get("elapsed_seconds"))) is not None:

@@ -23,6 +23,7 @@ from gptlite.runs.results import (
     read_rows,
     read_study_results,
 )
+from gptlite.words import count
 
 LOSS, PER_BYTE = "best_val_loss", "loss.bits_per_byte"
 MOST_FIGURES, MOST_CURVES = 6, 8
@@ -78,7 +79,7 @@ def study_page(source: Path) -> Page:
     answer = answer_of(results, metric)
     return Page(
         title=str(results.get("name", source.name)),
-        subtitle=f"{done} of {len(runs)} runs done · {len(points)} points · "
+        subtitle=f"{done} of {count(len(runs), 'run')} done · {count(len(points), 'point')} · "
         f"seeds {', '.join(map(str, results.get('seeds', [])))}",
         verdict=Verdict(answer.title, "", answer.lines),
         groups=study_groups(study, metric),

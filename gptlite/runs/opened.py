@@ -35,6 +35,7 @@ from gptlite.runs.origin import complete_run, load_run
 from gptlite.runs.results import read_json, read_rows, read_text
 from gptlite.runs.start import train
 from gptlite.runs.trained import Trained, load_trained
+from gptlite.words import count
 
 PAGE_HEIGHT = 640
 """Pixels of a report that stands in a notebook."""
@@ -119,7 +120,7 @@ class Run:
             assert eot is not None
             return Documents(np.array([eot, *ids, eot]), context, eot)
         if len(ids) < 2:
-            raise DataError(f"text: {len(ids)} tokens; give at least 2")
+            raise DataError(f"text: {count(len(ids), 'token')}; give at least 2")
         return Stream(np.array(ids), context)
 
     def evaluate(

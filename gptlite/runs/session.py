@@ -30,6 +30,7 @@ from gptlite.runs.resume import fingerprint, resumed_lines
 from gptlite.runs.sinks import RunInfo
 from gptlite.runs.viewer import NOBODY, Pages, Viewer, next_lines
 from gptlite.terminal import format_duration
+from gptlite.words import count
 
 Watch = Callable[[int, int, float], None]
 """Is told step, last step and validation loss of each evaluation; what it raises ends the run."""
@@ -178,7 +179,7 @@ class Session:
         per_byte = best.val_bits_per_byte
         bits = "" if per_byte is None else f" ({per_byte:.3f} bits per byte)"
         return (
-            f"done: {self.trainer.step} updates in {took}, best validation loss "
+            f"done: {count(self.trainer.step, 'update')} in {took}, best validation loss "
             f"{best.val_loss:.4f} nats{bits} at step {best.step}"
         )
 

@@ -237,6 +237,10 @@ class Study:
         }
         return [self.point(coordinates) for coordinates in grid_coordinates(axes)]
 
+    def first_runs(self) -> list[RunConfig]:
+        """One of each point."""
+        return [self.job(point, self.config.seeds[0]).run for point in self.points]
+
     @cached_property
     def jobs(self) -> list[Job]:
         """Every run of a grid: all points with the first seed, then with the next, so that a study

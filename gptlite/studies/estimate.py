@@ -14,6 +14,7 @@ from gptlite.studies.config import Job, Study
 from gptlite.studies.progress import spread
 from gptlite.studies.study import fastest_dtype, share_cores, threads_of_each
 from gptlite.terminal import describe_duration
+from gptlite.words import count
 
 if TYPE_CHECKING:
     from gptlite.data.token_files import TokenFiles
@@ -53,10 +54,6 @@ class Estimate(NamedTuple):
 
     def as_json(self) -> dict[str, Any]:
         return {**self._asdict(), "n_runs": self.n_runs}
-
-
-def count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'s' if number != 1 else ''}"
 
 
 def estimate_study(study: Study, folder: Path, workers: int) -> Estimate:
@@ -113,10 +110,10 @@ def seconds_of_points(study: Study, workers: int) -> list[float]:
 def as_trained(study: Study, workers: int) -> list[RunConfig]:
     """A run of each point as a worker trains it, but not compiled: that takes longer than all of
     the rest."""
-    threads, seed = threads_of_each(workers), study.config.seeds[0]
-    runs = [share_cores(study.job(point, seed).run, threads) for point in study.points]
+    threads = threads_of_each(workers)
+    runs = [share_cores(run, threads) for run in study.first_runs()]
     unsettled = [run for run in runs if run.dtype == "auto"]
-    dtype = fastest_dtype(unsettled[0]) if unsettled else ""  # it is chosen once for all
+    dtype = fastest_dtype(study, unsettled[0], threads) if unsettled else ""  # once for all
     return [
         run.model_copy(
             update={"compile": False, "dtype": dtype if run.dtype == "auto" else run.dtype}

@@ -206,7 +206,7 @@ def train_job(queue: Queue, run: RunConfig, directory: Path, threads: int, watch
 
     run = share_cores(run, threads)
     if run.dtype == "auto":  # chosen by a clock, which could say otherwise for the next run
-        dtype = queue.settle_once("dtype", partial(fastest_dtype, run))
+        dtype = queue.settle_once("dtype", partial(fastest_dtype, queue.study, run, threads))
         settled = run.model_copy(update={"dtype": dtype})
         run = run.model_copy(update={"dtype": device.adapt(settled)[0].dtype})
     try:
@@ -225,14 +225,22 @@ def share_cores(run: RunConfig, threads: int) -> RunConfig:
     return run.model_copy(update={"train": run.train.model_copy(update={"threads": threads})})
 
 
-def fastest_dtype(run: RunConfig) -> str:
-    """The precision in which this machine computes the run fastest."""
+def fastest_dtype(study: Study, run: RunConfig, threads: int) -> str:
+    """The precision in which this machine is fastest with the largest updates of the study, or of
+    a run of it: they are waited for, and a small model says nothing of what a large one gains."""
     from gptlite.data.prepare import prepare
     from gptlite.planning import auto
 
+    runs = [run, *(other for other in study.first_runs() if other.dtype == "auto")]
+    run = share_cores(max(runs, key=work_of_update), threads)
     files = prepare(run, given_tokenizer(run))
     n_rows = files.rows("train", run.model.context_length).n_rows
     return auto.resolve_run(run, vocab_size=files.meta["vocab_size"], n_rows=n_rows)[0].dtype
+
+
+def work_of_update(run: RunConfig) -> int:
+    """In proportion to its FLOPs: tokens times parameters."""
+    return run.train.batch_size * run.model.context_length * run.model.n_parameters(0)
 
 
 def measure_run(study: Study, directory: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from typing import Any
 
 from gptlite.runs.results import format_difference
 from gptlite.terminal import format_duration
+from gptlite.words import count
 
 
 def outcome(run: dict[str, Any]) -> str:
@@ -22,7 +23,7 @@ def table_lines(found: dict[str, Any]) -> Iterator[str]:
     for comparison in found["comparisons"]:
         against[comparison["label"], comparison["metric"]] = comparison
     done = sum(run["state"] == "done" for run in runs)
-    yield f"{found['name']}: {done} of {len(runs)} runs done"
+    yield f"{found['name']}: {done} of {count(len(runs), 'run')} done"
     yield from (f"  {outcome(run)}" for run in runs if run["state"] == "failed")
     yield from (f"note: {note}" for note in found["notes"])
     width = max([len(point["label"]) for point in found["points"]], default=0)

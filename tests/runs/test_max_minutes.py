@@ -63,7 +63,7 @@ def test_what_is_left_is_shown_by_the_clock(
     """max_steps is not where such a run ends."""
     summary = train(timed(workshop), workshop.folder / "run")
     shown = capsys.readouterr().err
-    assert "plan: at most 100000 updates" in shown
+    assert "plan: at most 100,000 updates" in shown
     totals = [int(total) for total in re.findall(r"^step \d+/(\d+)", shown, re.MULTILINE)]
     assert totals[1:]
     assert totals[1:] == pytest.approx([summary["steps"]] * len(totals[1:]), rel=0.2)

@@ -253,6 +253,25 @@ def test_all_runs_of_a_study_have_one_precision(
     assert ["dtype: bfloat16" in path.read_text() for path in configs] == [True, True]
 
 
+def test_the_precision_is_that_of_the_largest_updates(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A small first point must not slow down all the others."""
+    asked = []
+
+    def chosen(run: Any, **sizes: Any) -> Any:
+        asked.append((run.model.n_embd, run.train.threads))
+        return run.model_copy(update={"dtype": "bfloat16"}), {}
+
+    monkeypatch.setattr(auto, "resolve_run", chosen)
+    axes = {"model.n_embd": [8, 32, 16], "dtype": ["float32", "auto"]}
+    made = load_study(bench.write(axes=axes, set={"train.threads": "auto"}))
+    first = next(run for run in made.first_runs() if run.dtype == "auto")
+    assert first.model.n_embd == 8
+    assert study.fastest_dtype(made, first, 3) == "bfloat16"
+    assert asked == [(32, 3)]
+
+
 def test_a_search_tries_points_and_gives_hopeless_ones_up(bench: Bench) -> None:
     keys = {
         "axes": {"optim.lr": {"low": 1e-4, "high": 1e-1, "log": True}, "model.n_layer": [1, 2]},
