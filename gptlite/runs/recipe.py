@@ -232,13 +232,16 @@ def final_choices(choices: Sequence[Choice], asked: Document) -> Iterator[Choice
 
 
 def size_choices(
-    size: tuple[int, int, int], longest_line: int | None, why: str
+    size: tuple[int, int, int], longest_line: int | None, asked: Document, why: str = ""
 ) -> Iterator[Choice]:
     """A model, its batches and its optimizer; `why` says why it is this large."""
     model = model_section(size, longest_line)
     for key, value in model.items():
         yield Choice(f"model.{key}", value, why if key == "n_layer" else "")
-    batch_size = max(8, TOKENS_PER_UPDATE // model["context_length"])
+    context = asked.value(("model", "context_length"))
+    if not isinstance(context, int) or context < 1:  # a wrong one is refused with the others
+        context = model["context_length"]
+    batch_size = max(8, TOKENS_PER_UPDATE // context)
     yield Choice("train.batch_size", batch_size, f"about {TOKENS_PER_UPDATE} tokens")
     yield Choice("optim.name", "muon", "the same loss in less time than AdamW at these sizes")
     yield Choice("optim.lr", LR, "")
@@ -263,7 +266,7 @@ def candidates(
     found, refusal = [], ConfigError()
     for size in LADDER:
         try:
-            run = make_run([*choices, *size_choices(size, longest_line, ""), *UNTRAINED], asked)
+            run = make_run([*choices, *size_choices(size, longest_line, asked), *UNTRAINED], asked)
             found.append((size, run))
         except ConfigError as error:  # such as a width that n_head does not divide
             refusal = error
@@ -354,7 +357,7 @@ def make_recipe(
         choices.append(
             Choice("compile", False, "timed without; compiling takes a minute by itself")
         )
-    choices += size_choices(rung.size, longest_line, size)
+    choices += size_choices(rung.size, longest_line, asked, size)
     fitting = rehearse_training(choices, asked, files, rung, budget)
     choices += training_choices(rung, fitting)
     head = f"# For {', '.join(source)} in {minutes:g} minutes; keep it, change it, run it again.\n"

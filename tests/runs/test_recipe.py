@@ -200,6 +200,14 @@ def test_what_is_asked_for_wins_and_is_in_the_yaml(workshop: Workshop, override:
     assert "# as asked" in text
 
 
+def test_an_update_has_as_many_tokens_with_a_context_that_is_asked_for(workshop: Workshop) -> None:
+    for context, batch_size in ((16, 128), (256, 8), (4096, 8)):
+        run, _ = composed(workshop, 0.5, f"model.context_length={context}")
+        assert (run.model.context_length, run.train.batch_size) == (context, batch_size)
+    with pytest.raises(ConfigError, match=r"model\.context_length: "):
+        composed(workshop, 0.5, "model.context_length=long")
+
+
 def test_a_size_that_contradicts_what_is_asked_for_is_passed_over(workshop: Workshop) -> None:
     run, _ = composed(workshop, 0.5, "model.n_head=12")
     assert run.model.n_embd % 12 == 0
