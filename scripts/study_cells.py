@@ -6,6 +6,7 @@ A study here is what study.json has: axes, points, runs.
 
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,11 @@ def mean(study: Study, label: str, metric: str) -> str:
     return interval([m[metric] for m in runs_of(study, label).values() if metric in m])
 
 
+def mean_of(study: Study, label: str, metric: str) -> float:
+    values = [m[metric] for m in runs_of(study, label).values() if metric in m]
+    return sum(values) / len(values)
+
+
 def interval(values: list[float]) -> str:
     """Mean ± half of the 95 % interval."""
     if not values:
@@ -57,6 +63,11 @@ def difference(study: Study, label: str, other: str, metric: str) -> Any:
         [mine[s][metric] for s in seeds], [theirs[s][metric] for s in seeds]
     )
     return {**found, "metric": metric}
+
+
+def against_none(values: Sequence[float]) -> dict[str, Any]:
+    """Of one number per seed, as a difference to 0."""
+    return {**comparison.paired_difference(values, [0.0] * len(values)), "metric": "slope"}
 
 
 def show(found: Any) -> str:
