@@ -15,7 +15,7 @@ from conftest import EVERYWHERE, Workshop
 from gptlite.core import loss
 from gptlite.core.generate import Generation
 from gptlite.data.prepare import prepare
-from gptlite.measure import suites
+from gptlite.measure import memorisation, suites
 from gptlite.measure.suites import SUITES, Effort
 from gptlite.planning import audit, plan
 from gptlite.runs.start import train
@@ -131,7 +131,12 @@ def test_a_run_goes_on_from_its_checkpoint(workshop: Workshop) -> None:
 
 
 @pytest.mark.parametrize("suite", SUITES)
-def test_every_suite_measures_what_it_does_on_the_cpu(trained_here: Path, suite: str) -> None:
+def test_every_suite_measures_what_it_does_on_the_cpu(
+    trained_here: Path, suite: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memorisation, "SAMPLES", 2)
+    monkeypatch.setattr(memorisation, "SAMPLE_TOKENS", 20)
+
     def measured(trained: Trained) -> Any:
         files = partial(prepare, trained.run, trained.tokenizer)
         found = suites.run_suites(trained, "val", [suite], files, effort=SMALL)[suite]

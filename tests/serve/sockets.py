@@ -21,11 +21,12 @@ class Served(NamedTuple):
         return connection
 
     def send(self, path: str, asked: Any) -> socket.socket:
-        """A connection on which this has been asked."""
+        """A connection on which this has been asked; it is closed after the answer."""
         body = json.dumps(asked).encode()
-        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+        head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
         connection = self.connect()
-        connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        connection.sendall(head.encode() + body)
         return connection
 
     def get(self, path: str) -> str:
