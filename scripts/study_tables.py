@@ -175,6 +175,27 @@ def sizes(study: Study) -> Iterator[str]:
     yield table(["", "passes", "test loss", "minus none"], rows)
 
 
+def memorisation(study: Study) -> Iterator[str]:
+    """What is known by heart at the best step and at the last one; the test text is the control."""
+    rows = []
+    for point in study["points"]:
+        label, row = point["label"], []
+        for at in ("", "last."):
+            row += [mean(study, label, at + metric) for metric in MEMORISED]
+        rows.append([label, mean(study, label, "epochs"), *row])
+    head = ["verbatim", "tokens in a row", "longest piece of a sample", "of test text"]
+    yield table(["", "passes", *(f"{at}: {it}" for at in ("best", "last") for it in head)], rows)
+
+
+MEMORISED = tuple(
+    f"memorisation.{metric}"
+    for metric in (
+        *("train.verbatim", "train.matched_tokens"),
+        *("spans.longest_span", "spans.held_out_longest_span"),
+    )
+)
+
+
 def quick(study: Study) -> Iterator[str]:
     """The headlines."""
     rows = [
@@ -212,5 +233,6 @@ WRITERS: dict[str, Callable[[Study], Iterator[str]]] = {
     "learning_rate": grid,
     "below": grid,
     "sizes": sizes,
+    "memorisation": memorisation,
     "quick": quick,
 }
