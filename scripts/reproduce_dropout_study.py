@@ -36,7 +36,7 @@ def write_tables(folder: Path) -> None:
         begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
         before, _, rest = text.partition(begin)
         text = f"{before}{begin}\n\n{lines}\n\n{end}{rest.partition(end)[2]}"
-        rows = [json.dumps(shorten(run)) for run in study["runs"]]
+        rows = [json.dumps(run) for run in study["runs"]]
         (DOCS / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
     page.write_text(text)
 
@@ -45,7 +45,7 @@ def read_results(name: str, folder: Path) -> Study | None:
     """What a study has found: as it ran here, or of the numbers beside the page."""
     if (path := folder / name / "study.json").is_file():
         found: Study = json.loads(path.read_text())
-        return {**found, "runs": [*found["runs"], *ensembles_of(found)]}
+        return {**found, "runs": [*map(shorten, found["runs"]), *map(shorten, ensembles_of(found))]}
     if not (path := DOCS / f"{name}.jsonl").is_file():
         return None
     config = load_study(ROOT / "configs" / "studies" / f"{name}.yaml").config
@@ -70,7 +70,8 @@ def ensembles_of(study: Study) -> list[dict[str, Any]]:
 
 
 def shorten(run: dict[str, Any]) -> dict[str, Any]:
-    """A run without what is of this machine alone, to six digits."""
+    """A run as it is published, and as tables are made from it: without what is of this machine
+    alone, to six digits."""
     metrics = {name: float(f"{value:.6g}") for name, value in run.get("metrics", {}).items()}
     return {**{key: run[key] for key in ("label", "seed", "state")}, "metrics": metrics}
 
