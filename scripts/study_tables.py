@@ -177,23 +177,25 @@ def sizes(study: Study) -> Iterator[str]:
 
 def memorisation(study: Study) -> Iterator[str]:
     """What is known by heart at the best step and at the last one; the test text is the control."""
-    rows = []
-    for point in study["points"]:
-        label, row = point["label"], []
-        for at in ("", "last."):
-            row += [mean(study, label, at + metric) for metric in MEMORISED]
-        rows.append([label, mean(study, label, "epochs"), *row])
-    head = ["verbatim", "tokens in a row", "longest piece of a sample", "of test text"]
-    yield table(["", "passes", *(f"{at}: {it}" for at in ("best", "last") for it in head)], rows)
+    rows = [
+        [
+            point["label"],
+            mean(study, point["label"], "epochs"),
+            *(mean(study, point["label"], at + metric) for metric in KNOWN for at in ("", "last.")),
+            mean(study, point["label"], "memorisation.spans.held_out_longest_span"),
+        ]
+        for point in study["points"]
+    ]
+    head = [f"{it}, {at}" for it in KNOWN.values() for at in ("best", "last")]
+    yield table(["", "passes", *head, "of test text"], rows)
 
 
-MEMORISED = tuple(
-    f"memorisation.{metric}"
-    for metric in (
-        *("train.verbatim", "train.matched_tokens"),
-        *("spans.longest_span", "spans.held_out_longest_span"),
-    )
-)
+KNOWN = {
+    "loss.loss": "test loss",
+    "memorisation.train.verbatim": "word for word",
+    "memorisation.train.matched_tokens": "tokens in a row",
+    "memorisation.spans.longest_span": "longest piece",
+}
 
 
 def quick(study: Study) -> Iterator[str]:
