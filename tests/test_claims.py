@@ -88,13 +88,11 @@ CLAIMS: dict[str, dict[str, Callable[[], bool] | None]] = {
             r"max_steps=([7-9]\d\d|\d{4})", f"{RESULTS}/annealed.jsonl"
         ),
         "has not been swept": lambda: no_word(r"data\.source", STUDIES),
+        "with AdamW were not tried": lambda: no_word(r"name: adamw(?!, optim\.lr: 2e-3)", STUDIES),
         "has not been run yet": lambda: no_word("fewer updates", f"{RESULTS}/redundancy.jsonl"),
     },
     "docs/interchange.md": {
         "LM Studio were not tried": lambda: no_word("(?i)ollama|lm.studio", "tests", "scripts"),
-    },
-    "docs/regularisation.md": {
-        "rates this has not been measured": lambda: not (ROOT / RESULTS / "sizes.jsonl").exists(),
     },
     "docs/research.md": {"not done yet": None},
     "docs/studies.md": {"if nobody has yet": None},
