@@ -51,7 +51,7 @@ class Effort(NamedTuple):
     """How much work the suites do that could go on forever."""
 
     tokens: int
-    """On which knock-outs and averaged passes are measured."""
+    """On which knock-outs, backup and averaged passes are measured, about."""
     ranking_tokens: int
     """On which each unit is removed alone."""
     neuron_tokens: int
@@ -258,11 +258,14 @@ def measure_importance(of: Measurement) -> dict[str, Any]:
     for kind in KINDS:
         subject = of.ranking(kind)
         kinds[kind] = {"loss": subject.loss, "targets": int(subject.n_targets.sum())}
+        step = max(1, subject.ids.numel() // of.effort.tokens)
+        fewer = subject.every(step)
         for ablation in ABLATIONS:
             singles, fills = of.singles(kind, ablation), of.fills(kind, ablation)
+            backup = importance.backup(fewer, kind, singles[:, ::step], of.effort.n_masks, fills)
             kinds[kind][ablation] = {
                 **importance.importance(subject, singles, 1 if kind == "dimension" else n_layer),
-                "backup": importance.backup(subject, kind, singles, of.effort.n_masks, fills),
+                "backup": backup,
             }
     return {
         "kinds": kinds,

@@ -7,6 +7,7 @@ which mask depends on names alone: two models of one shape lose the same ones.
 Shapes: K masks, N units of a kind, R rows of text, T tokens, C features.
 """
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -131,6 +132,15 @@ class Subject:
         self.base = self.row_nats("head", nothing)[0]
         if not np.isfinite(self.base).all():
             raise DivergedError(f"evaluation loss {self.loss}")
+
+    def every(self, step: int) -> "Subject":
+        """The same model on row 0 and every `step` rows from there."""
+        part = copy.copy(self)
+        part.ids, part.targets = self.ids[::step], self.targets[::step]
+        part.real = None if self.real is None else self.real[::step]
+        part.n_targets, part.base = self.n_targets[::step], self.base[::step]
+        part.at_once = max(1, TOKENS_AT_ONCE // part.ids.numel())
+        return part
 
     @property
     def loss(self) -> float:

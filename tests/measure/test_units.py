@@ -202,3 +202,14 @@ def test_random_removal_takes_every_unit_equally_often() -> None:
     ranks = random_orders("head", 12, 3000).argsort(1)
     share = (ranks < 3).mean(0)
     assert abs(share - 0.25).max() < 4 * math.sqrt(0.25 * 0.75 / 3000)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_third_row_is_measured_as_among_the_others(subject: Subject, kind: str) -> None:
+    fewer = subject.every(3)
+    removed = torch.eye(n_units(subject.model, kind), dtype=torch.bool)[:2]
+    assert len(fewer.ids) == 2
+    assert fewer.loss == pytest.approx(subject.base[::3].sum() / subject.n_targets[::3].sum())
+    expected = subject.row_nats(kind, removed, subject.means(kind))[:, ::3]
+    found = fewer.row_nats(kind, removed, subject.means(kind))
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
