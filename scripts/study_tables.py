@@ -111,21 +111,32 @@ def placement(study: Study) -> Iterator[str]:
 
 
 def weights_or_context(study: Study) -> Iterator[str]:
+    """Both at one rate, and at rates whose masks make the same noise."""
     rows = [
         [
             point["label"],
-            *(mean(study, point["label"], m) for m in ("best_val_loss", "val_loss")),
-            difference(study, point["label"], "none", "best_val_loss"),
+            mean(study, point["label"], "loss.loss"),
+            difference(study, point["label"], "none", "loss.loss"),
+            mean(study, point["label"], "val_loss"),
             mean(study, point["label"], "loss.dropout_penalty"),
         ]
         for point in study["points"]
     ]
-    yield table(["", "best loss", "last loss", "best minus none", "penalty"], rows)
-    rows = [
-        [f"{r:g}", difference(study, f"weights {r:g}", f"context {r:g}", "best_val_loss")]
-        for r in (0.1, 0.2, 0.3, 0.5)
-    ]
-    yield "Weights minus context at one rate, best loss:\n\n" + table(["rate", "difference"], rows)
+    yield table(["", "test loss", "minus none", "last validation loss", "penalty"], rows)
+    rows = []
+    for context in (0.1, 0.2, 0.3, 0.5):
+        noisy = AS_NOISY.get(context)
+        found = [
+            difference(study, f"weights {weights}", f"context {context}", "loss.loss")
+            for weights in (context, noisy)
+        ]
+        rows.append([f"{context:g}", *found, f"{noisy:g}" if noisy else "–"])
+    head = ["context at", "weights at the same rate minus it", "weights at the same noise minus it"]
+    yield "Weights minus context, test loss:\n\n" + table([*head, "which is rate"], rows)
+
+
+AS_NOISY = {0.2: 0.26, 0.3: 0.38, 0.5: 0.59}
+"""Rates of weights whose masks add the variance that context vectors have at these rates."""
 
 
 def ensemble(study: Study) -> Iterator[str]:
