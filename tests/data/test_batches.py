@@ -510,7 +510,7 @@ def test_a_file_without_text_is_one_line(made, text, why):
 
 
 def test_a_text_too_short_to_learn_from_is_one_line_that_names_the_split(made):
-    with pytest.raises(DataError, match="val has 1 tokens, needs >= 2"):
+    with pytest.raises(DataError, match="val has 1 token, needs >= 2"):
         made("abcdefgh").rows("val", 8)
     with pytest.raises(DataError, match="train has 0 tokens, needs >= 2"):
         made("a", data={"val_fraction": 0.5}).rows("train", 8)
@@ -856,5 +856,5 @@ def test_train_tokens_takes_the_first_of_the_training_split_and_nothing_else_cha
 
 
 def test_more_train_tokens_than_there_are_is_one_line(workshop):
-    with pytest.raises(DataError, match=r"data.train_tokens: .* has \d+ tokens \(got 1000000\)"):
+    with pytest.raises(DataError, match=r"data.train_tokens: .* has [\d,]+ tokens \(got 1000000\)"):
         workshop.files(data={"train_tokens": 1_000_000}).rows("train", 16)

@@ -112,6 +112,6 @@ def test_what_cannot_be_meant_is_refused(workshop: Workshop) -> None:
     run = workshop.run()
     with pytest.raises(ConfigError, match="keeps none; data.test_share says"):
         open_split(run, prepare(run).tokenizer, "test")
-    with pytest.raises(DataError, match=r"test has 1 tokens, needs >= 2.*data\.test_share"):
+    with pytest.raises(DataError, match=r"test has 1 token, needs >= 2.*data\.test_share"):
         workshop.files(data={"test_share": 0.001}).tokens("test")
     assert validate(Document({"data": {"source": "x", "test_share": 0.5}}), to_train=False)

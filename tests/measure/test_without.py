@@ -157,7 +157,7 @@ def test_documents_begin_with_their_token_and_bfloat16_is_halved(workshop: Works
         ({"layers": [-1]}, "layers: -1: the model has layers 0 to 1"),
         ({"fill": "noise"}, "fill: noise: give mean or zero"),
         ({"text": ""}, "text: 0 tokens; give 2 to 16"),
-        ({"text": "a"}, "text: 1 tokens; give 2 to 16"),
+        ({"text": "a"}, "text: 1 token; give 2 to 16"),
         ({"text": "a" * 17}, "text: 17 tokens; give 2 to 16"),
         ({"text": "Ж"}, "text: character 'Ж' at position 1"),
         ({"max_new_tokens": 0}, "max_new_tokens: "),

@@ -189,7 +189,7 @@ def test_mistakes_are_the_commands_with_the_place(opened: Run, tmp_path: Path) -
         opened.generate("x", max_new_tokns=3)
     with pytest.raises(ConfigError, match="text: .*'é'"):
         opened.loss("é")
-    with pytest.raises(DataError, match="text: 1 tokens; give at least 2"):
+    with pytest.raises(DataError, match="text: 1 token; give at least 2"):
         opened.loss("t")
     with pytest.raises(ConfigError, match="optim.lr: must be"):
         gptlite.train({"data": {"source": "x.txt"}, "optim": {"lr": -1}})

@@ -34,7 +34,7 @@ Section = Callable[[Workplace, random.Random, int], Iterator[Outcome]]
 SECTIONS: dict[str, tuple[Section, int, int]] = {
     "kill": (kill_runs, 200, 5),
     "commands": (kill_commands, 20, 0),
-    "power": (lose_power, 12, 2),
+    "power": (lose_power, 12, 4),
     "disk": (break_disk, 100, 3),
     "others": (refuse_storage, 20, 2),
     "exact": (resume_exactly, 72, 3),
