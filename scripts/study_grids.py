@@ -26,7 +26,6 @@ from study_cells import (
 
 from gptlite.report.curves import lines
 from gptlite.report.series import Line, rate_color
-from gptlite.studies import comparison
 
 RATE = "dropout.rate"
 WIDTH, STEPS = "model.n_embd", "train.max_steps"
@@ -39,12 +38,7 @@ def sweep(study: Study, name: str) -> Iterator[str]:
     def label(size: Any, rate: Any) -> str:
         return f"train_tokens={size}, rate={rate:g}"
 
-    epochs = [
-        comparison.mean_over_seeds([m["epochs"] for m in runs_of(study, label(size, 0)).values()])[
-            "mean"
-        ]
-        for size in sizes
-    ]
+    epochs = [mean_of(study, label(size, 0), "epochs") for size in sizes]
     head = [
         "rate",
         *(f"{n:.2g} epochs ({size:,} tokens)" for n, size in zip(epochs, sizes, strict=True)),
