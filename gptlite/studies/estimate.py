@@ -12,7 +12,8 @@ from gptlite.config.run import RunConfig
 from gptlite.runs.origin import given_tokenizer
 from gptlite.studies.config import Job, Study
 from gptlite.studies.progress import spread
-from gptlite.studies.study import fastest_dtype, share_cores, threads_of_each
+from gptlite.studies.settle import fastest, share_cores
+from gptlite.studies.study import threads_of_each
 from gptlite.terminal import describe_duration
 from gptlite.words import count
 
@@ -113,7 +114,7 @@ def as_trained(study: Study, workers: int) -> list[RunConfig]:
     threads = threads_of_each(workers)
     runs = [share_cores(run, threads) for run in study.first_runs()]
     unsettled = [run for run in runs if run.dtype == "auto"]
-    dtype = fastest_dtype(study, unsettled[0], threads) if unsettled else ""  # once for all
+    dtype = fastest(study, unsettled[0], "dtype") if unsettled else ""  # once for all
     return [
         run.model_copy(
             update={"compile": False, "dtype": dtype if run.dtype == "auto" else run.dtype}

@@ -24,7 +24,7 @@ from gptlite import machine, storage
 from gptlite.config.run import RunConfig
 from gptlite.errors import ConfigError, DivergedError, RunInUseError, Stopped, UserError
 from gptlite.runs.directory import has_run
-from gptlite.runs.origin import given_tokenizer, load_run
+from gptlite.runs.origin import load_run
 from gptlite.runs.results import (
     best_evaluation,
     evaluations,
@@ -43,6 +43,7 @@ from gptlite.studies.database import optuna
 from gptlite.studies.ensembles import ensemble_metrics, measure_ensembles
 from gptlite.studies.progress import Progress
 from gptlite.studies.queue import Queue
+from gptlite.studies.settle import settle, share_cores
 from gptlite.terminal import leave_when_terminated, tell, user_errors
 
 if TYPE_CHECKING:
@@ -199,16 +200,10 @@ def run_job(queue: Queue, job: Job, threads: int, watch: "Watch") -> Record:
 
 
 def train_job(queue: Queue, run: RunConfig, directory: Path, threads: int, watch: "Watch") -> None:
-    """One run, with the number of threads of all runs of the study and its precision, except on a
-    machine that has no hardware for that: it computes in float32, and the record says so."""
-    from gptlite.core import device
+    """One run, as all runs of the study compute."""
     from gptlite.runs import start
 
-    run = share_cores(run, threads)
-    if run.dtype == "auto":  # chosen by a clock, which could say otherwise for the next run
-        dtype = queue.settle_once("dtype", partial(fastest_dtype, queue.study, run, threads))
-        settled = run.model_copy(update={"dtype": dtype})
-        run = run.model_copy(update={"dtype": device.adapt(settled)[0].dtype})
+    run = settle(queue, share_cores(run, threads))
     try:
         start.train(run, directory, resume=has_run(directory), watch=watch)
     except Stopped as stopped:
@@ -216,31 +211,6 @@ def train_job(queue: Queue, run: RunConfig, directory: Path, threads: int, watch
         raise Stopped(stopped.exit_code - 128, told) from None
     except RunInUseError:  # a search may try one point twice at a time: the other trains it
         time.sleep(1)
-
-
-def share_cores(run: RunConfig, threads: int) -> RunConfig:
-    """With the threads of one of several workers, unless the run says how many."""
-    if run.train.threads != "auto":
-        return run
-    return run.model_copy(update={"train": run.train.model_copy(update={"threads": threads})})
-
-
-def fastest_dtype(study: Study, run: RunConfig, threads: int) -> str:
-    """The precision in which this machine is fastest with the largest updates of the study, or of
-    a run of it: they are waited for, and a small model says nothing of what a large one gains."""
-    from gptlite.data.prepare import prepare
-    from gptlite.planning import auto
-
-    runs = [run, *(other for other in study.first_runs() if other.dtype == "auto")]
-    run = share_cores(max(runs, key=work_of_update), threads)
-    files = prepare(run, given_tokenizer(run))
-    n_rows = files.rows("train", run.model.context_length).n_rows
-    return auto.resolve_run(run, vocab_size=files.meta["vocab_size"], n_rows=n_rows)[0].dtype
-
-
-def work_of_update(run: RunConfig) -> int:
-    """In proportion to its FLOPs: tokens times parameters."""
-    return run.train.batch_size * run.model.context_length * run.model.n_parameters(0)
 
 
 def measure_run(study: Study, directory: Path) -> dict[str, Any]:

@@ -58,7 +58,7 @@ def test_a_precision_is_chosen_once_for_all_points(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
-    monkeypatch.setattr(estimate, "fastest_dtype", lambda *of: asked.append(of) or "bfloat16")
+    monkeypatch.setattr(estimate, "fastest", lambda *of: asked.append(of) or "bfloat16")
     axes = {"dtype": ["float32", "auto"], "dropout.rate": [0, 0.1]}
     runs = estimate.as_trained(load_study(bench.write(axes=axes)), 1)
     assert [run.dtype for run in runs] == ["float32", "float32", "bfloat16", "bfloat16"]

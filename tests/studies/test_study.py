@@ -11,20 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from conftest import RATES, Bench
 from typer.testing import CliRunner
 
 from gptlite.cli.main import app
 from gptlite.config.reader import shipped_configs
 from gptlite.config.run import RunConfig
-from gptlite.core import device
 from gptlite.core.model import GPT
 from gptlite.data.batches import batch_at
 from gptlite.data.prepare import prepare
 from gptlite.errors import ConfigError, DivergedError
 from gptlite.measure import suites
-from gptlite.planning import auto
 from gptlite.runs import start
 from gptlite.runs.directory import hold_directory
 from gptlite.runs.session import watch_nothing
@@ -231,45 +228,6 @@ def test_only_what_is_done_is_averaged_and_compared(bench: Bench) -> None:
     found = study.results(load_study(path), given_up, bench.out)
     assert [bool(point["metrics"]) for point in found["points"]] == [True, False]
     assert found["comparisons"] == []
-
-
-def test_all_runs_of_a_study_have_one_precision(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """`auto` asks a clock; it is asked once."""
-    base = yaml.safe_load(bench.base.read_text())
-    bench.base.write_text(yaml.safe_dump({**base, "dtype": "auto", "attention": "math"}))
-    asked = iter(["bfloat16", "float32"])
-
-    def chosen(run: Any, **sizes: Any) -> Any:
-        dtype = next(asked) if run.dtype == "auto" else run.dtype
-        return resolve(run.model_copy(update={"dtype": dtype}), **sizes)
-
-    resolve = auto.resolve_run
-    monkeypatch.setattr(device, "cpu_has_bfloat16", lambda: True)
-    monkeypatch.setattr(auto, "resolve_run", chosen)
-    found = bench.run(**RATES, evaluate=[], seeds=[1])
-    configs = [Path(run["directory"]) / "config.yaml" for run in found["runs"]]
-    assert ["dtype: bfloat16" in path.read_text() for path in configs] == [True, True]
-
-
-def test_the_precision_is_that_of_the_largest_updates(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A small first point must not slow down all the others."""
-    asked = []
-
-    def chosen(run: Any, **sizes: Any) -> Any:
-        asked.append((run.model.n_embd, run.train.threads))
-        return run.model_copy(update={"dtype": "bfloat16"}), {}
-
-    monkeypatch.setattr(auto, "resolve_run", chosen)
-    axes = {"model.n_embd": [8, 32, 16], "dtype": ["float32", "auto"]}
-    made = load_study(bench.write(axes=axes, set={"train.threads": "auto"}))
-    first = next(run for run in made.first_runs() if run.dtype == "auto")
-    assert first.model.n_embd == 8
-    assert study.fastest_dtype(made, first, 3) == "bfloat16"
-    assert asked == [(32, 3)]
 
 
 def test_a_search_tries_points_and_gives_hopeless_ones_up(bench: Bench) -> None:
