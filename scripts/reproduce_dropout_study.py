@@ -8,6 +8,7 @@ Tables go between the marks in docs/dropout-study.md, figures and every run's nu
 """
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from typing import Any
 from study_cells import DOCS, Study, is_empty
 from study_tables import WRITERS
 
+from gptlite.measure.units import ABLATIONS
 from gptlite.studies.config import load_study
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,7 +47,8 @@ def read_results(name: str, folder: Path) -> Study | None:
     """What a study has found: as it ran here, or of the numbers beside the page."""
     if (path := folder / name / "study.json").is_file():
         found: Study = json.loads(path.read_text())
-        return {**found, "runs": [*map(shorten, found["runs"]), *map(shorten, ensembles_of(found))]}
+        runs = [{**shorten(run), **read_curves(folder / name, run)} for run in found["runs"]]
+        return {**found, "runs": [*runs, *map(shorten, ensembles_of(found))]}
     if not (path := DOCS / f"{name}.jsonl").is_file():
         return None
     config = load_study(ROOT / "configs" / "studies" / f"{name}.yaml").config
@@ -74,6 +77,22 @@ def shorten(run: dict[str, Any]) -> dict[str, Any]:
     alone, to six digits."""
     metrics = {name: float(f"{value:.6g}") for name, value in run.get("metrics", {}).items()}
     return {**{key: run[key] for key in ("label", "seed", "state")}, "metrics": metrics}
+
+
+def read_curves(folder: Path, run: dict[str, Any]) -> dict[str, Any]:
+    """What was left of a run of a study at each share of removed units, if that was measured."""
+    results = sorted((folder / "runs" / run["name"] / "eval").glob("knockout-*.json"))
+    if not results:
+        return {}
+    found = json.loads(results[0].read_text())
+    curves: dict[str, Any] = {"fractions": found["fractions"]}
+    for kind, ablation in itertools.product(found["kinds"], ABLATIONS):
+        curve = found["kinds"][kind][ablation]["random"]
+        curves[f"{kind}.{ablation}"] = {
+            name: [round(value, 4) for value in curve[name]]
+            for name in ("retained", "contribution_left")
+        }
+    return {"curves": curves}
 
 
 def main() -> None:

@@ -65,9 +65,9 @@ def difference(study: Study, label: str, other: str, metric: str) -> Any:
     return {**found, "metric": metric}
 
 
-def against_none(values: Sequence[float]) -> dict[str, Any]:
+def against_none(values: Sequence[float], metric: str) -> dict[str, Any]:
     """Of one number per seed, as a difference to 0."""
-    return {**comparison.paired_difference(values, [0.0] * len(values)), "metric": "slope"}
+    return {**comparison.paired_difference(values, [0.0] * len(values)), "metric": metric}
 
 
 def show(found: Any) -> str:

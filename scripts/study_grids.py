@@ -130,7 +130,7 @@ def apart(study: Study) -> Iterator[str]:
         pairs = [(label(*place, rate), label(*place, 0)) for place in places]
         seeds = [seed for seed in runs_of(study, pairs[0][0]) if is_complete(study, seed, pairs)]
         slopes = zip(*(slopes_of(study, seed, places, pairs) for seed in seeds), strict=True)
-        rows.append([f"{rate:g}", *map(against_none, slopes)])
+        rows.append([f"{rate:g}", *(against_none(values, "slope") for values in slopes)])
     head = ["rate", "twice the passes, at one width", "twice the width, at as many passes"]
     yield "What this adds to the difference from rate 0:\n\n" + table(head, rows)
     series, shown = [], rates[1]

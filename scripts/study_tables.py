@@ -1,113 +1,26 @@
 """The tables and figures of docs/dropout-study.md, each from the runs of one study: those of named
-points here, those of grids in study_grids.py.
+points here, those of grids in study_grids.py, those about removed units in study_removal.py.
 
 A part of reproduce_dropout_study.py.
 """
 
 import json
-import re
 from collections.abc import Callable, Iterator
 
 from study_cells import (
     DOCS,
-    KINDS,
     Study,
     area,
     difference,
     interval,
     is_together,
-    loss_of,
     mean,
     runs_of,
     table,
     together,
 )
 from study_grids import annealed, apart, decay, grid, recipe, sweep
-
-
-def redundancy(study: Study) -> Iterator[str]:
-    labels = [point["label"] for point in study["points"]]
-    rows = [
-        [
-            label,
-            *(mean(study, label, m) for m in ("best_val_loss", "val_loss", "loss.dropout_penalty")),
-            mean(study, label, "calibration.ece"),
-        ]
-        for label in labels
-    ]
-    yield table(["", "best loss", "last loss", "penalty", "ECE"], rows)
-    for ablation in ("mean", "zero"):
-        for what, title in AREAS.items():
-            rows = [
-                [label, *(mean(study, label, area(kind, ablation, what)) for kind in KINDS)]
-                for label in labels
-            ]
-            yield f"{title}, random removal to {ablation}:\n\n" + table(["", *KINDS], rows)
-    yield from controls(study)
-    measures = ("split_half", "gini", "effective_share", "backup.8")
-    for kind in ("head", "neuron"):
-        base = f"importance.kinds.{kind}.mean."
-        rows = [
-            [
-                label,
-                *(mean(study, label, base + m) for m in measures),
-                mean(study, label, area(kind, "mean", "half_at")),
-            ]
-            for label in labels
-        ]
-        head = ["", "split-half", "Gini", "effective share", "backup of 8", "half at"]
-        yield f"Importance of {kind}s, removal to mean:\n\n" + table(head, rows)
-    rows = [[label, *(mean(study, label, f"mc-dropout.{m}") for m in MC)] for label in labels]
-    yield "Averaging passes with dropout on:\n\n" + table(["", *MC], rows)
-
-
-AREAS = {
-    "contribution_area": "What is left of the kind's own contribution (area)",
-    "retained_area": "Retained skill (area)",
-}
-MC = ("deterministic_loss", "averaged_minus_deterministic", "mutual_information")
-
-
-def controls(study: Study) -> Iterator[str]:
-    """Dropout against every point without it, in pairs of one seed."""
-    labels = [point["label"] for point in study["points"]]
-    alone = [label for label in labels if re.fullmatch(r"dropout [0-9.]+", label)]
-    others = [label for label in labels if "dropout" not in label]
-    for dropout in alone:
-        for what, title in AREAS.items():
-            rows = []
-            for other in others:
-                row = [f"{other} (loss {loss_of(study, other) - loss_of(study, dropout):+.3f})"]
-                for ablation in ("mean", "zero"):
-                    for kind in KINDS:
-                        row.append(difference(study, dropout, other, area(kind, ablation, what)))
-                rows.append(row)
-            head = [f"{kind}, {ablation}" for ablation in ("mean", "zero") for kind in KINDS]
-            yield f"{title} of {dropout} minus that of:\n\n" + table(["", *head], rows)
-
-
-def placement(study: Study) -> Iterator[str]:
-    labels = [point["label"] for point in study["points"]]
-    rows = [
-        [
-            label,
-            mean(study, label, "best_val_loss"),
-            difference(study, label, "none", "best_val_loss"),
-            difference(study, label, "none", "val_loss"),
-            mean(study, label, "loss.dropout_penalty"),
-        ]
-        for label in labels
-    ]
-    yield table(["site at 0.2", "best loss", "minus none", "last loss minus none", "penalty"], rows)
-    for ablation in ("mean", "zero"):
-        for what, title in AREAS.items():
-            rows = [
-                [label, *(difference(study, label, "none", area(k, ablation, what)) for k in KINDS)]
-                for label in labels[1:]
-            ]
-            yield f"{title} minus that of none, removal to {ablation}:\n\n" + table(
-                ["trained with", *KINDS], rows
-            )
+from study_removal import AREAS, placement, redundancy
 
 
 def weights_or_context(study: Study) -> Iterator[str]:

@@ -89,7 +89,6 @@ CLAIMS: dict[str, dict[str, Callable[[], bool] | None]] = {
         ),
         "has not been swept": lambda: no_word(r"data\.source", STUDIES),
         "with AdamW were not tried": lambda: no_word(r"name: adamw(?!, optim\.lr: 2e-3)", STUDIES),
-        "has not been run yet": lambda: no_word("fewer updates", f"{RESULTS}/redundancy.jsonl"),
     },
     "docs/interchange.md": {
         "LM Studio were not tried": lambda: no_word("(?i)ollama|lm.studio", "tests", "scripts"),

@@ -4,6 +4,7 @@ import re
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -49,3 +50,21 @@ def test_slopes_are_those_of_a_plane(scripts: ModuleType) -> None:
         for name, loss in zip(names, (2.0 + gain, 2.0), strict=True):
             runs.append({"label": name, "seed": 7, "state": "done", "metrics": {"loss.loss": loss}})
     assert slopes_of({"runs": runs}, 7, places, pairs) == pytest.approx([-0.25, 0.125])
+
+
+def test_two_parts_of_retained_skill_add_up_to_it(scripts: ModuleType) -> None:
+    """Heads worth as much that cover for each other are one part, heads worth less the other."""
+    from study_removal import area, split_gain
+
+    def run(label: str, kept: float, left: float) -> dict[str, Any]:
+        areas = {"retained_area": kept, "contribution_area": left}
+        metrics = {area("head", "mean", what): value for what, value in areas.items()}
+        return {"label": label, "seed": 7, "state": "done", "metrics": metrics}
+
+    def split(kept: float, left: float) -> list[float]:
+        study = {"runs": [run("none", 0.5, 0.5), run("ours", kept, left)]}
+        return [float(part) for parts in split_gain(study, "ours", "mean") for part in parts]
+
+    assert split(0.75, 0.75) == pytest.approx([0.25, 0])  # worth all of the skill, as before
+    assert split(0.75, 0.5) == pytest.approx([0, 0.25])
+    assert sum(split(0.9, 0.7)) == pytest.approx(0.4)
