@@ -4,6 +4,7 @@ network that was trained with dropout, and at which site it drops.
 A part of reproduce_dropout_study.py.
 """
 
+import itertools
 import re
 from collections.abc import Iterator
 
@@ -14,10 +15,11 @@ from study_cells import (
     against_none,
     area,
     difference,
-    loss_of,
     mean,
+    mean_of,
     runs_of,
     save,
+    show,
     table,
 )
 
@@ -31,12 +33,12 @@ def redundancy(study: Study) -> Iterator[str]:
     rows = [
         [
             label,
-            *(mean(study, label, m) for m in ("best_val_loss", "val_loss", "loss.dropout_penalty")),
+            *(mean(study, label, m) for m in ("loss.loss", "val_loss", "loss.dropout_penalty")),
             mean(study, label, "calibration.ece"),
         ]
         for label in labels
     ]
-    yield table(["", "best loss", "last loss", "penalty", "ECE"], rows)
+    yield table(["", "test loss", "last validation loss", "penalty", "ECE"], rows)
     whole = {"contribution": "What all units of a kind are worth together, nats"}
     for ablation in ("mean", "zero"):
         for what, title in {**whole, **AREAS}.items():
@@ -84,7 +86,8 @@ def controls(study: Study) -> Iterator[str]:
         for what, title in AREAS.items():
             rows = []
             for other in others:
-                row = [f"{other} (loss {loss_of(study, other) - loss_of(study, dropout):+.3f})"]
+                losses = [mean_of(study, label, "loss.loss") for label in (other, dropout)]
+                row = [f"{other} (loss {losses[0] - losses[1]:+.3f})"]
                 for ablation in ("mean", "zero"):
                     for kind in KINDS:
                         row.append(difference(study, dropout, other, area(kind, ablation, what)))
@@ -150,14 +153,16 @@ def placement(study: Study) -> Iterator[str]:
     rows = [
         [
             label,
-            mean(study, label, "best_val_loss"),
-            difference(study, label, "none", "best_val_loss"),
+            mean(study, label, "loss.loss"),
+            difference(study, label, "none", "loss.loss"),
             difference(study, label, "none", "val_loss"),
             mean(study, label, "loss.dropout_penalty"),
         ]
         for label in labels
     ]
-    yield table(["site at 0.2", "best loss", "minus none", "last loss minus none", "penalty"], rows)
+    last = "last validation loss minus none"
+    yield table(["site at 0.2", "test loss", "minus none", last, "penalty"], rows)
+    yield name_apart(study, labels[1:])
     for ablation in ("mean", "zero"):
         for what, title in AREAS.items():
             rows = [
@@ -167,3 +172,18 @@ def placement(study: Study) -> Iterator[str]:
             yield f"{title} minus that of none, removal to {ablation}:\n\n" + table(
                 ["trained with", *KINDS], rows
             )
+
+
+def name_apart(study: Study, labels: list[str]) -> str:
+    """Which two of these points differ in their test loss, by the rule that makes a cell bold."""
+    pairs = list(itertools.combinations(labels, 2))
+    found = [difference(study, one, other, "loss.loss") for one, other in pairs]
+    comparison.mark_above_noise(found)
+    apart = [
+        f"`{one}` minus `{other}` {show(cell)}"
+        for (one, other), cell in zip(pairs, found, strict=True)
+        if cell["above_seed_noise"]
+    ]
+    named = f": {', '.join(apart)}" if apart else ""
+    told = "Pairs of sites whose test losses differ above the noise"
+    return f"{told}: {len(apart)} of {len(pairs)}{named}."
