@@ -89,8 +89,8 @@ def student(study: Study) -> Iterator[str]:
 TEACHERS = "weight_decay=3, rate=0"
 
 
-def sizes(study: Study) -> Iterator[str]:
-    """Each against the longest run of its kind without dropout."""
+def against_kind(study: Study) -> Iterator[str]:
+    """Each against the run of its kind, which is named before the comma, that has none of it."""
     rows = []
     for point in study["points"]:
         label, kind = point["label"], point["label"].partition(",")[0]
@@ -158,7 +158,8 @@ WRITERS: dict[str, Callable[[Study], Iterator[str]]] = {
     "apart": apart,
     "learning_rate": grid,
     "below": grid,
-    "sizes": sizes,
+    "sizes": against_kind,
+    "average": against_kind,
     "memorisation": memorisation,
     "quick": quick,
 }
