@@ -1,12 +1,18 @@
 """docs/dropout-study.md has the tables and figures that its committed numbers make."""
 
+import itertools
+import json
 import re
+import statistics
 import sys
+from collections import defaultdict
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+
+from gptlite.studies.config import load_study
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "dropout-study.md").read_text()
@@ -68,3 +74,34 @@ def test_two_parts_of_retained_skill_add_up_to_it(scripts: ModuleType) -> None:
     assert split(0.75, 0.75) == pytest.approx([0.25, 0])  # worth all of the skill, as before
     assert split(0.75, 0.5) == pytest.approx([0, 0.25])
     assert sum(split(0.9, 0.7)) == pytest.approx(0.4)
+
+
+def repeated_runs() -> list[tuple[bool, float]]:
+    """Of each two runs of one config in two studies: whether they agree in every digit, and by how
+    much their best validation losses differ."""
+    found: dict[str, list[dict[str, float]]] = defaultdict(list)
+    for path in sorted(FOLDER.glob("*.jsonl")):
+        study = load_study(ROOT / "configs" / "studies" / f"{path.stem}.yaml")
+        lines = map(json.loads, path.read_text().splitlines())
+        runs = {(run["label"], run["seed"]): run["metrics"] for run in lines}
+        for job in study.jobs:
+            if metrics := runs.get((job.point.label, job.seed)):
+                found[job.name.rpartition("-")[2]].append(metrics)
+    pairs = [pair for same in found.values() for pair in itertools.combinations(same, 2)]
+    names = ("best_val_loss", "best_step", "val_loss", "train_loss")
+    return [
+        (all(a[n] == b[n] for n in names), abs(a["best_val_loss"] - b["best_val_loss"]))
+        for a, b in pairs
+    ]
+
+
+def test_the_page_says_how_well_runs_repeat() -> None:
+    repeated = repeated_runs()
+    apart = [difference for alike, difference in repeated if not alike]
+    told = re.search(
+        r"(\d+) of (\d+) such pairs(?s:.*?)by (0\.\d+) on average(?s:.*?)(0\.\d+) at", PAGE
+    )
+    assert told
+    few = [round(statistics.mean(apart), 3), round(max(apart), 3)]
+    numbers = [float(number) for number in told.groups()]
+    assert numbers == [len(repeated) - len(apart), len(repeated), *few]
