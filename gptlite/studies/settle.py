@@ -6,8 +6,6 @@ next one, so a study asks it once: two runs of one seed that round differently e
 
 from functools import partial
 
-import torch
-
 from gptlite.config.run import RunConfig
 from gptlite.runs.origin import given_tokenizer
 from gptlite.studies.config import Study
@@ -38,6 +36,8 @@ def settle(queue: Queue, run: RunConfig) -> RunConfig:
 
 
 def usable_kernels(run: RunConfig) -> list[str]:
+    import torch
+
     from gptlite.core import device
     from gptlite.planning import auto
 

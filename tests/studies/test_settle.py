@@ -1,6 +1,6 @@
 """What a clock chooses is chosen once for a study."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,7 @@ from gptlite.studies.config import load_study
 from gptlite.studies.settle import fastest, share_cores
 
 
-def answer_in_turn(
-    monkeypatch: pytest.MonkeyPatch, key: str, values: Iterator[str]
-) -> Callable[..., Any]:
+def answer_in_turn(monkeypatch: pytest.MonkeyPatch, key: str, values: Iterator[str]) -> None:
     """A clock that says something else each time it is asked for this key."""
     resolve = auto.resolve_run
 
@@ -25,7 +23,6 @@ def answer_in_turn(
         return resolve(run.model_copy(update={key: value}), **sizes)
 
     monkeypatch.setattr(auto, "resolve_run", chosen)
-    return chosen
 
 
 def train(bench: Bench, base: dict[str, Any], **keys: Any) -> list[dict[str, Any]]:
