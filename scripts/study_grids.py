@@ -24,7 +24,6 @@ from study_cells import (
     table,
 )
 
-from gptlite.planning.regularisation import pick_decay, pick_rate
 from gptlite.report.curves import lines
 from gptlite.report.series import Line, rate_color
 
@@ -191,52 +190,3 @@ def decay(study: Study) -> Iterator[str]:
         rows.append([f"{size:,} tokens", *found])
     head = ["", *(f"weight decay {amount:g}" for amount in others)]
     yield f"Without dropout, minus weight decay {usual:g}:\n\n" + table(head, rows)
-
-
-def recipe(study: Study) -> Iterator[str]:
-    """Weight decay for each text, number of passes and model; then what the rule of `train --data`
-    gains, and each of the other means."""
-    decays = study["axes"]["optim.weight_decay"]
-    names = dict.fromkeys(point["label"].split(", ", 1)[1] for point in study["points"])
-    usual, *others = decays
-
-    def against(amount: float, name: str, than: float, other: str) -> Any:
-        labels = (f"weight_decay={a:g}, {n}" for a, n in ((amount, name), (than, other)))
-        return difference(study, *labels, "loss.loss")
-
-    head = ["", *(f"weight decay {amount:g}" for amount in decays)]
-    losses = [
-        [n, *(mean(study, f"weight_decay={a:g}, {n}", "loss.loss") for a in decays)] for n in names
-    ]
-    yield f"Test loss at the best step, nats:\n\n{table(head, losses)}"
-    rows = [[n, *(against(a, n, usual, n) for a in others)] for n in names]
-    yield f"Minus that of weight decay {usual:g}:\n\n{table(['', *head[2:]], rows)}"
-    rows = []
-    for name in (name for name in names if is_of_the_rule(name)):
-        ruled, _ = pick_decay(1000 * int(name.partition("k")[0]), 0.01)
-        nearest = min(decays, key=lambda amount: abs(math.log(amount / ruled)))
-        rows.append([name, f"{ruled:g}", f"{nearest:g}", against(nearest, name, usual, name)])
-    columns = ["", "decay of the rule", "the nearest here", f"it minus weight decay {usual:g}"]
-    yield f"What the rule gains:\n\n{table(columns, rows)}"
-    rows = [[n, *(against(a, it, a, no) for a in decays)] for n, (it, no) in MEANS.items()]
-    yield f"What each other means adds, on 40,000 tokens:\n\n{table(head, rows)}"
-
-
-def is_of_the_rule(name: str) -> bool:
-    """Whether `train --data` would do this, but for the decay: dropout where it says so alone, a
-    decay that stays, no average."""
-    passes = int(name.split(" tokens ")[1].partition(" time")[0])
-    dropped = name.partition(", dropout 0.1")
-    return not dropped[2] and bool(dropped[1]) == bool(pick_rate(passes)[0])
-
-
-LARGER = "40k tokens 20 times, 7 times the parameters"
-DROPPED = "40k tokens 20 times, dropout 0.1"
-MEANS = {
-    "dropout 0.1": (DROPPED, "40k tokens 20 times"),
-    "dropout 0.1, 7 times the parameters": (f"{LARGER}, dropout 0.1", LARGER),
-    "an average of weights": (f"{DROPPED}, average of weights", DROPPED),
-    "a decay that falls with the rate": (f"{DROPPED}, decay falling with the rate", DROPPED),
-    "60 passes instead of 20": ("40k tokens 60 times, dropout 0.1", DROPPED),
-}
-"""Two points of the study of the recipe that differ in one means alone."""

@@ -1,5 +1,6 @@
 """The tables and figures of docs/dropout-study.md, each from the runs of one study: those of named
-points here, those of grids in study_grids.py, those about removed units in study_removal.py.
+points here, of grids in study_grids.py, of the recipe in study_recipe.py, of removed units in
+study_removal.py.
 
 A part of reproduce_dropout_study.py.
 """
@@ -19,7 +20,8 @@ from study_cells import (
     table,
     together,
 )
-from study_grids import annealed, apart, decay, grid, recipe, sweep
+from study_grids import annealed, apart, decay, grid, sweep
+from study_recipe import recipe, recipe_size
 from study_removal import AREAS, placement, redundancy
 
 
@@ -155,6 +157,7 @@ WRITERS: dict[str, Callable[[Study], Iterator[str]]] = {
     "best": ensemble,
     "student": student,
     "recipe": recipe,
+    "recipe_size": recipe_size,
     "apart": apart,
     "learning_rate": grid,
     "below": grid,

@@ -27,7 +27,7 @@ from gptlite.core.model import GPT, Attention, to_device
 from gptlite.core.precision import HALF, LossScaler, precision
 from gptlite.data.batches import Layout, batch_at
 from gptlite.errors import DivergedError
-from gptlite.planning.regularisation import advise_decay, pick_rate
+from gptlite.planning.regularisation import Scale, advise_decay, pick_rate
 
 STANDARD_ERRORS = 4
 """Further than this from its rate, a site is off."""
@@ -71,17 +71,18 @@ def site_plan(run: RunConfig, model: GPT, n_rows: int) -> list[dict[str, Any]]:
     return entries
 
 
-def advice(run: RunConfig, epochs: float, text_tokens: float) -> Iterator[str]:
+def advice(run: RunConfig, plan: dict[str, Any]) -> Iterator[str]:
     """What is known of these rates and this decay; docs/dropout.md has the sources."""
     live = {site: rate for site, rate in run.dropout.rates().items() if rate > 0}
-    rate, why = pick_rate(epochs)
+    rate, why = pick_rate(plan["epochs"])
     if bool(live) != bool(rate):
         yield f"dropout is {'on' if live else 'off'}: the rule says rate {rate:g} for {why}"
     high = [f"{site} {value:g}" for site, value in live.items() if value >= 0.5]
     if high:
         yield f"half and more is much to drop: {', '.join(high)}"
     optim = run.optim
-    if told := advise_decay(optim.name, optim.lr, optim.weight_decay, text_tokens):
+    scale = Scale(plan["train_tokens"], plan["steps"] / plan["epochs"], run.model.n_embd)
+    if told := advise_decay(optim.name, optim.lr, optim.weight_decay, scale):
         yield told
 
 

@@ -142,7 +142,7 @@ def extra_lines(run: RunConfig, plan: dict[str, Any]) -> Iterator[str]:
 
 def note_lines(run: RunConfig, plan: dict[str, Any]) -> Iterator[str]:
     """What is known of a run like this one, and may be left out."""
-    for note in advice(run, plan["epochs"], plan["train_tokens"]):
+    for note in advice(run, plan):
         yield f"note: {note}"
     reached = run.model.reached(plan["longest_row"])
     if reached and run.init_from is None:

@@ -1,10 +1,10 @@
-"""From a text and the passes over it to weight decay and dropout: the one rule. No torch.
+"""From a text, a model and the passes to weight decay and dropout: the one rule. No torch.
 
-The decay was measured with the models of `train --data`, the rates with GPT-2's as well
-(docs/dropout-study.md).
+Both were measured with the models of `train --data` and with GPT-2's (docs/dropout-study.md).
 """
 
 import math
+from typing import NamedTuple
 
 RATES = (
     (13, 0.0, "up to about 13 epochs, dropout costs more than it gains"),
@@ -12,11 +12,14 @@ RATES = (
     (math.inf, 0.2, "at 60 epochs 0.2 was no worse than 0.1, and it holds back more"),
 )
 """Up to so many epochs, the rate, and why."""
-DECAY_OF_A_MILLION = 0.64
-"""The best weight decay at a learning rate of 0.01 for a million tokens of text; it falls with the
-square root of more."""
-LEAST_DECAY, MOST_DECAY = 0.1, 8.0
-"""Within what was measured."""
+DECAYED_IN_A_PASS = 0.58
+"""Share of a weight that the best decay takes in one pass over 40,000 tokens of text, at the full
+learning rate, from a model 64 wide. It grows with the width and with the fourth root of the text;
+Wang and Aitchison (2405.13698) found it the same for all sizes of text, and larger for larger
+models."""
+LEAST_SHARE, MOST_SHARE = 0.001, 0.04
+"""Of a weight in an update. On texts of 20 kB more was worse (docs/own-text.md), though not in the
+study, where validation text is of another place."""
 CLOSE = 2.5
 """Factor by which a decay may miss the best one before a word is said of it."""
 
@@ -27,25 +30,38 @@ def pick_rate(epochs: float) -> tuple[float, str]:
     return rate, f"{epochs:.3g} epochs: {why}"
 
 
-def pick_decay(text_tokens: float, lr: float) -> tuple[float, str]:
-    """The weight decay for so many tokens of training text, and why.
+class Scale(NamedTuple):
+    """What the best weight decay depends on."""
+
+    text_tokens: float
+    """Of the training text."""
+    updates: float
+    """That read this text once."""
+    n_embd: int
+
+
+def pick_decay(scale: Scale, lr: float) -> tuple[float, str]:
+    """The weight decay for this text and model, and why.
 
     An update takes lr times it of a weight; that share is what was measured.
     """
-    at_usual = DECAY_OF_A_MILLION * math.sqrt(1e6 / text_tokens)
-    at_usual = min(MOST_DECAY, max(LEAST_DECAY, at_usual))
-    decay = float(f"{at_usual * 0.01 / lr:.2g}")
-    share = f"{decay * lr:.1%} of a weight in an update"
-    return decay, f"{text_tokens:,.0f} tokens of text: {share}"
+    in_a_pass = DECAYED_IN_A_PASS * (scale.n_embd / 64) * (scale.text_tokens / 40_000) ** 0.25
+    share = min(MOST_SHARE, max(LEAST_SHARE, in_a_pass / scale.updates))
+    return float(f"{share / lr:.2g}"), f"{describe(scale)}: {share:.1%} of a weight in an update"
 
 
-def advise_decay(optimizer: str, lr: float, weight_decay: float, text_tokens: float) -> str | None:
+def describe(scale: Scale) -> str:
+    return f"{scale.text_tokens:,.0f} tokens of text and a model {scale.n_embd} wide"
+
+
+def advise_decay(optimizer: str, lr: float, weight_decay: float, scale: Scale) -> str | None:
     """A word on a weight decay that is far from the best; of Muon, with which it was measured."""
     if optimizer != "muon" or lr == 0:
         return None
-    best, tokens = pick_decay(text_tokens, lr)[0], f"{text_tokens:,.0f} tokens of text"
+    best, _ = pick_decay(scale, lr)
     if best / CLOSE <= weight_decay <= best * CLOSE:
         return None
     return (
-        f"optim.weight_decay {weight_decay:g}: the rule of train --data says {best:g} for {tokens}"
+        f"optim.weight_decay {weight_decay:g}: the rule of train --data says {best:g} for "
+        f"{describe(scale)}"
     )

@@ -7,7 +7,7 @@ a word: another seed or another validation text moves the loss as much.
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from gptlite.planning.regularisation import advise_decay, pick_rate
+from gptlite.planning.regularisation import Scale, advise_decay, pick_rate
 from gptlite.runs.results import Row, best_evaluation, evaluations, generalisation_gap, number
 
 NOTICEABLE = 0.02
@@ -51,9 +51,11 @@ def decay_advice(config: dict[str, Any], plan: dict[str, Any]) -> str:
     """What to try, in figures where they are known for such a run."""
     optim = config.get("optim") or {}
     decay, lr = number(optim.get("weight_decay")), number(optim.get("lr"))
-    tokens = number(plan.get("train_tokens"))
-    if decay is not None and lr and tokens:
-        told = advise_decay(optim.get("name", ""), lr, decay, tokens)
+    tokens, steps, epochs = (number(plan.get(key)) for key in ("train_tokens", "steps", "epochs"))
+    n_embd = number((config.get("model") or {}).get("n_embd"))
+    if decay is not None and lr and tokens and steps and epochs and n_embd:
+        scale = Scale(tokens, steps / epochs, int(n_embd))
+        told = advise_decay(optim.get("name", ""), lr, decay, scale)
         if told:
             return f"Try another weight decay: {told}."
     return f"Try more weight decay (now {decay})."

@@ -33,7 +33,7 @@ from gptlite.planning.budget import (
     guess_fit,
     make_rung,
 )
-from gptlite.planning.regularisation import pick_decay, pick_rate
+from gptlite.planning.regularisation import Scale, pick_decay, pick_rate
 from gptlite.planning.rehearsal import count_evaluated, rehearse
 from gptlite.runs.directory import create_directory
 from gptlite.runs.origin import given_tokenizer, inherit
@@ -304,8 +304,10 @@ def training_choices(rung: Rung, fitting: Fit) -> Iterator[Choice]:
     if fitting.eval_batches is not None:
         why = "spread over the validation text; all of it would take too much of the time"
         yield Choice("train.eval_batches", fitting.eval_batches, why)
-    decay, why = pick_decay(rung.text_tokens, LR)
-    yield Choice("optim.weight_decay", decay, why)
+    run, updates = rung.run, rung.n_rows / rung.run.train.batch_size
+    if run.optim.name == "muon" and run.optim.lr:
+        decay, why = pick_decay(Scale(rung.text_tokens, updates, run.model.n_embd), run.optim.lr)
+        yield Choice("optim.weight_decay", decay, why)
     rate, why = dropout_rate(fitting.steps, rung)
     yield Choice("dropout.preset", "gpt2", "the places of GPT-2")
     yield Choice("dropout.rate", rate, why)

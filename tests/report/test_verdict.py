@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from gptlite.planning.regularisation import pick_decay
+from gptlite.planning.regularisation import Scale, pick_decay
 from gptlite.report.verdict import verdict
 from gptlite.runs.results import number
 
@@ -33,16 +33,17 @@ def test_a_rising_validation_loss_is_overfitting_since_its_minimum() -> None:
 
 
 def test_a_decay_is_named_where_it_was_measured() -> None:
-    """With Muon, by the tokens of text; else only that there is more."""
-    plan = {"epochs": 20, "train_tokens": 30_000}
-    muon = {"optim": {"name": "muon", "lr": 0.01, "weight_decay": 0.1}}
+    """With Muon, by text and model; else only that there is more."""
+    plan = {"epochs": 20, "steps": 300, "train_tokens": 30_000}
+    model = {"n_embd": 64}
+    muon = {"optim": {"name": "muon", "lr": 0.01, "weight_decay": 0.1}, "model": model}
     rising = rows([3.0, 2.0, 2.2, 2.5], [3.0, 1.9, 1.5, 1.0])
-    best, _ = pick_decay(30_000, 0.01)
+    best, _ = pick_decay(Scale(30_000, 15, 64), 0.01)
     (told,) = (line for line in verdict(rising, muon, plan).advice if "weight_decay" in line)
     assert f"optim.weight_decay 0.1: the rule of train --data says {best:g} for" in told
-    adamw = {"optim": {"name": "adamw", "lr": 0.01, "weight_decay": 0.1}}
+    adamw = {**muon, "optim": {**muon["optim"], "name": "adamw"}}
     assert any("more weight decay (now 0.1)" in x for x in verdict(rising, adamw, plan).advice)
-    enough = {"optim": {**muon["optim"], "weight_decay": best}}
+    enough = {**muon, "optim": {**muon["optim"], "weight_decay": best}}
     assert any(f"(now {best})" in x for x in verdict(rising, enough, plan).advice)
 
 

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from gptlite.cli.main import app
 from gptlite.config.reader import dump
-from gptlite.config.run import DataConfig, RunConfig
+from gptlite.config.run import DataConfig, OptimConfig, RunConfig
 from gptlite.data.prepare import prepare
 from gptlite.errors import ConfigError, DataError
 from gptlite.planning import budget
@@ -198,6 +198,17 @@ def test_what_is_asked_for_wins_and_is_in_the_yaml(workshop: Workshop, override:
     assert load_run([str(path)], [f"data.cache_dir={workshop.folder / 'cache'}"]) == run
     assert load_run([str(path)], [f"data.cache_dir={workshop.folder / 'cache'}", override]) == run
     assert "# as asked" in text
+
+
+def test_the_decay_goes_with_the_rate_and_the_optimizer_that_are_asked_for(
+    workshop: Workshop,
+) -> None:
+    usual, slower, adamw = (
+        composed(workshop, 0.5, asked)[0].optim
+        for asked in ("seed=7", "optim.lr=0.0025", "optim.name=adamw")
+    )
+    assert slower.weight_decay * slower.lr == pytest.approx(usual.weight_decay * usual.lr, rel=0.03)
+    assert adamw.weight_decay == OptimConfig().weight_decay
 
 
 def test_an_update_has_as_many_tokens_with_a_context_that_is_asked_for(workshop: Workshop) -> None:

@@ -104,3 +104,24 @@ def test_the_page_says_how_well_runs_repeat() -> None:
     few = [round(statistics.mean(apart), 3), round(max(apart), 3)]
     numbers = [float(number) for number in told.groups()]
     assert numbers == [len(repeated) - len(apart), len(repeated), *few]
+
+
+def test_the_rule_of_decay_is_the_form_that_was_chosen(scripts: ModuleType) -> None:
+    from study_recipe import FORMS, share_of
+
+    from gptlite.planning.regularisation import DECAYED_IN_A_PASS, Scale, pick_decay
+
+    form = "as the width, and the fourth root of the text"
+    for tokens, width in ((4e4, 64), (1e5, 128), (4e5, 192)):
+        scale = Scale(tokens, tokens / 2048, width)
+        share = share_of(scale, DECAYED_IN_A_PASS, *FORMS[form])
+        assert 0.01 * pick_decay(scale, 0.01)[0] == pytest.approx(share, rel=0.03)
+    assert f"| {form} | {DECAYED_IN_A_PASS} |" in PAGE
+
+
+def test_what_a_decay_misses_is_measured_from_the_lowest_loss(scripts: ModuleType) -> None:
+    from study_recipe import Cell, Scale
+
+    cell = Cell("", Scale(1.0, 1.0, 1), [0.01, 0.04], [3.0, 2.0])
+    assert cell.excess(0.04) == 0
+    assert cell.excess(0.02) == pytest.approx(0.5)  # half way, as 1, 2 and 4 are evenly apart
