@@ -81,7 +81,8 @@ def advice(run: RunConfig, plan: dict[str, Any]) -> Iterator[str]:
     if high:
         yield f"half and more is much to drop: {', '.join(high)}"
     optim = run.optim
-    scale = Scale(plan["train_tokens"], plan["steps"] / plan["epochs"], run.model.n_embd)
+    updates = plan["rows_per_epoch"] / run.train.batch_size
+    scale = Scale(plan["train_tokens"], updates, run.model.n_embd)
     if told := advise_decay(optim.name, optim.lr, optim.weight_decay, scale):
         yield told
 

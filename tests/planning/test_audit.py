@@ -259,7 +259,7 @@ def test_native_sites_are_announced(workshop: Workshop) -> None:
 def test_advice_is_what_was_measured(
     workshop: Workshop, dropout: dict[str, Any], epochs: float, said: list[str]
 ) -> None:
-    plan = {"epochs": epochs, "steps": 500 * epochs, "train_tokens": 1e6}
+    plan = {"epochs": epochs, "rows_per_epoch": 5000, "train_tokens": 1e6}
     lines = list(advice(workshop.run(dropout=dropout), plan))
     assert len(lines) == (1 if said else 0)
     assert all(words in lines[0] for words in said)
